@@ -1,0 +1,168 @@
+"""The family of preference losses, by name.
+
+    get("dpop", beta=0.3, lam=50.0)                  a loss
+    get("dpo") + 0.1 * get("sft")                    a weighted sum of losses
+    wpo_weighted(get("ipo"))                         a loss with WPO's weights
+    length_desensitised(get("dpo"), alpha=0.5)       a loss with LD-DPO's token weights
+    pairwise(lambda pairs: ...)                      a loss of your own
+
+Losses of one pair are in :mod:`.dpop` and :mod:`.ratio`, those that compare pairs in :mod:`.batch`,
+those without a reference in :mod:`.free`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from .base import (
+    FunctionLoss,
+    LengthDesensitised,
+    PairLogps,
+    PreferenceLoss,
+    Traits,
+    WeightedSum,
+    by_key,
+    key_of,
+    length_desensitised,
+    pairwise,
+)
+from .batch import AOT, BCO, KTO, AOTUnpaired
+from .divergence import DivergenceLoss
+from .dpop import DPOP
+from .free import AFT, CPO, ORPO, SFT, SimPO
+from .ratio import (
+    DPO,
+    EXO,
+    IPO,
+    NCA,
+    SPPO,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Hinge,
+    LengthNormalisedDPO,
+    RobustDPO,
+)
+from .wpo import WPOWeighted, wpo_weighted
+
+__all__ = [
+    "AFT",
+    "AOT",
+    "BCO",
+    "CPO",
+    "DPO",
+    "DPOP",
+    "EXO",
+    "IPO",
+    "KTO",
+    "NCA",
+    "ORPO",
+    "SFT",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "DiscoPOP",
+    "DivergenceLoss",
+    "FunctionLoss",
+    "Hinge",
+    "LengthDesensitised",
+    "LengthNormalisedDPO",
+    "PairLogps",
+    "PreferenceLoss",
+    "RobustDPO",
+    "SimPO",
+    "Traits",
+    "WPOWeighted",
+    "WeightedSum",
+    "as_loss",
+    "available",
+    "by_key",
+    "get",
+    "key_of",
+    "length_desensitised",
+    "pairwise",
+    "wpo_weighted",
+]
+
+_LOSSES: dict[str, type[PreferenceLoss]] = {
+    "dpop": DPOP,
+    "dpo": DPO,
+    "sigmoid": DPO,
+    "sigmoid_norm": LengthNormalisedDPO,
+    "ipo": IPO,
+    "hinge": Hinge,
+    "robust": RobustDPO,
+    "exo_pair": EXO,
+    "nca_pair": NCA,
+    "bco_pair": BCO,
+    "sppo_hard": SPPO,
+    "apo_zero": APOZero,
+    "apo_down": APODown,
+    "discopop": DiscoPOP,
+    "aot": AOT,
+    "aot_unpaired": AOTUnpaired,
+    "kto": KTO,
+    "sft": SFT,
+    "cpo": CPO,
+    "simpo": SimPO,
+    "orpo": ORPO,
+    "aft": AFT,
+}
+
+
+def available() -> tuple[str, ...]:
+    """The names that :func:`get` knows. ``"sigmoid"`` is TRL's name of ``"dpo"``."""
+    return tuple(_LOSSES)
+
+
+def get(name: str, **options: Any) -> PreferenceLoss:
+    """The loss of that name.
+
+    Args:
+        name: one of :func:`available`.
+        options: the fields of the loss's class; those left out keep their defaults.
+
+    Raises:
+        ValueError: no loss has that name, or an option's value is out of its range.
+        TypeError: the loss has no such option, or a value is of the wrong type.
+    """
+    if name not in _LOSSES:
+        near = difflib.get_close_matches(str(name).lower(), _LOSSES, n=3)
+        hint = "did you mean " + " or ".join(map(repr, near)) if near else "expected one of"
+        names = "" if near else " " + ", ".join(_LOSSES)
+        raise ValueError(f"loss is {name!r}, which is not a loss: {hint}{names}")
+    kind = _LOSSES[name]
+    known = [option.name for option in fields(kind)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise TypeError(
+                f"the loss {name!r} has no option {option!r}; it has "
+                + (", ".join(known) or "no options")
+            )
+    return kind(**options)
+
+
+def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> PreferenceLoss:
+    """A loss from its name, itself, or a function of :class:`PairLogps`.
+
+    A plain function may compare pairs, so the whole batch is given to it at once; see
+    :func:`pairwise` for one that doesn't.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(loss, str):
+        return get(loss)
+    if isinstance(loss, PreferenceLoss):
+        return loss
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(
+            f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps"
+        )
+    return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True))

@@ -1,0 +1,340 @@
+"""What a preference loss is: a function of a few sequence log-probabilities.
+
+A loss maps :class:`PairLogps`, the log-probabilities of P pairs, to P loss values. It knows nothing
+of vocabularies, hidden states or engines; engines know of a loss only that it can be called. Losses
+are frozen dataclasses: their options are their fields, and two losses with the same options are the
+same loss.
+
+    total = get("dpop", beta=0.3, lam=50.0) + 0.1 * get("sft")       # weighted sums are losses too
+
+A loss of your own is a plain function of ``PairLogps``; decorate it with :func:`pairwise` when
+every pair's value depends on that pair alone, and the trained head then costs 6 units instead of 8.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probabilities of P pairs, all float32 (float64 for float64 inputs), all shaped ``(P,)``
+    unless said otherwise.
+
+    Attributes:
+        chosen, rejected: summed policy log-probabilities of the completions, in nats
+            (differentiable).
+        chosen_lengths, rejected_lengths: numbers of scored tokens, as floats. 0 for an empty
+            completion.
+        ref_chosen, ref_rejected: the reference's log-probabilities, or None when the call has no
+            reference.
+        chosen_aligned_logps, rejected_aligned_logps: token sums of ``logp - log sum_v p_v^2`` under
+            the policy (no gradient), which WPO's weights need; None unless the loss lists
+            ``"aligned_logps"`` in its ``statistics``.
+        chosen_present, rejected_present: bool masks; a side of an unpaired example that does not
+            exist is False and has log-probability and length 0.
+        kl: 0-d tensor, KTO's reference point z_0, or None.
+        batch_pairs, batch_sides, batch_chosen_tokens: totals over the whole batch (0-d tensors),
+            the same in every chunk of it, so that a loss normalised by the batch is still a sum
+            over pairs.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+    chosen_aligned_logps: Tensor | None
+    rejected_aligned_logps: Tensor | None
+    chosen_present: Tensor
+    rejected_present: Tensor
+    kl: Tensor | None
+    batch_pairs: Tensor
+    batch_sides: Tensor
+    batch_chosen_tokens: Tensor
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        """``log pi(y_w|x) - log ref(y_w|x)``, ``(P,)``."""
+        return self.chosen - given_reference(self.ref_chosen)
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        """``log pi(y_l|x) - log ref(y_l|x)``, ``(P,)``."""
+        return self.rejected - given_reference(self.ref_rejected)
+
+    def __getitem__(self, index: Tensor | slice) -> PairLogps:
+        """The same batch restricted to some pairs; whole-batch totals stay."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PairLogps(
+            **{
+                name: value[index] if value is not None and name not in _WHOLE_BATCH else value
+                for name, value in own.items()
+            }
+        )
+
+
+_WHOLE_BATCH = frozenset({"kl", "batch_pairs", "batch_sides", "batch_chosen_tokens"})
+
+
+def given_reference(ref_logps: Tensor | None) -> Tensor:
+    """The reference's log-probabilities, or a ValueError when the call has none."""
+    if ref_logps is None:
+        raise ValueError(
+            "this loss reads the reference's log-probabilities: pass ref_logps= or ref_hidden="
+        )
+    return ref_logps
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the caller of a loss must know before calling it.
+
+    Attributes:
+        needs_reference: the loss reads the reference's log-probabilities.
+        accepts_unpaired: a pair may lack one side (index -1).
+        uses_kl: the loss reads ``kl`` when it is given.
+        couples_pairs: the value of one pair depends on other pairs' log-probabilities, always.
+        couples_pairs_without_kl: the same, but only in a call without ``kl``.
+        statistics: row statistics that the loss reads (names as in :mod:`fastdpop.engines`).
+        ld_alpha: weight of the tokens past the shorter completion's length (LD-DPO), or None for
+            plain sums.
+    """
+
+    needs_reference: bool = True
+    accepts_unpaired: bool = False
+    uses_kl: bool = False
+    couples_pairs: bool = False
+    couples_pairs_without_kl: bool = False
+    statistics: tuple[str, ...] = ()
+    ld_alpha: float | None = None
+
+    @staticmethod
+    def of_sum(parts: tuple[Traits, ...]) -> Traits:
+        """Traits of a weighted sum of losses."""
+        alphas = {part.ld_alpha for part in parts}
+        if len(alphas) > 1:
+            raise ValueError(
+                f"the losses of a sum weigh tokens differently (ld_alpha "
+                f"{sorted(alphas, key=str)}): wrap the whole sum in length_desensitised instead"
+            )
+        return Traits(
+            needs_reference=any(part.needs_reference for part in parts),
+            accepts_unpaired=all(part.accepts_unpaired for part in parts),
+            uses_kl=any(part.uses_kl for part in parts),
+            couples_pairs=any(part.couples_pairs for part in parts),
+            couples_pairs_without_kl=any(part.couples_pairs_without_kl for part in parts),
+            statistics=tuple(sorted({name for part in parts for name in part.statistics})),
+            ld_alpha=alphas.pop(),
+        )
+
+
+class PreferenceLoss:
+    """Base of all losses. Subclasses are frozen dataclasses that define ``__call__`` and, where it
+    differs, ``_traits``.
+    """
+
+    _traits: ClassVar[Traits] = Traits()
+
+    @property
+    def traits(self) -> Traits:
+        """What the caller must know before calling this loss."""
+        return self._traits
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """The loss of every pair, ``(P,)``, differentiable in ``pairs.chosen`` and
+        ``pairs.rejected``.
+        """
+        raise TypeError(f"{type(self).__name__} does not define __call__(pairs)")
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Implicit rewards ``beta * logratio`` of chosen and rejected, ``(P,)`` each, for logging.
+
+        A loss without a reference uses the log-probability in the place of the log-ratio; a loss
+        without beta, beta = 1.
+        """
+        beta = getattr(self, "beta", 1.0)
+        if not self.traits.needs_reference or pairs.ref_chosen is None:
+            return beta * pairs.chosen, beta * pairs.rejected
+        return beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+
+    def __add__(self, other: PreferenceLoss) -> PreferenceLoss:
+        if not isinstance(other, PreferenceLoss):
+            return NotImplemented
+        return WeightedSum(_terms(self) + _terms(other))
+
+    def __mul__(self, weight: float) -> PreferenceLoss:
+        if not isinstance(weight, (int, float)):
+            return NotImplemented
+        return WeightedSum(tuple((float(weight) * own, loss) for own, loss in _terms(self)))
+
+    __rmul__ = __mul__
+
+
+def _terms(loss: PreferenceLoss) -> tuple[tuple[float, PreferenceLoss], ...]:
+    return loss.terms if isinstance(loss, WeightedSum) else ((1.0, loss),)
+
+
+@dataclass(frozen=True)
+class WeightedSum(PreferenceLoss):
+    """``sum_k weight_k * loss_k``; its rewards are those of the first loss. Made by ``+`` and
+    ``*``.
+    """
+
+    terms: tuple[tuple[float, PreferenceLoss], ...]
+
+    def __post_init__(self) -> None:
+        for weight, loss in self.terms:
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {loss!r} is {weight}, expected a finite number")
+        self.traits  # an inconsistent sum fails where it is written  # noqa: B018
+
+    @property
+    def traits(self) -> Traits:
+        return Traits.of_sum(tuple(loss.traits for _, loss in self.terms))
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        return functools.reduce(torch.add, (weight * loss(pairs) for weight, loss in self.terms))
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        return self.terms[0][1].rewards(pairs)
+
+
+@dataclass(frozen=True)
+class LengthDesensitised(PreferenceLoss):
+    """LD-DPO (arXiv:2409.06411, Eq. 10): ``log pi(y) = sum_{t <= l} logp_t + alpha * sum_{t > l}
+    logp_t``, with l the length of the shorter completion of the pair. Works with any loss, for
+    policy and reference alike.
+    """
+
+    loss: PreferenceLoss
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha is {self.alpha}, expected a value in [0, 1]")
+
+    @property
+    def traits(self) -> Traits:
+        # The engine weighs the tokens, so the loss receives sums that are already desensitised.
+        return replace(self.loss.traits, ld_alpha=self.alpha)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        return self.loss(pairs)
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        return self.loss.rewards(pairs)
+
+
+def length_desensitised(loss: PreferenceLoss, alpha: float) -> PreferenceLoss:
+    """The loss with LD-DPO's token weights; see :class:`LengthDesensitised`."""
+    return LengthDesensitised(loss, alpha)
+
+
+@dataclass(frozen=True)
+class FunctionLoss(PreferenceLoss):
+    """A user's function as a loss. ``beta`` only scales the logged rewards."""
+
+    function: Callable[[PairLogps], Tensor]
+    own_traits: Traits
+    beta: float = 1.0
+
+    @property
+    def traits(self) -> Traits:
+        return self.own_traits
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        losses = self.function(pairs)
+        if not isinstance(losses, Tensor) or losses.shape != pairs.chosen.shape:
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"the loss {self.function!r} returned {got}, expected one value a pair: a tensor "
+                f"of shape {tuple(pairs.chosen.shape)}"
+            )
+        return losses
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """``beta * logratio`` when the call has a reference, whether or not the function reads it;
+        else ``beta * logp``.
+        """
+        if pairs.ref_chosen is None:
+            return self.beta * pairs.chosen, self.beta * pairs.rejected
+        return self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
+
+
+def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> FunctionLoss:
+    """Declare that a function of ``PairLogps`` treats every pair by itself, so that a trained head
+    costs 6 units, not 8.
+
+    The claim is tried on three made-up pairs at once: the function must give each the value it
+    gives it alone.
+
+    Raises:
+        ValueError: the value of a pair depends on the others.
+    """
+    made_up = torch.tensor([-40.0, -75.5, -12.25], dtype=torch.float64)
+    lengths = torch.tensor([11.0, 23.0, 5.0], dtype=torch.float64)
+    there = torch.ones(3, dtype=torch.bool)
+    trial = PairLogps(
+        chosen=made_up,
+        rejected=made_up.flip(0) - 3.0,
+        chosen_lengths=lengths,
+        rejected_lengths=lengths + 2.0,
+        ref_chosen=made_up + 1.5,
+        ref_rejected=made_up.flip(0) - 0.5,
+        chosen_aligned_logps=-lengths,
+        rejected_aligned_logps=-lengths,
+        chosen_present=there,
+        rejected_present=there,
+        kl=made_up.new_tensor(0.5),
+        batch_pairs=made_up.new_tensor(3.0),
+        batch_sides=made_up.new_tensor(6.0),
+        batch_chosen_tokens=lengths.sum(),
+    )
+    loss = FunctionLoss(function, Traits(needs_reference=False), beta)
+    together = loss(trial)
+    apart = torch.cat([loss(trial[i : i + 1]) for i in range(3)])
+    if not torch.allclose(together, apart, rtol=1e-9, atol=0.0):
+        raise ValueError(
+            f"{function!r} is not pairwise: on three pairs at once it gives {together.tolist()}, "
+            f"one by one {apart.tolist()}. Pass it undecorated: the whole batch is then evaluated "
+            "together"
+        )
+    return loss
+
+
+# An engine receives a loss by a string, because operators take no Python objects. Value-like losses
+# stay registered, since a compiled graph holds only the string; a user's function is kept no longer
+# than the user keeps it.
+_VALUES: dict[str, PreferenceLoss] = {}
+_FUNCTIONS: weakref.WeakValueDictionary[str, PreferenceLoss] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def key_of(loss: PreferenceLoss) -> str:
+    """A string from which :func:`by_key` finds the loss again."""
+    key = repr(loss)
+    if "FunctionLoss(" in key:
+        _FUNCTIONS[key] = loss
+    else:
+        _VALUES[key] = loss
+    return key
+
+
+def by_key(key: str) -> PreferenceLoss:
+    """The loss registered under a key by :func:`key_of`."""
+    found = _VALUES.get(key) or _FUNCTIONS.get(key)
+    if found is None:
+        raise KeyError(
+            f"no loss is registered under {key!r}: the object must outlive the graph that uses it"
+        )
+    return found

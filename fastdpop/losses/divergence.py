@@ -1,0 +1,60 @@
+"""f-divergences: what takes the place of the log-ratio when the policy is kept near its reference
+by another measure than the reverse KL (f-DPO, arXiv:2309.16240, Table 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .algebra import bounded_exp
+from .base import PairLogps
+from .options import CheckedLoss, one_of, optional_number, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceLoss(CheckedLoss):
+    """A loss of scores ``s = f'(pi / ref)``; with ``r = log pi - log ref``, and constants that
+    cancel in ``s_w - s_l`` dropped:
+
+    - ``divergence="reverse_kl"``: ``s = r``, the usual one
+    - ``divergence="forward_kl"``: ``s = -exp(-r)``
+    - ``divergence="js"``: ``s = log sigmoid(r)``
+    - ``divergence="alpha"``: ``s = exp((alpha - 1) r) / (alpha - 1)``, alpha 0.5 by default; ``s =
+      r`` in the limit alpha = 1
+
+    An exponential is continued by its tangent above exponent 30, so that no score overflows.
+    """
+
+    beta: float = positive(0.1)
+    divergence: str = one_of("reverse_kl", "forward_kl", "js", "alpha")
+    alpha: float | None = optional_number()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and self.divergence != "alpha":
+            raise ValueError(
+                f"{type(self).__name__}: alpha is {self.alpha!r}, expected None with divergence "
+                f"{self.divergence!r}: only divergence='alpha' reads it"
+            )
+
+    def scores(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Scores of chosen and rejected, ``(P,)`` each."""
+        return self._score(pairs.chosen_logratios), self._score(pairs.rejected_logratios)
+
+    def z(self, pairs: PairLogps) -> Tensor:
+        """``beta * (s_w - s_l)``, ``(P,)``."""
+        chosen, rejected = self.scores(pairs)
+        return self.beta * (chosen - rejected)
+
+    def _score(self, r: Tensor) -> Tensor:
+        if self.divergence == "forward_kl":
+            return -bounded_exp(-r)
+        if self.divergence == "js":
+            return F.logsigmoid(r)
+        power = (0.5 if self.alpha is None else self.alpha) - 1.0
+        if self.divergence == "alpha" and abs(power) >= 1e-6:  # nearer 1, rounding hides r
+            return bounded_exp(power * r) / power
+        return r

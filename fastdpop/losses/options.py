@@ -1,0 +1,91 @@
+"""Options of losses: dataclass fields that know which values they accept.
+
+beta: float = positive(0.1)
+form: str = one_of("inside", "outside", "additive")     # the first is the default
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+from .base import PreferenceLoss
+
+
+@dataclass(frozen=True)
+class CheckedLoss(PreferenceLoss):
+    """A loss whose options are checked when it is made.
+
+    Raises:
+        TypeError: an option is of the wrong type.
+        ValueError: an option is out of its range. Both name the loss, the option, its value and
+        what was expected.
+    """
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if "accepts" in option.metadata:
+                _check(self, option.name, **option.metadata)
+
+
+def positive(default: float) -> Any:
+    """A finite number above 0."""
+    return _number(default, "a finite number > 0", lambda x: x > 0)
+
+
+def non_negative(default: float) -> Any:
+    """A finite number, 0 or above."""
+    return _number(default, "a finite number >= 0", lambda x: x >= 0)
+
+
+def noise_rate(default: float, *, zero: bool = True) -> Any:
+    """The assumed share of wrong labels: below one half, and above 0 if ``zero`` is not allowed."""
+    expected = "a number in [0, 0.5)" if zero else "a number in (0, 0.5)"
+    return _number(default, expected, lambda x: 0 <= x < 0.5 and (zero or x > 0))
+
+
+def optional_number() -> Any:
+    """A finite number or None, the default."""
+    return _option(None, (Real, type(None)), "a finite number or None", lambda x: True)
+
+
+def flag(default: bool) -> Any:
+    """True or False."""
+    return _option(default, (bool,), "True or False", lambda x: True)
+
+
+def one_of(default: str, *others: str) -> Any:
+    """One of some words; the first is the default."""
+    words = (default, *others)
+    expected = "one of " + ", ".join(map(repr, words))
+    return _option(default, (str,), expected, lambda word: word in words)
+
+
+def _number(default: float, expected: str, accepts: Callable[[float], bool]) -> Any:
+    return _option(default, (Real,), expected, accepts)
+
+
+def _option(
+    default: Any, types: tuple[type, ...], expected: str, accepts: Callable[[Any], bool]
+) -> Any:
+    metadata = {"types": types, "expected": expected, "accepts": accepts}
+    return field(default=default, metadata=metadata)
+
+
+def _check(
+    loss: PreferenceLoss,
+    option: str,
+    types: tuple[type, ...],
+    expected: str,
+    accepts: Callable[[Any], bool],
+) -> None:
+    value = getattr(loss, option)
+    message = f"{type(loss).__name__}: {option} is {value!r}, expected {expected}"
+    # bool is a Real to Python, but beta=True is a slip.
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(message)
+    if (isinstance(value, Real) and not math.isfinite(value)) or not accepts(value):
+        raise ValueError(message)

@@ -1,0 +1,187 @@
+"""Names, options and their errors; sums, wrappers and losses of one's own; keys; the table in the
+documentation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdpop import losses
+from fastdpop.losses import PairLogps
+
+PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_losses_are_values(name: str) -> None:
+    loss = losses.get(name)
+    assert loss == losses.get(name)
+    assert hash(loss) == hash(losses.get(name))
+    assert losses.as_loss(name) == loss
+    assert losses.as_loss(loss) is loss
+    assert losses.by_key(losses.key_of(loss)) == loss
+    assert eval(repr(loss), vars(losses)) == loss
+    options = {option.name: getattr(loss, option.name) for option in fields(loss)}  # type: ignore[arg-type]
+    assert losses.get(name, **options) == loss
+    for option in options:
+        with pytest.raises(FrozenInstanceError):
+            setattr(loss, option, None)
+
+
+@pytest.mark.parametrize("name", losses.available())
+def test_every_loss_is_documented(name: str) -> None:
+    doc = type(losses.get(name)).__doc__ or ""
+    assert name == "sft" or re.search(r"arXiv:\d{4}\.\d{5}", doc)
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}`"))
+    cells = [cell.strip() for cell in row.replace("\\|", "/").strip("|").split("|")]
+    loss = losses.get(name)
+    shown = set(re.findall(r"`(\w+)=", cells[3]))
+    if isinstance(loss, losses.DivergenceLoss):
+        assert "`divergence`" in cells[3]
+        shown |= {"divergence", "alpha"}
+    assert shown == {option.name for option in fields(loss)}  # type: ignore[arg-type]
+    assert cells[4] == ("yes" if loss.traits.needs_reference else "no")
+    assert cells[5].startswith("8" if loss.traits.couples_pairs else "6")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="'DPPO', which is not a loss: did you mean 'dpo'"):
+        losses.get("DPPO")
+    with pytest.raises(ValueError, match="'xyzzy', which is not a loss: expected one of dpop, dpo"):
+        losses.get("xyzzy")
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(TypeError, match="'dpo' has no option 'lam'; it has beta, divergence"):
+        losses.get("dpo", lam=50.0)
+    with pytest.raises(TypeError, match="'sft' has no option 'beta'; it has no options"):
+        losses.get("sft", beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "error", "expected"),
+    [
+        ("dpop", "beta", 0.0, ValueError, "a finite number > 0"),
+        ("dpop", "beta", float("nan"), ValueError, "a finite number > 0"),
+        ("dpop", "beta", "0.3", TypeError, "a finite number > 0"),
+        ("dpop", "beta", True, TypeError, "a finite number > 0"),
+        ("dpop", "lam", -1.0, ValueError, "a finite number >= 0"),
+        ("dpop", "lam", float("inf"), ValueError, "a finite number >= 0"),
+        ("dpop", "form", "outer", ValueError, "one of 'inside', 'outside', 'additive'"),
+        ("dpo", "label_smoothing", 0.5, ValueError, r"a number in \[0, 0.5\)"),
+        ("exo_pair", "label_smoothing", 0.0, ValueError, r"a number in \(0, 0.5\)"),
+        ("robust", "label_smoothing", 0.7, ValueError, r"a number in \[0, 0.5\)"),
+        ("hinge", "divergence", "kl", ValueError, "one of 'reverse_kl', 'forward_kl'"),
+        ("ipo", "average", 1, TypeError, "True or False"),
+        ("simpo", "gamma", -0.5, ValueError, "a finite number >= 0"),
+        ("discopop", "tau", 0.0, ValueError, "a finite number > 0"),
+    ],
+)
+def test_bad_value(
+    name: str, option: str, value: object, error: type[Exception], expected: str
+) -> None:
+    message = rf"{option} is {re.escape(repr(value))}, expected {expected}"
+    with pytest.raises(error, match=message):
+        losses.get(name, **{option: value})
+
+
+def test_alpha_belongs_to_the_alpha_divergence() -> None:
+    with pytest.raises(ValueError, match=r"alpha is 0\.5, expected None with divergence 'js'"):
+        losses.get("dpo", divergence="js", alpha=0.5)
+    with pytest.raises(ValueError, match="alpha is nan, expected a finite number or None"):
+        losses.get("dpo", divergence="alpha", alpha=float("nan"))
+
+
+def test_weighted_sum(four_pairs: PairLogps) -> None:
+    dpo, sft = losses.get("dpo"), losses.get("sft")
+    total = 2 * dpo + sft * 0.1 + 0.5 * (dpo + sft)
+    torch.testing.assert_close(total(four_pairs), 2.5 * dpo(four_pairs) + 0.6 * sft(four_pairs))
+    assert total.traits.needs_reference
+    assert not total.traits.accepts_unpaired
+    assert (losses.get("kto") + sft).traits.accepts_unpaired
+    assert (sft + losses.get("kto")).traits.couples_pairs_without_kl
+    assert torch.equal(total.rewards(four_pairs)[0], dpo.rewards(four_pairs)[0])
+    assert losses.by_key(losses.key_of(total)) == total
+    with pytest.raises(ValueError, match="is nan, expected a finite number"):
+        float("nan") * dpo
+    with pytest.raises(ValueError, match="weigh tokens differently"):
+        dpo + losses.length_desensitised(sft, 0.5)
+    with pytest.raises(TypeError):
+        dpo + 1  # type: ignore[operator]
+
+
+def test_length_desensitised_tells_the_caller_and_leaves_the_formula(four_pairs: PairLogps) -> None:
+    loss = losses.length_desensitised(losses.get("dpo") + losses.get("sft"), 0.25)
+    assert loss.traits.ld_alpha == 0.25
+    assert torch.equal(loss(four_pairs), (losses.get("dpo") + losses.get("sft"))(four_pairs))
+    assert losses.by_key(losses.key_of(loss)) == loss
+    with pytest.raises(ValueError, match=r"alpha is 1.5, expected a value in \[0, 1\]"):
+        losses.length_desensitised(losses.get("dpo"), 1.5)
+
+
+def test_wpo_weighs_pairs_by_the_policys_own_likelihood(four_pairs: PairLogps) -> None:
+    dpo = losses.get("dpo")
+    loss = losses.wpo_weighted(dpo)
+    assert loss.traits.statistics == ("aligned_logps",)
+    weights = [-4 / 10 - 6 / 12, -3 / 16 - 1 / 14, 1.5 / 7 - 2 / 7, -0.5 / 3 + 0.25 / 5]
+    weights = torch.tensor(weights, dtype=torch.float64).exp()
+    torch.testing.assert_close(loss(four_pairs), weights * dpo(four_pairs))
+    gradient = torch.autograd.grad(loss(four_pairs).sum(), four_pairs.chosen)[0]
+    plain = torch.autograd.grad(dpo(four_pairs).sum(), four_pairs.chosen)[0]
+    torch.testing.assert_close(gradient, weights * plain)
+    assert losses.by_key(losses.key_of(loss)) == loss
+    assert torch.equal(loss.rewards(four_pairs)[1], dpo.rewards(four_pairs)[1])
+    empty = replace(
+        four_pairs,
+        chosen_lengths=torch.zeros(4).double(),
+        rejected_lengths=torch.zeros(4).double(),
+        chosen_aligned_logps=torch.zeros(4).double(),
+        rejected_aligned_logps=torch.zeros(4).double(),
+    )
+    assert torch.equal(loss(empty), dpo(empty))
+    with pytest.raises(ValueError, match="'aligned_logps', which this call lacks"):
+        loss(replace(four_pairs, chosen_aligned_logps=None))
+
+
+def test_a_loss_of_ones_own(four_pairs: PairLogps) -> None:
+    def margin(pairs: PairLogps) -> torch.Tensor:
+        return torch.relu(3.0 - pairs.chosen_logratios + pairs.rejected_logratios)
+
+    whole, single = losses.as_loss(margin), losses.pairwise(margin)
+    assert whole.traits.couples_pairs
+    assert not single.traits.couples_pairs
+    assert torch.equal(whole(four_pairs), single(four_pairs))
+    assert losses.as_loss(single) is single
+    assert losses.by_key(losses.key_of(single)) is single
+    assert torch.equal(single.rewards(four_pairs)[0], four_pairs.chosen_logratios)
+    mixed = single + 0.1 * losses.get("sft")
+    assert losses.by_key(losses.key_of(mixed)) is mixed
+
+
+def test_pairwise_is_put_to_the_test() -> None:
+    with pytest.raises(ValueError, match="is not pairwise: on three pairs at once"):
+        losses.pairwise(lambda pairs: pairs.chosen - pairs.chosen.mean())
+
+
+def test_a_function_must_give_one_value_a_pair(four_pairs: PairLogps) -> None:
+    loss = losses.as_loss(lambda pairs: pairs.chosen.sum())
+    with pytest.raises(ValueError, match=r"returned \(\), expected one value a pair"):
+        loss(four_pairs)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, losses.DPO])
+def test_as_loss_refuses(wrong: object) -> None:
+    with pytest.raises(TypeError, match="expected a name, a PreferenceLoss object or a function"):
+        losses.as_loss(wrong)  # type: ignore[arg-type]
+
+
+def test_a_forgotten_function_is_an_error(make_pairs: Callable[..., PairLogps]) -> None:
+    key = losses.key_of(losses.as_loss(lambda pairs: pairs.chosen))
+    with pytest.raises(KeyError, match="must outlive the graph"):
+        losses.by_key(key)
