@@ -1,0 +1,286 @@
+"""Checks of what a caller passes; every message names the argument, its value and what was
+expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
+    return value
+
+
+def _shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}: {meaning}"
+        )
+
+
+def _device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, expected {device}, where hidden is")
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """`value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {tuple(allowed)}")
+
+
+def statistics(names: object, allowed: Sequence[str]) -> None:
+    """A sequence of statistics' names."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(
+            f"statistics is {names!r}, expected a sequence of names among {tuple(allowed)}"
+        )
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"statistics contains {name!r}, expected names among {tuple(allowed)}")
+
+
+def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Hidden states, labels and bounds fit together; returns the number of sequences."""
+    _tensor("hidden", hidden)
+    _tensor("labels", labels)
+    if hidden.dtype not in FLOATS:
+        raise ValueError(f"hidden has dtype {hidden.dtype}, expected one of {FLOATS}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels has dtype {labels.dtype}, expected torch.int64")
+    _device("labels", labels, hidden.device)
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)}, expected (sequences, T, H), "
+                "or packed (positions, H) with cu_seqlens"
+            )
+    else:
+        _tensor("cu_seqlens", cu_seqlens)
+        if hidden.dim() != 2:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)}, expected packed (positions, H) "
+                "because cu_seqlens is given"
+            )
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}, "
+                "expected (sequences + 1,) integers"
+            )
+    _shape("labels", labels, hidden.shape[:-1], "one label for each hidden state")
+    sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if sequences < 1:
+        raise ValueError(f"the batch holds {max(sequences, 0)} sequences, expected at least one")
+    return sequences
+
+
+def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Weight and bias fit the hidden states."""
+    name = f"{prefix}weight"
+    _tensor(name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) "
+            f"to fit {prefix}hidden {tuple(hidden.shape)}"
+        )
+    _device(name, weight, hidden.device)
+    if bias is not None:
+        _tensor(f"{prefix}bias", bias)
+        _shape(f"{prefix}bias", bias, weight.shape[:1], "one value a token of the vocabulary")
+        _device(f"{prefix}bias", bias, hidden.device)
+
+
+def compute_dtype(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, else that of all the tensors."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        for name, value in (("weight", weight), ("bias", bias)):
+            if value is not None and value.dtype not in FLOATS[1:]:
+                raise ValueError(
+                    f"{prefix}{name} has dtype {value.dtype}, expected one of {FLOATS[1:]} under autocast"
+                )
+        return torch.get_autocast_dtype(kind)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise ValueError(
+                f"{prefix}{name} has dtype {value.dtype}, expected {hidden.dtype}, that of {prefix}hidden "
+                "(cast one of them, or use torch.autocast)"
+            )
+    return hidden.dtype
+
+
+def same_vocabulary(ref_weight: Tensor, weight: Tensor) -> None:
+    """Labels mean the same tokens for policy and reference."""
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} rows, expected {weight.shape[0]}, the vocabulary of weight"
+        )
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` is shaped as `other` but for H, and stands on its device."""
+    _tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {value.dtype}, expected one of {FLOATS}")
+    if value.dim() != other.dim() or value.shape[:-1] != other.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {(*other.shape[:-1], 'H')}, the positions of {other_name}"
+        )
+    _device(name, value, other.device)
+
+
+def workspace(value: int | None, default: int) -> int:
+    """A positive number of bytes."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(
+            f"workspace_bytes is {value!r}, expected a positive number of bytes or None"
+        )
+    return value
+
+
+def pairs(
+    value: object, sequences: int, accepts_unpaired: bool, device: torch.device
+) -> Tensor | None:
+    """``(P, 2)`` sequence indices, or None for the default, which needs an even number of
+    sequences.
+    """
+    if value is None:
+        if sequences % 2:
+            raise ValueError(
+                f"the batch holds {sequences} sequences, expected an even number "
+                "(chosen first, then rejected), or pairs="
+            )
+        return None
+    table = torch.as_tensor(value)
+    if (
+        table.dim() != 2
+        or table.shape[1] != 2
+        or table.shape[0] == 0
+        or table.is_floating_point()
+        or table.is_complex()
+    ):
+        raise ValueError(
+            f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers with P >= 1"
+        )
+    low, high = int(table.min()), int(table.max())
+    if low < -1 or high >= sequences:
+        raise ValueError(
+            f"pairs contains {low if low < -1 else high}, expected sequence indices in [0, {sequences}) or -1"
+        )
+    absent = table < 0
+    if bool(absent.all(dim=1).any()):
+        raise ValueError("pairs contains [-1, -1], expected at least one side in every row")
+    if bool(absent.any()) and not accepts_unpaired:
+        raise ValueError(
+            "pairs contains -1, expected both sides of every pair for this loss "
+            "(kto, bco_pair, apo_zero and sft take unpaired data)"
+        )
+    return table.to(device=device, dtype=torch.int64)
+
+
+def reference(
+    ref_logps: object, ref_hidden: object, ref_weight: object, ref_bias: object, needed: bool
+) -> None:
+    """Exactly one source of reference log-probs where the loss needs them, and no orphaned
+    argument.
+    """
+    if ref_logps is not None and ref_hidden is not None:
+        raise ValueError("ref_logps and ref_hidden are both given, expected one of them")
+    if ref_hidden is None and ref_weight is not None:
+        raise ValueError("ref_weight is given without ref_hidden, expected both")
+    if ref_weight is None and ref_bias is not None:
+        raise ValueError("ref_bias is given without ref_weight, expected both")
+    if needed and ref_logps is None and ref_hidden is None:
+        raise ValueError("this loss needs a reference: pass ref_logps= or ref_hidden=")
+
+
+def ref_logps(
+    value: object, sides: Tensor, sequences: int, ld_alpha: float | None, device: torch.device
+) -> Tensor:
+    """Reference log-probs as ``(2, P)``."""
+    count = len(sides)
+    if isinstance(value, Tensor):
+        _shape("ref_logps", value, (sequences,), "one value a sequence, or pass (chosen, rejected)")
+        _device("ref_logps", value, device)
+        if ld_alpha is not None and count * 2 > len(torch.unique(sides)) + int((sides < 0).sum()):
+            raise ValueError(
+                "ref_logps has one value a sequence, expected (chosen, rejected) by pair: "
+                "with ld_alpha a sequence that serves "
+                "several pairs has a log-prob for each"
+            )
+        values = value.detach()
+        return (values[sides.clamp_min(0)] * (sides >= 0)).T.contiguous()
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(
+            f"ref_logps is {type(value).__name__}, expected a tensor ({sequences},) or a pair of tensors ({count},)"
+        )
+    for name, side in zip(("ref_logps[0]", "ref_logps[1]"), value, strict=True):
+        _shape(name, _tensor(name, side), (count,), "one value a pair")
+        _device(name, side, device)
+    return torch.stack([side.detach() for side in value])
+
+
+def kl(value: object, used: bool) -> None:
+    """A scalar tensor, for a loss that reads it."""
+    if not used:
+        raise ValueError("kl is given, but this loss does not read it")
+    tensor = _tensor("kl", value)
+    _shape("kl", tensor, (), "a 0-d tensor")
+
+
+def weighting(
+    token_weights: Tensor | None,
+    ld_alpha: float | None,
+    labels: Tensor,
+    sequences: int,
+    reduction: str,
+) -> None:
+    """Token weights and LD-DPO's alpha make sense together with the rest."""
+    if reduction == "token" and (token_weights is not None or ld_alpha is not None):
+        raise ValueError(
+            "token_weights and ld_alpha weigh the sums of reduction='sequence', expected neither with 'token'"
+        )
+    if token_weights is not None:
+        _shape(
+            "token_weights",
+            _tensor("token_weights", token_weights),
+            labels.shape,
+            "one weight a label",
+        )
+        _device("token_weights", token_weights, labels.device)
+    if ld_alpha is not None:
+        if not 0.0 <= ld_alpha <= 1.0:
+            raise ValueError(f"ld_alpha is {ld_alpha!r}, expected a value in [0, 1]")
+        if sequences % 2:
+            raise ValueError(
+                f"ld_alpha compares sequences i and i + S / 2, expected an even number of sequences, "
+                f"got {sequences}"
+            )
+
+
+def finite(loss: Tensor, **inputs: Tensor | None) -> None:
+    """The loss is finite; if it is not, the message names the input that is not finite either."""
+    if bool(torch.isfinite(loss).all()):
+        return
+    wrong = [
+        name
+        for name, value in inputs.items()
+        if value is not None and not bool(torch.isfinite(value).all())
+    ]
+    cause = (
+        f"{' and '.join(wrong)} not finite"
+        if wrong
+        else "every input is finite, so the loss overflowed"
+    )
+    raise FloatingPointError(f"the loss is not finite: {cause}")

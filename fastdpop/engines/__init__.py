@@ -1,0 +1,111 @@
+"""Engines: who computes log-probs and gradients through the head, chosen by device and overridable
+by name.
+
+    fastdpop.engines.available("cpu")      # names that can run there, best first
+    fastdpop.engines.explain("cuda")       # every engine, with the reason it can or cannot run
+    fused_dpop_loss(..., engine="eager")
+
+:mod:`fastdpop.engines.base` says what an engine owes; :func:`register` adds one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastdpop.engines.base import (
+    DEFAULT_WORKSPACE_BYTES,
+    STATISTICS,
+    Engine,
+    Gradients,
+    Logps,
+    Problem,
+    Wanted,
+)
+from fastdpop.engines.eager import EagerEngine
+
+__all__ = [
+    "DEFAULT_WORKSPACE_BYTES",
+    "STATISTICS",
+    "Engine",
+    "Explanation",
+    "Gradients",
+    "Logps",
+    "Problem",
+    "Wanted",
+    "available",
+    "choose",
+    "explain",
+    "get",
+    "register",
+]
+
+
+class Explanation(NamedTuple):
+    """One engine's answer for one device."""
+
+    name: str
+    available: bool
+    reason: str
+    chosen: bool
+
+
+_ENGINES: dict[str, Engine] = {}
+
+
+def register(engine: Engine, *, first: bool = True) -> None:
+    """Add an engine; `first` lets ``engine="auto"`` prefer it to those registered so far.
+
+    Raises:
+        ValueError: its name is taken, or is ``"auto"``.
+    """
+    if engine.name in _ENGINES or engine.name == "auto":
+        raise ValueError(f"an engine named {engine.name!r} cannot be registered: the name is taken")
+    others = dict(_ENGINES)
+    _ENGINES.clear()
+    _ENGINES.update({engine.name: engine, **others} if first else {**others, engine.name: engine})
+
+
+def get(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _ENGINES:
+        raise ValueError(f"engine is {name!r}, expected 'auto' or one of {sorted(_ENGINES)}")
+    return _ENGINES[name]
+
+
+def explain(device: torch.device | str = "cpu") -> list[Explanation]:
+    """Every engine, in order of preference, with what speaks for or against it on a device."""
+    where = torch.device(device)
+    reasons = {name: engine.unavailable(where) for name, engine in _ENGINES.items()}
+    chosen = next((name for name, reason in reasons.items() if reason is None), None)
+    return [
+        Explanation(name, reason is None, reason or f"runs on {where.type}", name == chosen)
+        for name, reason in reasons.items()
+    ]
+
+
+def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names of the engines that can run on a device, best first."""
+    return tuple(line.name for line in explain(device) if line.available)
+
+
+def choose(name: str, device: torch.device) -> str:
+    """The name of the engine that ``engine=name`` means on a device.
+
+    Raises:
+        ValueError: there is no such engine, or it cannot run there.
+    """
+    if name == "auto":
+        return available(device)[0]
+    reason = get(name).unavailable(device)
+    if reason is not None:
+        raise ValueError(f"engine {name!r} cannot run on {device}: {reason}")
+    return name
+
+
+register(EagerEngine())

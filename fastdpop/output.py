@@ -1,0 +1,44 @@
+"""What a fused loss returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    """Loss and logged values of P pairs of S sequences; float32, or float64 for float64 inputs.
+
+    Only `loss` is differentiable. A side that an unpaired example lacks counts 0 in every value.
+
+    Attributes:
+        loss: 0-d for ``reduction="mean"`` or ``"sum"``, ``(P,)`` for ``"none"``.
+        losses: ``(P,)`` loss of every pair.
+        chosen_logps, rejected_logps: ``(P,)`` summed policy log-probs, in nats.
+        chosen_rewards, rejected_rewards: ``(P,)`` implicit rewards ``beta * logratio`` (DPOP's
+            penalty stands apart, in `penalty`).
+        margins: ``(P,)`` chosen minus rejected reward.
+        accuracy: 0-d, the part of the pairs with a positive margin, of those that have both sides.
+        penalty: ``(P,)`` DPOP's hinge ``max(0, log ref(y_w|x) - log pi(y_w|x))`` in nats, not
+            scaled by lambda; None without a reference.
+        lengths: ``(S,)`` scored tokens of each input sequence, int64.
+        entropy, mean_logits, token_accuracy: ``(S,)`` token means over each input sequence (0 for
+            an empty one) of the statistics in :data:`fastdpop.engines.STATISTICS`; None unless
+            asked for.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    margins: Tensor
+    accuracy: Tensor
+    penalty: Tensor | None
+    lengths: Tensor
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    token_accuracy: Tensor | None = None
