@@ -1,0 +1,40 @@
+"""Fused DPO-Positive and the whole family of preference losses, with no full-vocabulary logits:
+hidden states in, loss and gradients out.
+
+    from fastdpop import fused_dpop_loss
+
+    out = fused_dpop_loss(hidden, model.lm_head.weight, labels, ref_logps=ref_logps)
+    out.loss.backward()
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastdpop import engines, losses
+from fastdpop.api import fused_dpop_loss, fused_logps, fused_preference_loss
+from fastdpop.output import PreferenceOutput
+
+if TYPE_CHECKING:
+    from fastdpop.hook import attach, detach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PreferenceOutput",
+    "__version__",
+    "attach",
+    "detach",
+    "engines",
+    "fused_dpop_loss",
+    "fused_logps",
+    "fused_preference_loss",
+    "losses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """attach and detach need transformers, the rest only torch: import them when they are used."""
+    if name in ("attach", "detach"):
+        from fastdpop import hook
+
+        return getattr(hook, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
