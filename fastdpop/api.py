@@ -168,6 +168,8 @@ def fused_preference_loss(
     function = losses.as_loss(loss)
     traits = function.traits
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.flag("shift_labels", shift_labels)
+    checks.flag("check_finite", check_finite)
     checks.statistics(statistics, LOGGED)
     call = _Call.of(
         hidden,
@@ -183,7 +185,7 @@ def fused_preference_loss(
     sides = checks.pairs(pairs, count, traits.accepts_unpaired, hidden.device)
     checks.reference(ref_logps, ref_hidden, ref_weight, ref_bias, traits.needs_reference)
     if kl is not None:
-        checks.kl(kl, traits.uses_kl)
+        checks.kl(kl, traits.uses_kl, hidden.device)
         kl = kl.detach().to(call.result_dtype)
 
     rows = call.rows(labels, sides, shift_labels, ld_alpha=traits.ld_alpha)
@@ -195,7 +197,8 @@ def fused_preference_loss(
             ref_sums = rows.sums(ref_call.row_logps(rows, ())[0])
         reference = _by_pair(ref_sums, rows.pairs)
     elif ref_logps is not None:
-        reference = checks.ref_logps(ref_logps, given, count, traits.ld_alpha, hidden.device)
+        by_pair = traits.ld_alpha is not None and sides is not None
+        reference = checks.ref_logps(ref_logps, given, count, by_pair, hidden.device)
 
     names = tuple(dict.fromkeys((*statistics, *traits.statistics)))
     wanted = call.wanted
@@ -224,7 +227,10 @@ def fused_preference_loss(
             weight=weight,
             bias=bias,
             ref_hidden=ref_hidden,
-            ref_logps=reference,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            ref_logps=None if ref_logps is None else reference,
+            kl=kl,
         )
     return output
 
@@ -266,6 +272,7 @@ def fused_logps(
         ValueError, TypeError: as in :func:`fused_preference_loss`.
     """
     checks.choice("reduction", reduction, ("sequence", "token"))
+    checks.flag("shift_labels", shift_labels)
     call = _Call.of(
         hidden,
         weight,
@@ -297,6 +304,7 @@ class _Call:
     sequences: int
     head: Head
     compute_dtype: torch.dtype
+    wanted_engine: str
     engine: str
     workspace_bytes: int
 
@@ -313,6 +321,7 @@ class _Call:
     ) -> _Call:
         sequences = checks.batch(hidden, labels, cu_seqlens)
         checks.projection(hidden, weight, bias)
+        compute_dtype = checks.compute_dtype(hidden, weight, bias)
         return _Call(
             hidden=hidden.reshape(-1, hidden.shape[-1]),
             weight=weight,
@@ -320,8 +329,9 @@ class _Call:
             cu_seqlens=cu_seqlens,
             sequences=sequences,
             head=head,
-            compute_dtype=checks.compute_dtype(hidden, weight, bias),
-            engine=engines.choose(engine, hidden.device),
+            compute_dtype=compute_dtype,
+            wanted_engine=engine,
+            engine=engines.choose(engine, hidden.device, compute_dtype),
             workspace_bytes=checks.workspace(workspace_bytes, DEFAULT_WORKSPACE_BYTES),
         )
 
@@ -334,12 +344,14 @@ class _Call:
             weight, bias = self.weight, self.bias
         checks.projection(hidden, weight, bias, prefix="ref_")
         checks.same_vocabulary(weight, self.weight)
+        compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix="ref_")
         return replace(
             self,
             hidden=hidden.reshape(-1, hidden.shape[-1]),
             weight=weight,
             bias=bias,
-            compute_dtype=checks.compute_dtype(hidden, weight, bias, prefix="ref_"),
+            compute_dtype=compute_dtype,
+            engine=engines.choose(self.wanted_engine, hidden.device, compute_dtype),
         )
 
     @property
@@ -425,8 +437,8 @@ def _halves(sequences: int, device: torch.device) -> Tensor:
 
 
 def _by_pair(sequence_values: Tensor, pairs: Tensor) -> Tensor:
-    """``(S,)`` values as ``(2, P)``, 0 where a side is absent."""
-    return (sequence_values[pairs.clamp_min(0)] * (pairs >= 0)).T.contiguous()
+    """``(S,)`` values as ``(2, P)``, arbitrary where a side is absent."""
+    return sequence_values[pairs.clamp_min(0)].T.contiguous()
 
 
 def _pairs(
@@ -476,7 +488,7 @@ def _output(
         rejected_rewards=rejected_rewards,
         margins=margins,
         accuracy=((margins > 0) & both).sum() / both.sum().clamp_min(1).to(margins.dtype),
-        penalty=None if pairs.ref_chosen is None else (-pairs.chosen_logratios).relu(),
+        penalty=None if pairs.ref_chosen is None else (pairs.ref_chosen - pairs.chosen).relu(),
         lengths=lengths,
         **means,
     )

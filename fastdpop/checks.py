@@ -30,6 +30,17 @@ def _device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, expected {device}, where hidden is")
 
 
+def _floats(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise ValueError(f"{name} has dtype {value.dtype}, expected floating point")
+
+
+def flag(name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+
+
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
@@ -85,10 +96,10 @@ def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
     """Weight and bias fit the hidden states."""
     name = f"{prefix}weight"
     _tensor(name, weight)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) "
-            f"to fit {prefix}hidden {tuple(hidden.shape)}"
+            f"to fit {prefix}hidden {tuple(hidden.shape)}, with V and H at least 1"
         )
     _device(name, weight, hidden.device)
     if bias is not None:
@@ -162,13 +173,15 @@ def pairs(
                 "(chosen first, then rejected), or pairs="
             )
         return None
-    table = torch.as_tensor(value)
+    try:
+        table = torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"pairs is {value!r}, expected (P, 2) sequence indices") from error
     if (
         table.dim() != 2
         or table.shape[1] != 2
         or table.shape[0] == 0
-        or table.is_floating_point()
-        or table.is_complex()
+        or table.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8)
     ):
         raise ValueError(
             f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers with P >= 1"
@@ -206,21 +219,26 @@ def reference(
 
 
 def ref_logps(
-    value: object, sides: Tensor, sequences: int, ld_alpha: float | None, device: torch.device
+    value: object, sides: Tensor, sequences: int, weighed_by_pair: bool, device: torch.device
 ) -> Tensor:
-    """Reference log-probs as ``(2, P)``."""
+    """Reference log-probs as ``(2, P)``, arbitrary where a side is absent.
+
+    `weighed_by_pair`: a sequence's log-prob depends on its partner (LD-DPO), and sides may share
+    sequences.
+    """
     count = len(sides)
     if isinstance(value, Tensor):
         _shape("ref_logps", value, (sequences,), "one value a sequence, or pass (chosen, rejected)")
         _device("ref_logps", value, device)
-        if ld_alpha is not None and count * 2 > len(torch.unique(sides)) + int((sides < 0).sum()):
-            raise ValueError(
-                "ref_logps has one value a sequence, expected (chosen, rejected) by pair: "
-                "with ld_alpha a sequence that serves "
-                "several pairs has a log-prob for each"
-            )
-        values = value.detach()
-        return (values[sides.clamp_min(0)] * (sides >= 0)).T.contiguous()
+        _floats("ref_logps", value)
+        if weighed_by_pair:
+            present = sides[sides >= 0].tolist()
+            if len(set(present)) < len(present):
+                raise ValueError(
+                    "ref_logps has one value a sequence, expected (chosen, rejected) by pair: with "
+                    "ld_alpha a sequence that serves several pairs has a log-prob for each"
+                )
+        return value.detach()[sides.clamp_min(0)].T.contiguous()
     if not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(
             f"ref_logps is {type(value).__name__}, expected a tensor ({sequences},) or a pair of tensors ({count},)"
@@ -228,15 +246,18 @@ def ref_logps(
     for name, side in zip(("ref_logps[0]", "ref_logps[1]"), value, strict=True):
         _shape(name, _tensor(name, side), (count,), "one value a pair")
         _device(name, side, device)
+        _floats(name, side)
     return torch.stack([side.detach() for side in value])
 
 
-def kl(value: object, used: bool) -> None:
+def kl(value: object, used: bool, device: torch.device) -> None:
     """A scalar tensor, for a loss that reads it."""
     if not used:
         raise ValueError("kl is given, but this loss does not read it")
     tensor = _tensor("kl", value)
     _shape("kl", tensor, (), "a 0-d tensor")
+    _device("kl", tensor, device)
+    _floats("kl", tensor)
 
 
 def weighting(
@@ -260,7 +281,7 @@ def weighting(
         )
         _device("token_weights", token_weights, labels.device)
     if ld_alpha is not None:
-        if not 0.0 <= ld_alpha <= 1.0:
+        if not isinstance(ld_alpha, (int, float)) or not 0.0 <= ld_alpha <= 1.0:
             raise ValueError(f"ld_alpha is {ld_alpha!r}, expected a value in [0, 1]")
         if sequences % 2:
             raise ValueError(

@@ -33,7 +33,8 @@ class Head:
             value = getattr(self, name)
             if value is None and name == "softcap":
                 continue
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
                 allowed = "a positive finite number" + (" or None" if name == "softcap" else "")
                 raise ValueError(f"{name} is {value!r}, expected {allowed}")
             object.__setattr__(self, name, float(value))

@@ -365,7 +365,13 @@ def pair_loss(
         )
         logps = layout.sums(result.logps)
         all_pairs = torch.arange(len(layout.pairs), device=layout.pairs.device)
-        total = value(layout, logps, result.statistics, all_pairs)
+        with _autograd_allowed():
+            total = value(layout, logps, result.statistics, all_pairs)
+    if total.requires_grad:
+        raise ValueError(
+            "the loss holds a tensor that requires gradients, which a pass over single pairs does "
+            "not give: detach it, or let the loss couple pairs (a plain function does)"
+        )
     return total, logps, result.statistics, *_outputs(gradients, logps)
 
 

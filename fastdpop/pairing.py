@@ -44,7 +44,8 @@ def pair_logps(
         rows: the layout, with P pairs of S sequences.
         sequence_logps: ``(S,)`` policy log-probs, differentiable.
         totals: those of the whole batch, of which `rows` may be a part.
-        reference: ``(2, P)`` reference log-probs of chosen and rejected.
+        reference: ``(2, P)`` reference log-probs of chosen and rejected; anything, NaN included,
+            where a side is absent.
         aligned: ``(S,)`` token sums of the `aligned_logps` statistic.
         kl: 0-d, KTO's reference point.
     """
@@ -57,8 +58,8 @@ def pair_logps(
         rejected=rejected,
         chosen_lengths=_side(rows, rows.lengths, 0)[0].to(dtype),
         rejected_lengths=_side(rows, rows.lengths, 1)[0].to(dtype),
-        ref_chosen=None if ref_chosen is None else ref_chosen * chosen_present,
-        ref_rejected=None if ref_rejected is None else ref_rejected * rejected_present,
+        ref_chosen=None if ref_chosen is None else _masked(ref_chosen, chosen_present),
+        ref_rejected=None if ref_rejected is None else _masked(ref_rejected, rejected_present),
         chosen_aligned_logps=None if aligned is None else _side(rows, aligned, 0)[0],
         rejected_aligned_logps=None if aligned is None else _side(rows, aligned, 1)[0],
         chosen_present=chosen_present,
@@ -75,4 +76,9 @@ def _side(rows: Rows, sequence_values: Tensor, side: int) -> tuple[Tensor, Tenso
     sequence = rows.pairs[:, side]
     present = sequence >= 0
     values = sequence_values[sequence.clamp_min(0)]
-    return torch.where(present, values, torch.zeros_like(values)), present
+    return _masked(values, present), present
+
+
+def _masked(values: Tensor, present: Tensor) -> Tensor:
+    """The values, 0 where a side is absent (a product would leave NaN and infinity there)."""
+    return torch.where(present, values, torch.zeros_like(values))

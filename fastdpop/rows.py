@@ -154,7 +154,7 @@ def lay_out(
         bounds = cu_seqlens.to(device=labels.device, dtype=torch.int64)
         _check_bounds(bounds, labels.numel())
     position, sequence = _scored(labels.reshape(-1), bounds, shift)
-    targets = labels.reshape(-1)[position]
+    targets = labels.reshape(-1)[position].long()
     _check_targets(targets, vocab_size)
     weights = (
         None if token_weights is None else token_weights.detach().reshape(-1)[position].double()

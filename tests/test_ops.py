@@ -1,0 +1,167 @@
+"""The operators by torch.library's own checks, and first derivatives by finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+from fastdpop import fused_logps, losses, ops
+from fastdpop.head import Head
+from fastdpop.rows import Rows
+from tests.batches import HEADS, LOSSES, Batch, batch, fused
+
+WORKSPACE = 20_000
+
+
+def options(dtype: torch.dtype = torch.float32, head: str = "all") -> tuple[Any, ...]:
+    return ops.head_numbers(HEADS[head]), dtype, WORKSPACE, "eager"
+
+
+def rows_of(example: Batch, **given: Any) -> tuple[list[Tensor], Rows]:
+    alpha = given.get("ld_alpha")
+    pairs = given.get("pairs")
+    tensors = ops.lay_out(example.labels, 37, None, pairs, True, None, alpha)
+    return tensors, ops.rows_from(tensors, members=alpha is not None, weights=alpha is not None)
+
+
+def row_inputs(example: Batch, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    hidden = example.hidden.detach().flatten(0, 1)[rows.index]
+    hidden.requires_grad_(example.hidden.requires_grad)
+    return hidden, example.weight, example.bias, rows.targets, rows.groups[0]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"pairs": torch.tensor([[0, 3], [0, 4]])},
+        {"pairs": torch.tensor([[0, -1], [-1, 4], [0, 4]]), "ld_alpha": 0.5},
+        {"ld_alpha": 0.5},
+        {"token_weights": torch.rand(6, 9)},
+        {"token_weights": torch.rand(6, 9), "ld_alpha": 0.0},
+    ],
+    ids=lambda given: " ".join(given) or "default",
+)
+def test_lay_out(given: dict[str, Any], shift: bool) -> None:
+    example = batch(3)
+    pairs, weights = given.get("pairs"), given.get("token_weights")
+    alpha = given.get("ld_alpha")
+    opcheck(ops.lay_out, (example.labels, 37, None, pairs, shift, weights, alpha))
+    bounds = torch.arange(7) * 9
+    flat = None if weights is None else weights.flatten()
+    opcheck(ops.lay_out, (example.labels.flatten(), 37, bounds, pairs, shift, flat, alpha))
+
+
+def test_lay_out_of_int32_labels_and_of_nothing() -> None:
+    example = batch(3)
+    opcheck(ops.lay_out, (example.labels.int(), 37, None, None, True, None, None))
+    opcheck(ops.lay_out, (torch.full((2, 3), -100), 37, None, None, True, None, 0.5))
+    opcheck(ops.lay_out, (example.labels[:5], 37, None, None, True, None, None))
+
+
+@pytest.mark.parametrize("keep_direction", [True, False])
+@pytest.mark.parametrize("statistics", ["", "entropy,aligned_logps"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_row_logps(dtype: torch.dtype, bias: bool, statistics: str, keep_direction: bool) -> None:
+    example = batch(3, dtype=dtype, bias=bias, trained=not keep_direction)
+    inputs = row_inputs(example, rows_of(example)[1])
+    opcheck(ops.row_logps, (*inputs, *options(dtype), statistics, keep_direction))
+
+
+def test_row_logps_under_autocasts_dtype() -> None:
+    example = batch(3, bias=True)
+    inputs = row_inputs(example, rows_of(example)[1])
+    opcheck(ops.row_logps, (*inputs, *options(torch.bfloat16), "", False))
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False], [True, False, False]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row_logps_backward(dtype: torch.dtype, wanted: list[bool]) -> None:
+    example = batch(3, dtype=dtype, bias=True)
+    _, rows = rows_of(example)
+    inputs = [t.detach() for t in row_inputs(example, rows) if t is not None]
+    lse = ops.row_logps(*inputs, *options(dtype), "", False)[1]
+    gradient = torch.randn(len(rows.index))
+    opcheck(ops.row_logps_backward, (gradient, *inputs, lse, wanted, *options(dtype)))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dpop", "kto", "wpo", "ld", "shared"])
+def test_pair_loss(name: str, dtype: torch.dtype, bias: bool) -> None:
+    example = batch(3, dtype=dtype, bias=bias)
+    loss = losses.get("dpop") if name == "shared" else LOSSES[name]
+    pairs = torch.tensor([[0, 3], [0, 4], [2, 5]]) if name == "shared" else None
+    tensors, rows = rows_of(example, pairs=pairs, ld_alpha=loss.traits.ld_alpha)
+    tensors = ops.rows_to(rows)
+    hidden, weight, offset, *_ = row_inputs(example, rows)
+    reference = torch.randn(2, 3, dtype=example.ref_logps.dtype)
+    kl = torch.tensor(0.5, dtype=reference.dtype) if name == "kto" else None
+    arguments = (hidden, weight, offset, tensors, reference, kl, losses.key_of(loss), True)
+    wanted = [True, True, bias]
+    statistics = ",".join(("entropy", *loss.traits.statistics))
+    opcheck(ops.pair_loss, (*arguments, wanted, *options(dtype), statistics))
+
+
+def test_pair_loss_of_some_gradients() -> None:
+    example = batch(3, bias=True)
+    example.hidden.requires_grad_(False)
+    tensors, rows = rows_of(example)
+    hidden, weight, offset, *_ = row_inputs(example, rows)
+    key = losses.key_of(losses.get("sft"))
+    arguments = (hidden, weight, offset, tensors, None, None, key, False, [False, True, True])
+    opcheck(ops.pair_loss, (*arguments, *options(), ""))
+
+
+def derivatives_agree(example: Batch, loss: losses.PreferenceLoss, head: Head, **more: Any) -> None:
+    leaves = example.trained
+
+    def run(*changed: Tensor) -> Tensor:
+        given = dict(zip(map(id, leaves), changed, strict=True))
+        hidden, weight, bias = (
+            None if t is None else given.get(id(t), t)
+            for t in (example.hidden, example.weight, example.bias)
+        )
+        assert hidden is not None
+        assert weight is not None
+        own = Batch(hidden, weight, bias, example.labels, example.ref_logps)
+        return fused(own, loss, head, workspace_bytes=WORKSPACE, **more).loss
+
+    assert gradcheck(run, leaves, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["dpop", "dpop additive", "ipo", "orpo", "sft", "ld", "sum"])
+def test_gradcheck_of_losses(name: str, reduction: str, trained: bool) -> None:
+    example = batch(2, 5, 4, 7, dtype=torch.float64, bias=True, trained=trained)
+    loss = LOSSES[name]
+    derivatives_agree(example, loss, HEADS["plain"], reduction=reduction)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("head", HEADS)
+def test_gradcheck_of_heads(head: str, trained: bool) -> None:
+    example = batch(2, 5, 4, 7, dtype=torch.float64, bias=True, trained=trained)
+    derivatives_agree(example, LOSSES["dpop"], HEADS[head])
+    derivatives_agree(example, LOSSES["dpo"], HEADS[head], pairs=[[0, 2], [0, 3]])
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_gradcheck_of_logps(reduction: str, trained: bool) -> None:
+    example = batch(2, 5, 4, 7, dtype=torch.float64, trained=trained)
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused_logps(
+            hidden, weight, example.labels, reduction=reduction, workspace_bytes=WORKSPACE
+        )
+
+    assert gradcheck(run, (example.hidden, example.weight), eps=1e-6, atol=1e-7, rtol=1e-5)
