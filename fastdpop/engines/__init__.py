@@ -23,6 +23,7 @@ from fastdpop.engines.base import (
     Problem,
     Wanted,
 )
+from fastdpop.engines.cpu import CPUEngine
 from fastdpop.engines.eager import EagerEngine
 
 __all__ = [
@@ -78,10 +79,12 @@ def get(name: str) -> Engine:
     return _ENGINES[name]
 
 
-def explain(device: torch.device | str = "cpu") -> list[Explanation]:
-    """Every engine, in order of preference, with what speaks for or against it on a device."""
+def explain(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Explanation]:
+    """Every engine, in order of preference, with what speaks for or against it."""
     where = torch.device(device)
-    reasons = {name: engine.unavailable(where) for name, engine in _ENGINES.items()}
+    reasons = {name: engine.unavailable(where, dtype) for name, engine in _ENGINES.items()}
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     return [
         Explanation(name, reason is None, reason or f"runs on {where.type}", name == chosen)
@@ -89,23 +92,27 @@ def explain(device: torch.device | str = "cpu") -> list[Explanation]:
     ]
 
 
-def available(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names of the engines that can run on a device, best first."""
-    return tuple(line.name for line in explain(device) if line.available)
+def available(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """Names of the engines that can compute on a device in a dtype, best first."""
+    return tuple(line.name for line in explain(device, dtype) if line.available)
 
 
-def choose(name: str, device: torch.device) -> str:
-    """The name of the engine that ``engine=name`` means on a device.
+@torch.compiler.assume_constant_result
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the engine that ``engine=name`` means on a device, for products in a dtype.
 
     Raises:
-        ValueError: there is no such engine, or it cannot run there.
+        ValueError: there is no such engine, or it cannot compute that.
     """
     if name == "auto":
-        return available(device)[0]
-    reason = get(name).unavailable(device)
+        return available(device, dtype)[0]
+    reason = get(name).unavailable(device, dtype)
     if reason is not None:
         raise ValueError(f"engine {name!r} cannot run on {device}: {reason}")
     return name
 
 
 register(EagerEngine())
+register(CPUEngine())

@@ -116,8 +116,8 @@ class Engine(Protocol):
 
     name: str
 
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this engine cannot run on a device, or None if it can."""
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this engine cannot compute on a device in a dtype, or None if it can."""
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
         """Log-probs alone: 2 units."""

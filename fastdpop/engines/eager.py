@@ -41,9 +41,9 @@ class EagerEngine:
 
     name = "eager"
 
-    def unavailable(self, device: torch.device) -> str | None:
-        """Never: plain torch runs on every device."""
-        del device
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Never: plain torch runs on every device, in every dtype."""
+        del device, dtype
         return None
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
@@ -252,7 +252,8 @@ class _Run:
         ``c``-weighted dWeight and dBias to the sums.
         """
         p = self.problem
-        hidden = p.hidden[rows].to(self.dtype)
+        # As the forward pass saw them: autocast rounds hidden states here too.
+        hidden = p.hidden[rows].to(p.compute_dtype).to(self.dtype)
         scaled = hidden * c[:, None] if c is not None and weight_sum is not None else None
         direction = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
         targets, lse = p.targets[rows], self.lse[rows, None]

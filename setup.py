@@ -1,0 +1,50 @@
+"""Builds the C++ library of the CPU engine; everything else stands in pyproject.toml.
+
+It is a plain shared library with a C interface, loaded with ctypes: it builds without torch, and
+    one
+build serves every version of it. Without a compiler the package installs without the library and
+computes with plain torch.
+"""
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = ["library", "generic", "avx2", "avx512", "avx512bf16"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wno-maybe-uninitialized",
+]
+
+
+class BuildHead(build_ext):
+    """Falls back to one thread without OpenMP, and to no library without a compiler."""
+
+    def build_extension(self, extension: Extension) -> None:
+        for openmp in (["-fopenmp"], []):
+            extension.extra_compile_args = [*FLAGS, *openmp]
+            extension.extra_link_args = openmp
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                self.warn(f"building {extension.name} {' '.join(openmp)} failed: {error}")
+            else:
+                return
+        self.warn("fastdpop is installed without its C++ library: it computes with plain torch")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "fastdpop.engines._head",
+            sources=[f"csrc/{name}.cpp" for name in SOURCES],
+            depends=["csrc/before.h", "csrc/head.h", "csrc/kernels.inl"],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildHead},
+)
