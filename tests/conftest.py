@@ -12,6 +12,9 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("fastdpop", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("fastdpop")
+# The problems are tiny; two threads that wait for each other on a busy machine take a hundred times
+# as long as one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from fastdpop.engines import STATISTICS, Engine, Problem, Wanted
 from fastdpop.engines.cpu import CPUEngine, instruction_sets
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.head import Head
-from tests.batches import HEADS
+from tests.batches import HEADS, assert_as_exact_as_torch
 
 ALL = Wanted(True, True, True)
 TINY = 1
@@ -94,16 +94,6 @@ def rounded_gradients(p: Problem, c: Tensor) -> list[Tensor]:
     scaled = p.head.scale_by_slope_(g * c[:, None].float(), z).to(p.hidden.dtype).float()
     hidden = (direction @ p.weight.float()) * c[:, None].float()
     return [hidden, scaled.T @ p.hidden.float(), *([] if p.bias is None else [scaled.sum(0)])]
-
-
-def assert_as_exact_as_torch(got: Tensor, exact: Tensor, torchs: Tensor) -> None:
-    """Our largest error is at most twice PyTorch's, give or take a few last bits of the largest
-    value.
-    """
-    assert got.isfinite().all()
-    last_bits = 4 * torch.finfo(got.dtype).eps * float(exact.abs().max())
-    error, torchs_error = (float((t.double() - exact).abs().max()) for t in (got, torchs))
-    assert error <= 2 * torchs_error + last_bits
 
 
 def compare(engine: Engine, p: Problem) -> None:
