@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test lint format docs bench demo clean
+.PHONY: help setup test lint format docs bench sanitize demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -45,6 +45,13 @@ docs: setup ## build the documentation into site/
 
 bench: setup ## speed and memory against plain PyTorch
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
+	mkdir -p build/sanitize
+	$(CXX) -std=c++17 -O1 -g -fPIC -shared -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	  -Wno-maybe-uninitialized -o build/sanitize/_head.so csrc/*.cpp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 FASTDPOP_LIBRARY=build/sanitize/_head.so $(BIN)/python -m pytest tests/engines $(ARGS)
 
 demo: setup ## train a small language model with DPO and with DPOP, and see the difference
 	$(BIN)/fastdpop demo $(ARGS)

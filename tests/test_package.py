@@ -69,15 +69,22 @@ def test_command_line_entry_point() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_from_sdist(tmp_path: Path) -> None:
-    """A wheel built from the sdist, as an index serves it, holds every module, the assets and the type marker."""
+@pytest.mark.parametrize("compiler", [True, False])
+def test_wheel_from_sdist(compiler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel built from the sdist, as an index serves it, holds every module, the assets and the
+    type marker, and the C++ library where there is a compiler.
+    """
+    if not compiler:
+        for name in ("CC", "CXX"):
+            monkeypatch.setenv(name, "/no/such/compiler")
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
+    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
+    for name in files:
         shutil.copy(ROOT / name, source)
-    shutil.copytree(
-        ROOT / "fastdpop", source / "fastdpop", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    built = shutil.ignore_patterns("__pycache__", "*.so")
+    for folder in ("fastdpop", "csrc"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=built)
     run(f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", source)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -94,8 +101,12 @@ def test_wheel_from_sdist(tmp_path: Path) -> None:
         for path in (source / "fastdpop").rglob("*")
         if path.is_file()
     }
-    assert held == there
+    library = {name for name in held if name.startswith("fastdpop/engines/_head")}
+    assert held - library == there
+    assert len(library) == compiler
     assert "fastdpop/py.typed" in held
     assert any(name.startswith("fastdpop/assets/") for name in held)
-    where = run("import fastdpop; print(fastdpop.__file__)", tmp_path / "installed")
-    assert Path(where.strip()).is_relative_to(tmp_path / "installed")
+    code = "import fastdpop; print(fastdpop.__file__); print(fastdpop.engines.available())"
+    where, engines = run(code, tmp_path / "installed").splitlines()
+    assert Path(where).is_relative_to(tmp_path / "installed")
+    assert engines == str(("cpu", "eager") if compiler else ("eager",))

@@ -19,9 +19,11 @@ def centred(pairs: PairLogps) -> Tensor:
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("engine", ["auto", "eager"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss(name: str, dtype: torch.dtype, trained: bool) -> None:
-    assert_by_definition(batch(4, dtype=dtype, bias=True, trained=trained), LOSSES[name])
+def test_every_loss(name: str, engine: str, dtype: torch.dtype, trained: bool) -> None:
+    example = batch(4, dtype=dtype, bias=True, trained=trained)
+    assert_by_definition(example, LOSSES[name], engine=engine)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
