@@ -34,11 +34,13 @@ test: lint docs ## all checks: lint, types, docs, tests
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy fastdpop
 
 format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
 
 docs: setup ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -6,6 +6,8 @@ build serves every version of it. Without a compiler the package installs withou
 computes with plain torch.
 """
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -41,7 +43,7 @@ setup(
         Extension(
             "fastdpop.engines._head",
             sources=[f"csrc/{name}.cpp" for name in SOURCES],
-            depends=["csrc/before.h", "csrc/head.h", "csrc/kernels.inl"],
+            depends=[*map(str, Path("csrc").glob("*.[hi]*"))],
             language="c++",
             optional=True,
         )

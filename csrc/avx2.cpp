@@ -8,7 +8,10 @@
 
 namespace fastdpop {
 namespace {
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
 }  // namespace
 extern const Kernels kAVX2 = {"avx2", supported, ROWS, TILE, forward, backward};
 }  // namespace fastdpop

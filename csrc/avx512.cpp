@@ -8,7 +8,10 @@
 
 namespace fastdpop {
 namespace {
-bool supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 }  // namespace
 extern const Kernels kAVX512 = {"avx512", supported, ROWS, TILE, forward, backward};
 }  // namespace fastdpop

@@ -1,5 +1,6 @@
-// What the kernels include, before `#pragma GCC target`: inline functions of the standard library must not be compiled for an
-// instruction set, since the linker keeps one copy of each for the whole library.
+// What the kernels include, before `#pragma GCC target`: inline functions of the standard library
+// must not be compiled for an instruction set, since the linker keeps one copy of each for the
+// whole library.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -10,7 +10,9 @@ using fastdpop::Kernels;
 
 const Kernels* const kAll[] = {
 #if defined(__x86_64__)
-    &fastdpop::kAVX512BF16, &fastdpop::kAVX512, &fastdpop::kAVX2,
+    &fastdpop::kAVX512BF16,
+    &fastdpop::kAVX512,
+    &fastdpop::kAVX2,
 #endif
     &fastdpop::kGeneric,
 };
@@ -36,9 +38,10 @@ EXPORT int64_t fastdpop_tile(int32_t index) { return kAll[index]->tile; }
 // Size of Problem, by which Python checks that it lays the structure out alike.
 EXPORT int64_t fastdpop_problem_size() { return sizeof(fastdpop::Problem); }
 
-// Finds rows that are the same, bit for bit: `first` gets the index of every row that repeats no earlier one, `which` the position in
-// `first` of every row. Returns the number of distinct rows.
-EXPORT int64_t fastdpop_distinct(int64_t rows, int64_t row_bytes, const void* hidden, const int64_t* targets, int64_t* first, int64_t* which) {
+// Finds rows that are the same, bit for bit: `first` gets the index of every row that repeats no
+// earlier one, `which` the position in `first` of every row. Returns the number of distinct rows.
+EXPORT int64_t fastdpop_distinct(int64_t rows, int64_t row_bytes, const void* hidden,
+                                 const int64_t* targets, int64_t* first, int64_t* which) {
   const char* data = static_cast<const char*>(hidden);
   int64_t slots = 1, count = 0;
   while (slots < 2 * rows) slots *= 2;
@@ -60,7 +63,8 @@ EXPORT int64_t fastdpop_distinct(int64_t rows, int64_t row_bytes, const void* hi
         break;
       }
       const int64_t other = first[table[size_t(slot)]];
-      if (targets[other] == targets[row] && std::memcmp(data + other * row_bytes, own, size_t(row_bytes)) == 0) {
+      if (targets[other] == targets[row] &&
+          std::memcmp(data + other * row_bytes, own, size_t(row_bytes)) == 0) {
         which[row] = table[size_t(slot)];
         break;
       }
@@ -69,7 +73,11 @@ EXPORT int64_t fastdpop_distinct(int64_t rows, int64_t row_bytes, const void* hi
   return count;
 }
 
-EXPORT void fastdpop_forward(int32_t index, const fastdpop::Problem* problem) { kAll[index]->forward(*problem); }
+EXPORT void fastdpop_forward(int32_t index, const fastdpop::Problem* problem) {
+  kAll[index]->forward(*problem);
+}
 
-EXPORT void fastdpop_backward(int32_t index, const fastdpop::Problem* problem) { kAll[index]->backward(*problem); }
+EXPORT void fastdpop_backward(int32_t index, const fastdpop::Problem* problem) {
+  kAll[index]->backward(*problem);
+}
 }

@@ -1,0 +1,245 @@
+// The first pass: log-probs, statistics and directions, block of rows by block of rows.
+
+// What a slice of the vocabulary finds for a panel: the fields of Running, lane by lane, the
+// target's logit, and the direction (width, ROWS), without the target's share.
+enum Field { kMax, kSum, kLargest, kWeighted, kTotal, kSquares, kTarget, kFields };
+
+inline int64_t part_size(const Problem& p) {
+  return (kFields + (p.direction ? p.width : 0)) * ROWS;
+}
+
+// The logits of one tile for one panel: updates the running softmax, and leaves exp(z - max) (times
+// the slope, under softcap) as the operand of the direction. Returns whether the direction so far
+// must be scaled by `factor`. EXTRA: statistics or softcap are wanted.
+template <bool PAIRS, bool EXTRA>
+bool softmax_tile(const Problem& p, int64_t count, const float* z, Running* running, vf* factor,
+                  uint32_t* weights, uint16_t* kept, float* kept_max) {
+  vf top[VECTORS], sum[VECTORS], max[VECTORS], before[VECTORS];
+  for (int j = 0; j < VECTORS; j++) top[j] = all(std::numeric_limits<float>::lowest());
+  for (int64_t v = 0; v < count; v++)
+    for (int j = 0; j < VECTORS; j++) top[j] = larger(load(z + v * ROWS + j * LANES), top[j]);
+  bool moved = false;
+  for (int j = 0; j < VECTORS; j++) {
+    moved |= rebase(running[j], top[j], factor[j]);
+    max[j] = running[j].max;
+    sum[j] = before[j] = vf{};
+    if (kept) store(kept_max + j * LANES, max[j]);
+  }
+  for (int64_t v = 0; v < count; v++) {
+    vf e[VECTORS];
+    for (int j = 0; j < VECTORS; j++) {
+      const vf logit = load(z + v * ROWS + j * LANES), shifted = logit - max[j];
+      e[j] = exponential(shifted);
+      sum[j] += e[j];
+      if (!EXTRA) continue;
+      Running& r = running[j];
+      if (p.entropy) r.weighted += select(e[j] > 0.0f, e[j] * shifted, e[j]);
+      if (p.mean_logits) r.total += logit;
+      if (p.aligned_logps) r.squares += e[j] * e[j];
+    }
+    if (kept) keep(kept + v * ROWS, e);
+    if (!p.direction) continue;
+    if (EXTRA && p.softcap)
+      for (int j = 0; j < VECTORS; j++) e[j] *= slope(p, load(z + v * ROWS + j * LANES));
+    for (int j = 0; j < VECTORS; j++) {
+      if (!PAIRS)
+        store(reinterpret_cast<float*>(weights) + v * ROWS + j * LANES, e[j]);
+      else if (v % 2)
+        *reinterpret_cast<vu*>(weights + v / 2 * ROWS + j * LANES) = interleave(before[j], e[j]);
+      else if (v + 1 == count)
+        *reinterpret_cast<vu*>(weights + v / 2 * ROWS + j * LANES) = interleave(e[j], vf{});
+      before[j] = e[j];
+    }
+  }
+  for (int j = 0; j < VECTORS; j++) add_exactly(running[j], sum[j]);
+  return moved;
+}
+
+// Adds what another slice of the vocabulary found for the same panel.
+void merge(const Problem& p, float* total, const float* part) {
+  for (int64_t j = 0; j < ROWS; j += LANES) {
+    auto field = [&](float* of, Field which) { return of + which * ROWS + j; };
+    auto other = [&](Field which) { return load(part + which * ROWS + j); };
+    const vf old = load(field(total, kMax)), max = larger(old, other(kMax));
+    const vf shift = larger(old - max, all(-1e4f)),
+             other_shift = larger(other(kMax) - max, all(-1e4f));
+    const vf factor = exponential(shift), other_factor = exponential(other_shift);
+    const vf sum = load(field(total, kSum)), weighted = load(field(total, kWeighted));
+    store(field(total, kWeighted),
+          factor * (weighted + select(sum > 0.0f, shift * sum, vf{})) +
+              other_factor *
+                  (other(kWeighted) + select(other(kSum) > 0.0f, other_shift * other(kSum), vf{})));
+    store(field(total, kMax), max);
+    store(field(total, kSum), factor * sum + other_factor * other(kSum));
+    store(field(total, kLargest), larger(load(field(total, kLargest)), other(kLargest)));
+    store(field(total, kTotal), load(field(total, kTotal)) + other(kTotal));
+    store(field(total, kSquares), factor * factor * load(field(total, kSquares)) +
+                                      other_factor * other_factor * other(kSquares));
+    // Only the slice that holds the target knows its logit; the others hold 0.
+    store(field(total, kTarget), load(field(total, kTarget)) + other(kTarget));
+    if (!p.direction) continue;
+    for (int64_t h = 0; h < p.width; h++) {
+      float* at = total + (kFields + h) * ROWS + j;
+      store(at, factor * load(at) + other_factor * load(part + (kFields + h) * ROWS + j));
+    }
+  }
+}
+
+// Log-probs, statistics and directions of one panel, once the whole vocabulary has gone by.
+void finish_panel(const Problem& p, int64_t panel, const float* part) {
+  const Operand weight = weight_of(p);
+  const int64_t first = panel * ROWS, there = std::min(ROWS, p.rows - first);
+  for (int64_t lane = 0; lane < there; lane++) {
+    const int64_t row = first + lane;
+    auto field = [&](Field which) { return double(part[which * ROWS + lane]); };
+    const double sum = field(kSum), log_sum = std::log(sum), target = field(kTarget),
+                 logp = target - field(kMax) - log_sum;
+    p.lse[row] = float(log_sum + field(kMax));
+    p.logps[row] = float(logp);
+    if (p.entropy) p.entropy[row] = float(log_sum - field(kWeighted) / sum);
+    if (p.mean_logits) p.mean_logits[row] = float(field(kTotal) / double(p.vocabulary));
+    if (p.token_accuracy) p.token_accuracy[row] = target >= field(kLargest) ? 1.0f : 0.0f;
+    if (p.aligned_logps)
+      p.aligned_logps[row] = float(logp - (std::log(field(kSquares)) - 2.0 * log_sum));
+    if (!p.direction) continue;
+    const float of_target =
+        float(-std::expm1(logp)) * (p.softcap ? slope(p, all(float(target)))[0] : p.scale);
+    const float of_others = float((p.softcap ? 1.0 : double(p.scale)) / sum);
+    for (int64_t h = 0; h < p.width; h++)
+      p.direction[row * p.width + h] =
+          of_target * weight.value(p.targets[row] * p.weight_stride + h) -
+          of_others * part[(kFields + h) * ROWS + lane];
+  }
+}
+
+// Panels of a block.
+inline int64_t panels_in(const Problem& p, int64_t block) {
+  return std::min(BLOCK, (p.rows + ROWS - 1) / ROWS - block * BLOCK);
+}
+
+// One slice of the vocabulary for the panels of one block; `parts` has one part a panel.
+template <bool PAIRS>
+void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_t* packed,
+                   float* parts) {
+  const int64_t panels = (p.rows + ROWS - 1) / ROWS, start = block * BLOCK,
+                mine = panels_in(p, block);
+  const int64_t depth = words<PAIRS>(p.width), part_stride = part_size(p),
+                tiles = (p.vocabulary + TILE - 1) / TILE;
+  const int64_t first = tiles * slice / SLICES, last = tiles * (slice + 1) / SLICES;
+  Scratch logits(TILE * ROWS), weights(TILE * ROWS), copy(TILE * depth),
+      columns(PAIRS ? TILE / 2 * p.width : 1);
+  Running running[BLOCK][VECTORS];
+  for (int64_t i = 0; i < mine; i++) {
+    for (int64_t j = 0; j < VECTORS; j++) reset(running[i][j]);
+    std::fill(parts + i * part_stride + kTarget * ROWS, parts + (i + 1) * part_stride, 0.0f);
+  }
+  for (int64_t t = first; t < last; t++) {
+    const int64_t token = t * TILE, count = std::min(TILE, p.vocabulary - token);
+    const Tile rows = weight_rows<PAIRS>(p, token, count, copy.get());
+    const Tile by_column =
+        p.direction ? weight_columns<PAIRS>(p, rows, count, columns.get()) : Tile{};
+    for (int64_t i = 0; i < mine; i++) {
+      float *z = logits.floats(), *part = parts + i * part_stride,
+            *direction = part + kFields * ROWS;
+      product<PAIRS>(count, depth, rows.data, rows.stride, 1, packed + i * depth * ROWS, z, ROWS,
+                     false);
+      transform(p, token, count, z);
+      for (int64_t lane = 0; lane < ROWS && (start + i) * ROWS + lane < p.rows; lane++) {
+        const int64_t here = p.targets[(start + i) * ROWS + lane] - token;
+        if (here >= 0 && here < count) part[kTarget * ROWS + lane] = z[here * ROWS + lane];
+      }
+      vf factor[VECTORS];
+      const int64_t place = t * panels + start + i;
+      uint16_t* kept = p.kept ? p.kept + place * TILE * ROWS : nullptr;
+      float* kept_max = p.kept ? p.kept_max + place * ROWS : nullptr;
+      const bool extra = p.softcap || p.entropy || p.mean_logits || p.aligned_logps;
+      const bool moved = (extra ? softmax_tile<PAIRS, true>
+                                : softmax_tile<PAIRS, false>)(p, count, z, running[i], factor,
+                                                              weights.get(), kept, kept_max);
+      if (!p.direction) continue;
+      // The target's own share is added exactly at the end: near certainty, 1 - p would drown in
+      // the rounding of p.
+      for (int64_t lane = 0; lane < ROWS && (start + i) * ROWS + lane < p.rows; lane++) {
+        const int64_t here = p.targets[(start + i) * ROWS + lane] - token;
+        if (here < 0 || here >= count) continue;
+        uint32_t& word = weights.get()[(PAIRS ? here / 2 : here) * ROWS + lane];
+        word &= !PAIRS ? 0u : here % 2 ? 0xffffu : 0xffff0000u;
+      }
+      if (moved && t > first)
+        for (int64_t h = 0; h < p.width; h++)
+          for (int64_t j = 0; j < VECTORS; j++)
+            store(direction + h * ROWS + j * LANES,
+                  factor[j] * load(direction + h * ROWS + j * LANES));
+      product<PAIRS>(p.width, words<PAIRS>(count), by_column.data, 1, by_column.stride,
+                     weights.get(), direction, ROWS, true);
+    }
+  }
+  for (int64_t i = 0; i < mine; i++)
+    for (int64_t j = 0; j < VECTORS; j++) {
+      const Running& r = running[i][j];
+      float* part = parts + i * part_stride + j * LANES;
+      store(part + kMax * ROWS, r.max);
+      store(part + kSum * ROWS, r.sum);
+      store(part + kLargest * ROWS, r.largest);
+      store(part + kWeighted * ROWS, r.weighted);
+      store(part + kTotal * ROWS, r.total);
+      store(part + kSquares * ROWS, r.squares);
+    }
+}
+
+// Runs f(0) ... f(count - 1) on the problem's threads; which thread runs what does not change a
+// result.
+template <class F>
+void parallel(const Problem& p, int64_t count, const F& f) {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads)
+#endif
+  for (int64_t i = 0; i < count; i++) f(i);
+}
+
+template <bool PAIRS>
+void pack_block(const Problem& p, int64_t block, uint32_t* packed) {
+  const int64_t words_of_panel = words<PAIRS>(p.width) * ROWS;
+  for (int64_t i = 0; i < panels_in(p, block); i++)
+    pack_rows<PAIRS>(p, (block * BLOCK + i) * ROWS, packed + i * words_of_panel);
+}
+
+// The vocabulary goes by in slices that depend on nothing but its size, and they are merged in
+// order: a row's log-prob is the same whatever rows it comes with, and however many threads there
+// are.
+template <bool PAIRS>
+void forward_as(const Problem& p) {
+  const int64_t panels = (p.rows + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK,
+                size = part_size(p);
+  const int64_t words_of_block = BLOCK * words<PAIRS>(p.width) * ROWS;
+  if (blocks >= 2 * p.threads) {
+    parallel(p, blocks, [&](int64_t block) {
+      Scratch packed(words_of_block), totals(BLOCK * size), parts(BLOCK * size);
+      pack_block<PAIRS>(p, block, packed.get());
+      for (int64_t slice = 0; slice < SLICES; slice++) {
+        forward_slice<PAIRS>(p, block, slice, packed.get(),
+                             slice ? parts.floats() : totals.floats());
+        for (int64_t i = 0; slice && i < panels_in(p, block); i++)
+          merge(p, totals.floats() + i * size, parts.floats() + i * size);
+      }
+      for (int64_t i = 0; i < panels_in(p, block); i++)
+        finish_panel(p, block * BLOCK + i, totals.floats() + i * size);
+    });
+    return;
+  }
+  // Few rows: let the slices run side by side.
+  Scratch packed(blocks * words_of_block), parts(SLICES * panels * size);
+  parallel(p, blocks, [&](int64_t block) {
+    pack_block<PAIRS>(p, block, packed.get() + block * words_of_block);
+  });
+  parallel(p, blocks * SLICES, [&](int64_t item) {
+    const int64_t block = item % blocks, slice = item / blocks;
+    forward_slice<PAIRS>(p, block, slice, packed.get() + block * words_of_block,
+                         parts.floats() + (slice * panels + block * BLOCK) * size);
+  });
+  parallel(p, panels, [&](int64_t panel) {
+    float* total = parts.floats() + panel * size;
+    for (int64_t slice = 1; slice < SLICES; slice++) merge(p, total, total + slice * panels * size);
+    finish_panel(p, panel, total);
+  });
+}
