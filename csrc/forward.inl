@@ -212,7 +212,8 @@ void forward_as(const Problem& p) {
   const int64_t panels = (p.rows + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK,
                 size = part_size(p);
   const int64_t words_of_block = BLOCK * words<PAIRS>(p.width) * ROWS;
-  if (blocks >= 2 * p.threads) {
+  const bool room = SLICES * panels * size * 4 <= p.scratch_bytes;
+  if (blocks >= 2 * p.threads || !room) {
     parallel(p, blocks, [&](int64_t block) {
       Scratch packed(words_of_block), totals(BLOCK * size), parts(BLOCK * size);
       pack_block<PAIRS>(p, block, packed.get());

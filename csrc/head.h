@@ -24,6 +24,7 @@ struct Problem {
   float scale;             // logits = scale * raw, or, with softcap,
   float cap_in, cap_out;   // logits = cap_out * tanh(cap_in * raw)
   int32_t threads;
+  int64_t scratch_bytes;  // the most that running slices side by side may take
 
   // forward
   float* logps;           // (rows)

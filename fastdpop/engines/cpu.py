@@ -43,6 +43,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "compute_dtype", "softcap")),
         *((name, ctypes.c_float) for name in ("scale", "cap_in", "cap_out")),
         ("threads", ctypes.c_int32),
+        ("scratch_bytes", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -367,5 +368,6 @@ class _Run:
             cap_in=head.logit_scale / softcap,
             cap_out=softcap / head.temperature,
             threads=torch.get_num_threads(),
+            scratch_bytes=p.workspace_bytes // 4,
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
