@@ -87,7 +87,7 @@ def explain(
     reasons = {name: engine.unavailable(where, dtype) for name, engine in _ENGINES.items()}
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     return [
-        Explanation(name, reason is None, reason or f"runs on {where.type}", name == chosen)
+        Explanation(name, reason is None, reason or _ENGINES[name].describe(), name == chosen)
         for name, reason in reasons.items()
     ]
 

@@ -119,6 +119,9 @@ class Engine(Protocol):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this engine cannot compute on a device in a dtype, or None if it can."""
 
+    def describe(self) -> str:
+        """What it computes with, in a few words; asked only where it is available."""
+
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
         """Log-probs alone: 2 units."""
 

@@ -149,10 +149,17 @@ class CPUEngine:
         library = _library(self.instructions)
         return library if isinstance(library, str) else None
 
-    def _call(self, problem: Problem, statistics: tuple[str, ...]) -> _Call:
+    def describe(self) -> str:
+        """The instruction set in use."""
+        return f"C++ kernels for {self._loaded().instructions}"
+
+    def _loaded(self) -> _Library:
         library = _library(self.instructions)
         assert isinstance(library, _Library), library
-        return _Call(problem, statistics, library)
+        return library
+
+    def _call(self, problem: Problem, statistics: tuple[str, ...]) -> _Call:
+        return _Call(problem, statistics, self._loaded())
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
         """Log-probs alone: 2 units."""

@@ -46,6 +46,10 @@ class EagerEngine:
         del device, dtype
         return None
 
+    def describe(self) -> str:
+        """What it computes with."""
+        return "plain torch, chunked"
+
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
         """Log-probs alone: 2 units."""
         run = _Run(problem, statistics)
