@@ -12,7 +12,10 @@ void backward_tile(const Problem& p, int64_t t, const uint32_t* packed, const ui
   Scratch logits(TILE * ROWS), gradient(TILE * step), copy(p.kept ? 1 : TILE * depth),
       rest(TILE * ROWS);
   const Tile rows = p.kept ? Tile{} : weight_rows<PAIRS>(p, token, count, copy.get());
+  if (p.fresh && p.bias_gradient)
+    std::fill(p.bias_gradient + token, p.bias_gradient + token + count, 0.0f);
   for (int64_t block = 0; block * BLOCK < panels; block++) {
+    const bool add = !p.fresh || block > 0;
     const int64_t mine = std::min(BLOCK, panels - block * BLOCK);
     for (int64_t i = 0; i < mine; i++) {
       const int64_t panel = block * BLOCK + i, place = t * panels + panel;
@@ -74,13 +77,13 @@ void backward_tile(const Problem& p, int64_t t, const uint32_t* packed, const ui
       float* to = p.weight_gradient + token * p.width + panel * ROWS;
       if ((panel + 1) * ROWS <= p.width) {
         product<PAIRS>(count, words<PAIRS>(mine * ROWS), gradient.get(), step, 1, b, to, p.width,
-                       true);
+                       add);
       } else {
         product<PAIRS>(count, words<PAIRS>(mine * ROWS), gradient.get(), step, 1, b, rest.floats(),
                        ROWS, false);
         for (int64_t v = 0; v < count; v++)
           for (int64_t j = 0; panel * ROWS + j < p.width; j++)
-            to[v * p.width + j] += rest.floats()[v * ROWS + j];
+            to[v * p.width + j] = (add ? to[v * p.width + j] : 0.0f) + rest.floats()[v * ROWS + j];
       }
     }
   }

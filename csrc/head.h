@@ -38,9 +38,10 @@ struct Problem {
   float* kept_max;        // (tiles, panels * panel rows)
 
   // backward
+  int32_t fresh;              // the gradients hold nothing yet and are overwritten, else added to
   const float* coefficients;  // (rows)
-  float* weight_gradient;     // (vocabulary, width), added to
-  float* bias_gradient;       // (vocabulary), added to
+  float* weight_gradient;     // (vocabulary, width)
+  float* bias_gradient;       // (vocabulary)
 };
 
 // What one instruction set provides.

@@ -1,6 +1,6 @@
 """The operators: schemas, shapes and autograd, registered with torch.library once for all engines.
 
-``torch.compile`` and ``opcheck`` see four opaque operators; inside, the engine named by the
+``torch.compile`` and ``opcheck`` see five opaque operators; inside, the engine named by the
 ``engine`` argument does the work.
 
     fastdpop::lay_out             labels -> rows (sizes depend on the data)
@@ -9,6 +9,7 @@
     fastdpop::row_logps_backward  its gradients
     fastdpop::pair_loss           rows -> loss and gradients of whole pairs in one pass (trained
     head)
+    fastdpop::scale               a gradient times what comes from above, in the input's dtype
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from fastdpop.head import Head
 from fastdpop.pairing import Totals, pair_logps
 from fastdpop.rows import Rows
 from fastdpop.rows import lay_out as lay_out_rows
+
+_PIECE = 2**19
+"""Numbers that are scaled at once on a CPU."""
 
 NO_TENSOR = (0,)
 """Shape of an output that was not asked for: operators cannot return None."""
@@ -89,9 +93,27 @@ def _outputs(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor
     return hidden, weight, bias
 
 
-def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor`` rounded once to ``dtype``, without a full-size temporary."""
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+@custom_op("fastdpop::scale", mutates_args=())
+def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor`` rounded once to ``dtype``; `factor` is 0-d, or ``(rows, 1)``.
+
+    A product with a 16-bit result goes through a full-size temporary on CPUs; pieces that fit the
+    cache don't.
+    """
+    result = torch.empty_like(gradient, dtype=dtype)
+    if gradient.device.type != "cpu" or gradient.dim() == 0:
+        return torch.mul(gradient, factor, out=result)
+    step = max(1, _PIECE * gradient.shape[0] // max(gradient.numel(), 1))
+    for start in range(0, gradient.shape[0], step):
+        rows = slice(start, start + step)
+        own = factor[rows] if factor.dim() else factor
+        torch.mul(gradient[rows], own, out=result[rows])
+    return result
+
+
+@scale.register_fake
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 @custom_op("fastdpop::lay_out", mutates_args=())
@@ -285,7 +307,7 @@ def _row_logps_backward(
         return None, None, None, *none
     if ctx.keep_direction:
         (direction,) = ctx.saved_tensors
-        return _scale(direction, gradient[:, None], ctx.dtype), None, None, *none
+        return scale(direction, gradient[:, None], ctx.dtype), None, None, *none
     hidden, weight, bias, targets, groups, lse = ctx.saved_tensors
     wanted = [bool(w) for w in ctx.needs_input_grad[:3]]
     found = row_logps_backward(
@@ -339,7 +361,7 @@ def pair_loss(
     names = _names(statistics)
     function = losses.by_key(loss)
     totals = Totals.of(layout, problem.result_dtype)
-    scale = 1.0 / len(layout.pairs) if mean else 1.0
+    share = 1.0 / len(layout.pairs) if mean else 1.0
 
     def value(part: Rows, logps: Tensor, found: Tensor, ids: Tensor) -> Tensor:
         aligned = None
@@ -347,7 +369,7 @@ def pair_loss(
             aligned = part.unweighted().sums(found[names.index("aligned_logps")])
         own_reference = None if reference is None else reference[:, ids]
         pairs = pair_logps(part, logps, totals, reference=own_reference, aligned=aligned, kl=kl)
-        return function(pairs).sum() * scale
+        return function(pairs).sum() * share
 
     def coefficients(first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
         part = layout.part(first, last)
@@ -442,7 +464,7 @@ def _pair_loss_backward(
     if gradient is None:
         return None, None, None, of_rows, *none
     scaled = (
-        _scale(g, gradient, dtype) if want and dtype is not None else None
+        scale(g, gradient, dtype) if want and dtype is not None else None
         for g, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
     )
     return *scaled, of_rows, *none

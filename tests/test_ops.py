@@ -165,3 +165,17 @@ def test_gradcheck_of_logps(reduction: str, trained: bool) -> None:
         )
 
     assert gradcheck(run, (example.hidden, example.weight), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("shape", [(7, 5), (0, 5), (3, 2**19), (2**19 + 3, 3)])
+def test_scale(shape: tuple[int, int], by_row: bool, dtype: torch.dtype) -> None:
+    """Rounded once, whole or in pieces."""
+    gradient = torch.randn(shape)
+    factor = torch.randn(shape[0], 1) if by_row else torch.tensor(-0.3)
+    got = ops.scale(gradient, factor, dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, (gradient * factor).to(dtype))
+    if gradient.numel() < 100:
+        opcheck(ops.scale, (gradient, factor, dtype))

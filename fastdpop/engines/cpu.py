@@ -56,11 +56,10 @@ class _Problem(ctypes.Structure):
                 "direction",
                 "kept",
                 "kept_max",
-                "coefficients",
-                "weight_gradient",
-                "bias_gradient",
             )
         ),
+        ("fresh", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("coefficients", "weight_gradient", "bias_gradient")),
     ]
 
 
@@ -189,6 +188,7 @@ class CPUEngine:
         direction = run.forward(want_direction=wanted.hidden)
         sums = call.new_sums(wanted)
         run.backward(row_gradient, sums)
+        call.finish(sums)
         hidden = direction.mul_(row_gradient[:, None]) if wanted.hidden else None
         return sums._replace(hidden=hidden)
 
@@ -211,6 +211,7 @@ class CPUEngine:
             if hidden is not None:
                 torch.mul(direction, c[:, None], out=hidden[rows])
             run.backward(c, sums)
+        call.finish(sums)
         return call.result(), sums._replace(hidden=hidden)
 
 
@@ -244,17 +245,25 @@ class _Call:
         self.tiles = -(-weight.shape[0] // self.library.tile)
         # Fresh memory costs a page fault every 4 KiB, so one piece serves all chunks.
         self.kept: tuple[Tensor, Tensor] | None = None
+        self.fresh = True
 
     def result(self) -> Logps:
         return Logps(self.logps, self.lse, self.statistics)
 
     def new_sums(self, wanted: Wanted) -> Gradients:
+        """Memory for the sums over rows; the first run overwrites it, which spares clearing it."""
         shape = self.problem.weight.shape
         return Gradients(
             None,
-            torch.zeros(shape) if wanted.weight else None,
-            torch.zeros(shape[0]) if wanted.bias else None,
+            torch.empty(shape) if wanted.weight else None,
+            torch.empty(shape[0]) if wanted.bias else None,
         )
+
+    def finish(self, sums: Gradients) -> None:
+        """Zero sums to which no row has added."""
+        for total in (sums.weight, sums.bias):
+            if total is not None and self.fresh:
+                total.zero_()
 
     def run(self, rows: slice) -> _Run:
         return _Run(self, rows)
@@ -344,7 +353,9 @@ class _Run:
             outputs["weight_gradient"] = sums.weight
         if sums.bias is not None:
             outputs["bias_gradient"] = sums.bias
-        self.call.library.backward(self._problem(**outputs, **self._kept()))
+        problem = self._problem(**outputs, **self._kept())
+        problem.fresh, self.call.fresh = int(self.call.fresh), False
+        self.call.library.backward(problem)
 
     def _kept(self) -> dict[str, Tensor]:
         return {} if self.kept is None else {"kept": self.kept[0], "kept_max": self.kept[1]}
