@@ -45,8 +45,11 @@ format: setup ## let ruff rewrite the code
 docs: setup ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-bench: setup ## speed and memory against plain PyTorch
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+bench: setup ## speed and memory against plain PyTorch, TRL and Liger, into bench/results (15 minutes)
+	@mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet --benchmark-json build/bench.json $(ARGS)
+	@$(BIN)/python bench/report.py build/bench.json
+	@$(BIN)/python bench/report.py --bars build/bench.json
 
 sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 	mkdir -p build/sanitize

@@ -1,37 +1,58 @@
-"""Options, machine facts and the closing table of the benchmarks."""
+"""Options, machine facts, and the closing tables of the benchmarks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import importlib.metadata
+import platform
+from typing import Any
 
 import pytest
 import torch
 
-
-class Line(NamedTuple):
-    """One line of the closing table."""
-
-    case: str
-    contender: str
-    seconds: float
-    to_floor: float
-    peak_bytes: int
-    worst_error: float | None
-
-
-LINES = pytest.StashKey[list[Line]]()
-NOTES = pytest.StashKey[list[str]]()
+import fastdpop
+from bench import report
+from bench.cases import gradient_cases, loss_cases
+from bench.contenders import ours
+from bench.memory import keep_freed_memory
+from bench.workloads import SHAPES, Shape, small
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", choices=["cpu", "cuda"], help="where to run the benchmarks"
     )
+    parser.addoption(
+        "--quick", action="store_true", help="tiny workloads: does it run? The numbers mean nothing"
+    )
+    parser.addoption(
+        "--malloc",
+        default="keep",
+        choices=["keep", "default"],
+        help="keep: freed memory is used again, everybody's best setting; default: glibc's own",
+    )
+
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+MALLOC = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LINES] = []
-    config.stash[NOTES] = []
+    config.stash[ROWS] = []
+    kept = config.getoption("--malloc") == "keep" and keep_freed_memory()
+    config.stash[MALLOC] = "keep" if kept else "default"
+    # Of the peers, and of torch.compile.
+    config.addinivalue_line("filterwarnings", "default")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.getoption("--device")
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", list(loss_cases(device)), ids=str)
+    if "summed_by" in metafunc.fixturenames:
+        metafunc.parametrize("summed_by", gradient_cases(device))
+    if "fastdpop" in metafunc.fixturenames:
+        metafunc.parametrize("fastdpop", ours(device)[:1])
 
 
 @pytest.fixture
@@ -40,47 +61,42 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def lines(request: pytest.FixtureRequest) -> list[Line]:
-    """The closing table, to be added to."""
-    return request.config.stash[LINES]
+def quick(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--quick")
 
 
 @pytest.fixture
-def notes(request: pytest.FixtureRequest) -> list[str]:
-    """Lines to print below the table."""
-    return request.config.stash[NOTES]
+def shapes(quick: bool) -> dict[str, Shape]:
+    return {name: small(shape) if quick else shape for name, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The results so far, to be added to."""
+    return request.config.stash[ROWS]
 
 
 def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, object]
+    config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    machine_info["torch"] = torch.__version__
+    device = config.getoption("--device")
     machine_info["threads"] = torch.get_num_threads()
     machine_info["capability"] = torch.backends.cpu.get_cpu_capability()
-    if config.getoption("--device") == "cuda":
-        machine_info["gpu"] = torch.cuda.get_device_name()
+    machine_info["gpu"] = torch.cuda.get_device_name() if device == "cuda" else None
+    machine_info["quick"] = config.getoption("--quick")
+    machine_info["malloc"] = config.stash[MALLOC]
+    machine_info["auto"] = ours(device)[0]
+    versions = {"fastdpop": fastdpop.__version__, "torch": torch.__version__}
+    for package in ("trl", "liger-kernel"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    versions["Python"] = platform.python_version()
+    machine_info["versions"] = versions
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    lines, notes = config.stash[LINES], config.stash[NOTES]
-    if not lines and not notes:
-        return
-    write = terminalreporter.write_line
-    terminalreporter.section("fastdpop: speed and memory")
-    where = torch.cuda.get_device_name() if config.getoption("--device") == "cuda" else "CPU"
-    write(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
-    case = None
-    for line in lines:
-        if line.case != case:
-            case = line.case
-            write(
-                f"\n{case:<40}{'seconds':>9}{'x floor':>9}{'peak MiB':>10}{'worst error, nat':>18}"
-            )
-        error = "" if line.worst_error is None else f"{line.worst_error:.1e}"
-        write(
-            f"  {line.contender:<38}{line.seconds:9.2f}{line.to_floor:9.2f}{line.peak_bytes / 2**20:10.0f}{error:>18}"
-        )
-    for note in notes:
-        write(f"\n{note}")
+    if config.stash[ROWS]:
+        terminalreporter.section("fastdpop: speed and memory")
+        terminalreporter.write_line(report.tables(config.stash[ROWS]))

@@ -1,94 +1,144 @@
-"""Time and memory of a DPOP step through the head, against plain PyTorch: `make bench`."""
+"""Time, peak memory and error of a step through the head, against the bare products: `make bench`.
+
+The floor is timed before every round of a contender, so that both see the same machine.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.conftest import Line
-from bench.memory import peak_extra_bytes
-from bench.workloads import CONTENDERS, GSM8K_LIKE, LONG, MODES, Batch, fused
-from fastdpop.engines import DEFAULT_WORKSPACE_BYTES
+from bench.cases import Case
+from bench.contenders import FLOOR, Floor, contender
+from bench.memory import peak_extra_bytes, release_freed_memory
+from bench.workloads import DTYPES, LOSSES, MODES, Batch, Shape
 
-ROUNDS = 2  # after a warm-up; the faster one counts, since a busy machine only ever adds time
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SECONDS = {"cpu": 2.0, "cuda": 1.0}
+"""What the timed rounds of a contender should take, without the floor's, within these bounds."""
+ROUNDS = range(3, 21)
 
 
 @functools.lru_cache(maxsize=1)
-def gsm8k_like(dtype: str, device: str) -> Batch:
-    return Batch.random(GSM8K_LIKE, DTYPES[dtype], device, exact=True, jitter=20)
+def batch_and_floor(shape: Shape, dtype: str, device: str) -> tuple[Batch, Floor]:
+    release_freed_memory()
+    batch = Batch.random(shape, DTYPES[dtype], device)
+    _ = batch.exact
+    return batch, Floor(batch)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gsm8k_like(
+def require(name: str) -> None:
+    package = contender(name).needs
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{name} needs {package}: pip install '.[bench]'")
+
+
+def test_step(
     benchmark: BenchmarkFixture,
-    lines: list[Line],
+    rows: list[dict[str, Any]],
+    shapes: dict[str, Shape],
+    quick: bool,
     device: str,
-    dtype: str,
-    mode: str,
-    contender: str,
+    case: Case,
 ) -> None:
-    """16 pairs, prompts of 64 tokens, completions of 60 to 100; the bare products come first in each case."""
-    batch = gsm8k_like(dtype, device)
-    benchmark.group = f"{mode}, {dtype}"
-    run = CONTENDERS[contender]
+    """One line of the big table."""
+    batch, floor = batch_and_floor(shapes[case.workload], case.dtype, device)
+    loss = LOSSES[case.loss or "dpop"]
+    benchmark.group = f"{case.workload}, {case.dtype}, {case.mode}"
+    is_floor = case.contender == FLOOR
+    compiles = False
+    if case.loss:
+        require(case.contender)
+        compiles = contender(case.contender).compiles
 
     def step() -> torch.Tensor | None:
-        logps = run(batch, mode)
+        logps = None
+        if is_floor:
+            floor.run(case.mode)
+        elif not case.loss:
+            floor.run_as_written(case.mode)
+        else:
+            logps = contender(case.contender).run(batch, case.mode, loss)
         if device == "cuda":
             torch.cuda.synchronize()
         return logps
 
-    batch.start(mode)
-    peak, logps = peak_extra_bytes(step, device)  # also the warm-up
-    error = None if logps is None else (logps - batch.exact_logps).abs().max().item()
-    benchmark.pedantic(step, setup=lambda: batch.start(mode), rounds=ROUNDS)
+    def timed(call: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    # Warm-up: to compile, to measure memory, and to plan the rounds.
+    batch.start(case.mode)
+    if compiles:
+        step()
+        batch.start(case.mode)
+    peak, logps = peak_extra_bytes(step, device)
+    errors = {} if logps is None else batch.errors(logps, loss)
+    batch.start(case.mode)
+    estimate = timed(step)
+    rounds = max(ROUNDS[0], min(math.ceil(SECONDS[device] / estimate), ROUNDS[-1]))
+    if quick or estimate > 4.0:
+        rounds = 1 if quick else 2
+
+    floor_times: list[float] = []
+
+    def before_a_round() -> None:
+        batch.start(case.mode)
+        if not is_floor:
+            floor_times.append(timed(lambda: floor.run(case.mode)))
+
+    benchmark.pedantic(step, setup=before_a_round, rounds=rounds)
+    batch.start(case.mode)
     if benchmark.disabled:
         return
+    seconds = benchmark.stats.stats.median
+    floor_seconds = statistics.median(floor_times) if floor_times else seconds
+    row = {
+        "kind": "step",
+        **case._asdict(),
+        "scored_rows": len(batch.rows),
+        "distinct_rows": len(batch.rows) - batch.repeated,
+        "rounds": rounds,
+        "seconds": seconds,
+        "floor_seconds": floor_seconds,
+        "to_floor": seconds / floor_seconds,
+        "peak_extra_bytes": peak,
+        **errors,
+    }
+    benchmark.extra_info.update(row)
+    rows.append(row)
 
-    seconds = benchmark.stats.stats.min
-    of_case = [line for line in lines if line.case == benchmark.group]
-    to_floor = seconds / of_case[0].seconds if of_case else 1.0
-    lines.append(Line(benchmark.group, contender, seconds, to_floor, peak, error))
-    benchmark.extra_info.update(
-        scored_tokens=len(batch.rows),
-        to_floor=to_floor,
-        peak_extra_bytes=peak,
-        worst_error_nat=error,
-    )
 
-
-def test_memory_of_long_pairs(benchmark: BenchmarkFixture, notes: list[str], device: str) -> None:
-    """Peak extra memory of the loss on 8 pairs of 1,024 scored tokens a completion, V 49,152, bf16, head trained."""
-    batch = Batch.random(LONG, torch.bfloat16, device, exact=False)
-    batch.start("trained head")
-    peak, _ = benchmark.pedantic(
-        lambda: peak_extra_bytes(lambda: fused(batch, "trained head"), device), rounds=1
-    )
-    # dHidden and dWeight in fp32 while they are summed, then rounded to the inputs' dtype.
-    summed = 4 * (batch.rows.numel() + batch.weight.numel())
-    rounded = sum(t.grad.nbytes for t in (batch.hidden, batch.weight) if t.grad is not None)
-    rows = batch.rows.nbytes
-    bound = DEFAULT_WORKSPACE_BYTES + summed + rounded + rows
-    logits = 4 * len(batch.rows) * len(batch.weight)
-    benchmark.extra_info.update(peak_extra_bytes=peak, bound_bytes=bound, fp32_logits_bytes=logits)
-
-    def mib(count: int) -> str:
-        return f"{count / 2**20:,.0f} MiB"
-
-    notes.append(
-        f"memory, {LONG.pairs} pairs x {LONG.completion:,} scored tokens x {LONG.vocabulary:,}, bf16, trained head\n"
-        f"  peak beyond the inputs              {mib(peak):>12}\n"
-        f"  workspace                           {mib(DEFAULT_WORKSPACE_BYTES):>12}\n"
-        f"  + gradients, summed in fp32         {mib(summed):>12}\n"
-        f"  + gradients, rounded to bf16        {mib(rounded):>12}\n"
-        f"  + hidden states of the scored rows  {mib(rows):>12}\n"
-        f"  = bound                             {mib(bound):>12}\n"
-        f"  fp32 logits alone would take        {mib(logits):>12}"
-    )
-    assert peak <= bound
+def test_weight_gradient_of_many_pairs(
+    benchmark: BenchmarkFixture,
+    rows: list[dict[str, Any]],
+    shapes: dict[str, Shape],
+    device: str,
+    summed_by: str,
+) -> None:
+    """dWeight in bf16 after 128 pairs of DPO: does its error grow with the number of pairs?"""
+    require(summed_by)
+    batch, _ = batch_and_floor(shapes["128 pairs"], "bf16", device)
+    batch.start(MODES[0])
+    loss = LOSSES["dpo"]
+    logps = benchmark.pedantic(lambda: contender(summed_by).run(batch, MODES[0], loss), rounds=1)
+    row = {
+        "kind": "gradient",
+        "contender": summed_by,
+        "pairs": len(batch.labels) // 2,
+        **batch.errors(logps, loss),
+    }
+    batch.start(MODES[0])
+    benchmark.extra_info.update(row)
+    rows.append(row)

@@ -1,0 +1,162 @@
+"""What fastdpop set out to reach, and whether it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from bench.contenders import FLOOR_AS_WRITTEN, FP32_THROUGHOUT
+from bench.workloads import MODES
+
+Row = dict[str, Any]
+TRAINED, FROZEN, LOGPS = MODES
+GATHER = "gather, fp32 upcast"
+MIB = 2**20
+
+
+class Bar(NamedTuple):
+    """`value` must not exceed `limit`; None: not measured."""
+
+    name: str
+    value: float | None
+    limit: float
+    unit: str = "x"
+
+    def __str__(self) -> str:
+        verdict, number = "not measured", "-"
+        if self.value is not None:
+            verdict = "met" if self.value <= self.limit else "NOT MET"
+            number = _number(self.value)
+        return f"{self.name:<76}{number:>9} <= {_number(self.limit):<7} {self.unit:<4} {verdict}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:,.2f}"
+
+
+def text(results: dict[str, Any]) -> str:
+    """One line a bar."""
+    return "\n".join(map(str, bars(results)))
+
+
+def bars(results: dict[str, Any]) -> Iterator[Bar]:
+    """All bars, from the results of one run."""
+    found = _Results(results)
+    ours = results["auto"]
+    home = ("gsm8k-like", "bf16")
+
+    for mode, limit in ((TRAINED, 1.0), (FROZEN, 1.0), (LOGPS, 0.8)):
+        yield Bar(f"bare products, bf16, {mode}", found.step(*home, mode, ours), limit)
+    for mode, limit in ((TRAINED, 1.0), (FROZEN, 1.0), (LOGPS, 0.8)):
+        value = found.ratio(*home, mode, "dpop", ours, FLOOR_AS_WRITTEN, their_loss="")
+        yield Bar(f"{FLOOR_AS_WRITTEN}, bf16, {mode}", value, limit)
+    for mode in (TRAINED, FROZEN):
+        value = found.ratio(*home, mode, "dpop", ours, GATHER)
+        yield Bar(f"{GATHER}, bf16, {mode}", value, 0.7)
+    peers = (("Liger", 0.35), ("Liger, compiled", 0.35), ("TRL, as called", 0.2))
+    for name, limit in peers:
+        value = found.ratio(*home, TRAINED, "dpo", ours, name)
+        yield Bar(f"{name}, bf16, {TRAINED}, DPO", value, limit)
+
+    for mode, limit in ((TRAINED, 200.0), (FROZEN, 40.0)):
+        value = found.step(*home, mode, ours, what="peak_extra_bytes")
+        scaled = None if value is None else value / MIB
+        yield Bar(f"peak extra memory, bf16, {mode}", scaled, limit, "MiB")
+    for mode in (TRAINED, FROZEN):
+        name = f"peak memory beside the gradients over rows, {mode}, against fp32 logits"
+        yield Bar(name, found.growth(mode, ours), 0.01)
+
+    yield from _edited(found, ours)
+
+    for mode, limit in ((TRAINED, 1.0), (FROZEN, 1.0), (LOGPS, 1.0)):
+        value = found.step("gsm8k-like", "fp32", mode, ours)
+        yield Bar(f"bare products, fp32, {mode}", value, limit)
+    for dtype, limit in (("fp32", 1e-5), ("bf16", 1e-4)):
+        value = found.worst(lambda r, d=dtype: r["dtype"] == d, ours, "logp_error_relative")
+        yield Bar(f"relative error of sequence log-probs, {dtype}, worst of all", value, limit, "")
+    value = found.gradient(ours, FP32_THROUGHOUT)
+    yield Bar("error of dWeight after 128 pairs, bf16, against fp32 throughout", value, 1.5)
+
+
+def _edited(found: _Results, ours: str) -> Iterator[Bar]:
+    """Time on edited pairs against pairs with nothing in common, row for row; at most the share of
+    the work that is left, and a tenth for everything else.
+
+    DPOP needs every product on each distinct row once. DPO's coefficients cancel on the rows that a
+    pair shares, so backward products are left for the others alone.
+    """
+    for mode, forward, units in ((TRAINED, 2, 6), (FROZEN, 2, 4), (LOGPS, 2, 2)):
+        for loss in ("dpop", "dpo") if mode != LOGPS else ("dpop",):
+            edited = found.row("edited pairs", "bf16", mode, loss, ours)
+            value = None
+            limit = 1.0
+            before = found.row("gsm8k-like", "bf16", mode, loss, ours)
+            if edited and before:
+                # Floors on the same machine at other times: they take out its mood.
+                value = edited["to_floor"] / before["to_floor"]
+                distinct = edited["distinct_rows"] / edited["scored_rows"]
+                alone = 2 * distinct - 1
+                rest = distinct if loss == "dpop" else alone
+                limit = 1.1 * (forward * distinct + (units - forward) * rest) / units
+            name = f"edited pairs, bf16, {mode}, {loss.upper()}, against disjoint pairs"
+            yield Bar(name, value, limit)
+
+
+class _Results:
+    """Look-ups in the rows of a run."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.rows: list[Row] = results["rows"]
+
+    def _all(self, kind: str, **values: str) -> list[Row]:
+        of_kind = [row for row in self.rows if row["kind"] == kind]
+        return [row for row in of_kind if all(row[k] == v for k, v in values.items())]
+
+    def row(self, workload: str, dtype: str, mode: str, loss: str, contender: str) -> Row | None:
+        found = self._all(
+            "step", workload=workload, dtype=dtype, mode=mode, loss=loss, contender=contender
+        )
+        return found[0] if found else None
+
+    def step(
+        self, workload: str, dtype: str, mode: str, contender: str, what: str = "to_floor"
+    ) -> float | None:
+        row = self.row(workload, dtype, mode, "dpop", contender)
+        return None if row is None else row[what]
+
+    def ratio(
+        self,
+        workload: str,
+        dtype: str,
+        mode: str,
+        loss: str,
+        ours: str,
+        theirs: str,
+        their_loss: str | None = None,
+    ) -> float | None:
+        """Time over time, each in units of the floor as it ran beside."""
+        a = self.row(workload, dtype, mode, loss, ours)
+        b = self.row(workload, dtype, mode, loss if their_loss is None else their_loss, theirs)
+        return a["to_floor"] / b["to_floor"] if a and b else None
+
+    def worst(self, wanted: Callable[[Row], bool], contender: str, what: str) -> float | None:
+        rows = [row for row in self._all("step", contender=contender) if wanted(row)]
+        return max((row[what] for row in rows), default=None)
+
+    def growth(self, mode: str, contender: str) -> float | None:
+        """How steeply the peak grew over the rows, gradients aside, as a share of how steeply fp32
+        logits would have: flat is next to nothing.
+        """
+        rows = self._all("memory", series="rows", mode=mode, contender=contender)
+        if len(rows) < 2:
+            return None
+        rows.sort(key=lambda row: row["scored_rows"])
+        first, last = rows[0], rows[-1]
+        beside = [row["peak_extra_bytes"] - row["gradient_bytes"] for row in (first, last)]
+        logits = 4 * first["vocabulary"] * (last["scored_rows"] - first["scored_rows"])
+        return (beside[1] - beside[0]) / logits
+
+    def gradient(self, ours: str, theirs: str) -> float | None:
+        a = self._all("gradient", contender=ours)
+        b = self._all("gradient", contender=theirs)
+        return a[0]["dweight_error"] / b[0]["dweight_error"] if a and b else None
