@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bench.contenders import FLOOR_AS_WRITTEN, FP32_THROUGHOUT
@@ -72,7 +72,7 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
         value = found.step("gsm8k-like", "fp32", mode, ours)
         yield Bar(f"bare products, fp32, {mode}", value, limit)
     for dtype, limit in (("fp32", 1e-5), ("bf16", 1e-4)):
-        value = found.worst(lambda r, d=dtype: r["dtype"] == d, ours, "logp_error_relative")
+        value = found.worst(dtype, ours, "logp_error_relative")
         yield Bar(f"relative error of sequence log-probs, {dtype}, worst of all", value, limit, "")
     value = found.gradient(ours, FP32_THROUGHOUT)
     yield Bar("error of dWeight after 128 pairs, bf16, against fp32 throughout", value, 1.5)
@@ -139,8 +139,8 @@ class _Results:
         b = self.row(workload, dtype, mode, loss if their_loss is None else their_loss, theirs)
         return a["to_floor"] / b["to_floor"] if a and b else None
 
-    def worst(self, wanted: Callable[[Row], bool], contender: str, what: str) -> float | None:
-        rows = [row for row in self._all("step", contender=contender) if wanted(row)]
+    def worst(self, dtype: str, contender: str, what: str) -> float | None:
+        rows = self._all("step", dtype=dtype, contender=contender)
         return max((row[what] for row in rows), default=None)
 
     def growth(self, mode: str, contender: str) -> float | None:
