@@ -34,7 +34,7 @@ struct Problem {
   float* token_accuracy;  // (rows)
   float* aligned_logps;   // (rows)
   float* direction;       // (rows, width): d logp / d hidden
-  uint16_t* kept;         // exp(z - kept_max) in float16, tile by tile: what kept_size() says
+  uint16_t* kept;         // exp(z - kept_max) in float16, (tiles, panels, tile, panel rows)
   float* kept_max;        // (tiles, panels * panel rows)
 
   // backward
