@@ -1,24 +1,35 @@
 // The second pass: dWeight and dBias, tile of tokens by tile of tokens.
 
+// Fetches the gradients of ROWS columns ahead of the product that adds to them: the accumulators
+// are loaded before it starts, and dWeight is larger than the caches.
+inline void prefetch_rows(const float* gradient, int64_t count, int64_t width, int64_t column) {
+  if (column >= width) return;
+  for (int64_t v = 0; v < count; v++)
+    for (int64_t j = 0; j < ROWS; j += 16)
+      __builtin_prefetch(gradient + v * width + column + j, 1, 2);
+}
+
 // Adds the gradients of one tile of tokens, over all rows: G = c * (onehot - softmax) * slope, then
 // G . hidden.
 template <bool PAIRS>
-void backward_tile(const Problem& p, int64_t t, const uint32_t* packed, const uint32_t* by_column,
-                   int64_t all_depth) {
-  const int64_t panels = (p.rows + ROWS - 1) / ROWS, depth = words<PAIRS>(p.width),
+void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t busy,
+                   const uint32_t* packed, const uint32_t* by_column, int64_t all_depth) {
+  const int64_t panels = panels_of(p), depth = words<PAIRS>(p.width),
                 column_panels = (p.width + ROWS - 1) / ROWS;
   const int64_t token = t * TILE, count = std::min(TILE, p.vocabulary - token),
-                step = words<PAIRS>(BLOCK * ROWS);
+                step = words<PAIRS>(BACKWARD_BLOCK * ROWS);
   Scratch logits(TILE * ROWS), gradient(TILE * step), copy(p.kept ? 1 : TILE * depth),
       rest(TILE * ROWS);
   const Tile rows = p.kept ? Tile{} : weight_rows<PAIRS>(p, token, count, copy.get());
+  if (p.weight_gradient) prefetch_rows(p.weight_gradient + token * p.width, count, p.width, 0);
   if (p.fresh && p.bias_gradient)
     std::fill(p.bias_gradient + token, p.bias_gradient + token + count, 0.0f);
-  for (int64_t block = 0; block * BLOCK < panels; block++) {
+  const int64_t blocks = (busy + BACKWARD_BLOCK - 1) / BACKWARD_BLOCK;
+  for (int64_t block = 0; block < blocks; block++) {
     const bool add = !p.fresh || block > 0;
-    const int64_t mine = std::min(BLOCK, panels - block * BLOCK);
+    const int64_t start = busy * block / blocks, mine = busy * (block + 1) / blocks - start;
     for (int64_t i = 0; i < mine; i++) {
-      const int64_t panel = block * BLOCK + i, place = t * panels + panel;
+      const int64_t panel = live[start + i], place = t * panels + panel;
       float* z = logits.floats();
       alignas(64) float c[ROWS], lse[ROWS];
       for (int64_t lane = 0; lane < ROWS; lane++) {
@@ -27,8 +38,8 @@ void backward_tile(const Problem& p, int64_t t, const uint32_t* packed, const ui
         lse[lane] = there ? p.lse[panel * ROWS + lane] : 0.0f;
       }
       if (!p.kept) {
-        product<PAIRS>(count, depth, rows.data, rows.stride, 1, packed + panel * depth * ROWS, z,
-                       ROWS, false);
+        product<PAIRS>(count, depth, rows.data, rows.stride, 1, packed + (start + i) * depth * ROWS,
+                       z, ROWS, false);
         transform(p, token, count, z);
       }
       for (int64_t j = 0; j < VECTORS; j++) {
@@ -73,7 +84,8 @@ void backward_tile(const Problem& p, int64_t t, const uint32_t* packed, const ui
     }
     if (!p.weight_gradient) continue;
     for (int64_t panel = 0; panel < column_panels; panel++) {
-      const uint32_t* b = by_column + (panel * all_depth + block * step) * ROWS;
+      const uint32_t* b = by_column + (panel * all_depth + words<PAIRS>(start * ROWS)) * ROWS;
+      prefetch_rows(p.weight_gradient + token * p.width, count, p.width, (panel + 1) * ROWS);
       float* to = p.weight_gradient + token * p.width + panel * ROWS;
       if ((panel + 1) * ROWS <= p.width) {
         product<PAIRS>(count, words<PAIRS>(mine * ROWS), gradient.get(), step, 1, b, to, p.width,
@@ -89,22 +101,33 @@ void backward_tile(const Problem& p, int64_t t, const uint32_t* packed, const ui
   }
 }
 
+// Panels whose rows all have the coefficient 0 cost nothing.
 template <bool PAIRS>
 void backward_as(const Problem& p) {
-  const int64_t panels = (p.rows + ROWS - 1) / ROWS, depth = words<PAIRS>(p.width),
-                column_panels = (p.width + ROWS - 1) / ROWS;
-  const int64_t all_depth = words<PAIRS>(panels * ROWS);
-  Scratch packed(p.kept ? 1 : panels * depth * ROWS),
+  const std::unique_ptr<int64_t[]> live(new int64_t[size_t(panels_of(p))]);
+  int64_t busy = 0;
+  for (int64_t panel = 0; panel < panels_of(p); panel++) {
+    bool any = false;
+    for (int64_t row = panel * ROWS; row < std::min((panel + 1) * ROWS, p.rows); row++)
+      any |= p.coefficients[row] != 0.0f;
+    if (any) live[size_t(busy++)] = panel;
+  }
+  const int64_t depth = words<PAIRS>(p.width), column_panels = (p.width + ROWS - 1) / ROWS;
+  const int64_t all_depth = words<PAIRS>(busy * ROWS);
+  Scratch packed(p.kept ? 1 : busy * depth * ROWS),
       by_column(p.weight_gradient ? column_panels * all_depth * ROWS : 1);
   if (!p.kept)
-    parallel(p, panels, [&](int64_t panel) {
-      pack_rows<PAIRS>(p, panel * ROWS, packed.get() + panel * depth * ROWS);
+    parallel(p, busy, [&](int64_t i) {
+      pack_rows<PAIRS>(p, live[size_t(i)] * ROWS, packed.get() + i * depth * ROWS);
     });
   if (p.weight_gradient)
-    parallel(p, column_panels, [&](int64_t panel) {
-      pack_columns<PAIRS>(p, panel * ROWS, all_depth, by_column.get() + panel * all_depth * ROWS);
+    parallel(p, column_panels, [&](int64_t column) {
+      uint32_t* to = by_column.get() + column * all_depth * ROWS;
+      for (int64_t i = 0; i < busy; i++)
+        pack_columns<PAIRS>(p, column * ROWS, live[size_t(i)] * ROWS,
+                            to + words<PAIRS>(i * ROWS) * ROWS);
     });
   parallel(p, (p.vocabulary + TILE - 1) / TILE, [&](int64_t t) {
-    backward_tile<PAIRS>(p, t, packed.get(), by_column.get(), all_depth);
+    backward_tile<PAIRS>(p, t, live.get(), busy, packed.get(), by_column.get(), all_depth);
   });
 }

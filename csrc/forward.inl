@@ -112,17 +112,25 @@ void finish_panel(const Problem& p, int64_t panel, const float* part) {
   }
 }
 
-// Panels of a block.
+// Blocks of at most BLOCK panels, as even as can be, for threads and rows alike: [first_panel(b),
+// first_panel(b + 1)).
+inline int64_t panels_of(const Problem& p) { return (p.rows + ROWS - 1) / ROWS; }
+inline int64_t blocks_of(const Problem& p) {
+  const int64_t least = (panels_of(p) + BLOCK - 1) / BLOCK;
+  return least < 4 * p.threads ? least : (least + p.threads - 1) / p.threads * p.threads;
+}
+inline int64_t first_panel(const Problem& p, int64_t block) {
+  return panels_of(p) * block / blocks_of(p);
+}
 inline int64_t panels_in(const Problem& p, int64_t block) {
-  return std::min(BLOCK, (p.rows + ROWS - 1) / ROWS - block * BLOCK);
+  return first_panel(p, block + 1) - first_panel(p, block);
 }
 
 // One slice of the vocabulary for the panels of one block; `parts` has one part a panel.
 template <bool PAIRS>
 void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_t* packed,
                    float* parts) {
-  const int64_t panels = (p.rows + ROWS - 1) / ROWS, start = block * BLOCK,
-                mine = panels_in(p, block);
+  const int64_t panels = panels_of(p), start = first_panel(p, block), mine = panels_in(p, block);
   const int64_t depth = words<PAIRS>(p.width), part_stride = part_size(p),
                 tiles = (p.vocabulary + TILE - 1) / TILE;
   const int64_t first = tiles * slice / SLICES, last = tiles * (slice + 1) / SLICES;
@@ -141,6 +149,7 @@ void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_
     for (int64_t i = 0; i < mine; i++) {
       float *z = logits.floats(), *part = parts + i * part_stride,
             *direction = part + kFields * ROWS;
+      if (t + 1 < last) prefetch_weights(p, token + TILE + TILE * i / mine, TILE / mine);
       product<PAIRS>(count, depth, rows.data, rows.stride, 1, packed + i * depth * ROWS, z, ROWS,
                      false);
       transform(p, token, count, z);
@@ -201,7 +210,7 @@ template <bool PAIRS>
 void pack_block(const Problem& p, int64_t block, uint32_t* packed) {
   const int64_t words_of_panel = words<PAIRS>(p.width) * ROWS;
   for (int64_t i = 0; i < panels_in(p, block); i++)
-    pack_rows<PAIRS>(p, (block * BLOCK + i) * ROWS, packed + i * words_of_panel);
+    pack_rows<PAIRS>(p, (first_panel(p, block) + i) * ROWS, packed + i * words_of_panel);
 }
 
 // The vocabulary goes by in slices that depend on nothing but its size, and they are merged in
@@ -209,11 +218,10 @@ void pack_block(const Problem& p, int64_t block, uint32_t* packed) {
 // are.
 template <bool PAIRS>
 void forward_as(const Problem& p) {
-  const int64_t panels = (p.rows + ROWS - 1) / ROWS, blocks = (panels + BLOCK - 1) / BLOCK,
-                size = part_size(p);
+  const int64_t panels = panels_of(p), blocks = blocks_of(p), size = part_size(p);
   const int64_t words_of_block = BLOCK * words<PAIRS>(p.width) * ROWS;
   const bool room = SLICES * panels * size * 4 <= p.scratch_bytes;
-  if (blocks >= 2 * p.threads || !room) {
+  if (blocks >= 4 * p.threads || !room) {
     parallel(p, blocks, [&](int64_t block) {
       Scratch packed(words_of_block), totals(BLOCK * size), parts(BLOCK * size);
       pack_block<PAIRS>(p, block, packed.get());
@@ -224,7 +232,7 @@ void forward_as(const Problem& p) {
           merge(p, totals.floats() + i * size, parts.floats() + i * size);
       }
       for (int64_t i = 0; i < panels_in(p, block); i++)
-        finish_panel(p, block * BLOCK + i, totals.floats() + i * size);
+        finish_panel(p, first_panel(p, block) + i, totals.floats() + i * size);
     });
     return;
   }
@@ -236,7 +244,7 @@ void forward_as(const Problem& p) {
   parallel(p, blocks * SLICES, [&](int64_t item) {
     const int64_t block = item % blocks, slice = item / blocks;
     forward_slice<PAIRS>(p, block, slice, packed.get() + block * words_of_block,
-                         parts.floats() + (slice * panels + block * BLOCK) * size);
+                         parts.floats() + (slice * panels + first_panel(p, block)) * size);
   });
   parallel(p, panels, [&](int64_t panel) {
     float* total = parts.floats() + panel * size;

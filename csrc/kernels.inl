@@ -21,7 +21,8 @@ constexpr int64_t VECTORS = 2;             // vectors of a panel
 constexpr int64_t ROWS = VECTORS * LANES;  // rows of a panel
 constexpr int64_t TILE = 192;  // tokens of a vocabulary tile: even, and a multiple of every MR
 constexpr int64_t BLOCK = 8;   // panels that share a pass over the weights
-constexpr int64_t SLICES = 8;  // parts of the vocabulary, merged in order
+constexpr int64_t BACKWARD_BLOCK = 16;  // panels whose gradients go into one product
+constexpr int64_t SLICES = 8;           // parts of the vocabulary, merged in order
 
 #include "numbers.inl"
 #include "product.inl"

@@ -149,14 +149,14 @@ void pack_rows(const Problem& p, int64_t first, uint32_t* out) {
   }
 }
 
-// ROWS columns of all hidden states as (words of rows, columns); columns and rows past the end are
-// 0.
+// ROWS columns of a panel's hidden states as (words of rows, columns); columns and rows past the
+// end are 0.
 template <bool PAIRS>
-void pack_columns(const Problem& p, int64_t first, int64_t depth, uint32_t* out) {
+void pack_columns(const Problem& p, int64_t first, int64_t first_row, uint32_t* out) {
   const Operand hidden = hidden_of(p);
-  for (int64_t k = 0; k < depth; k++)
+  for (int64_t k = 0; k < words<PAIRS>(ROWS); k++)
     for (int64_t j = 0; j < ROWS; j++) {
-      const int64_t column = first + j, row = PAIRS ? 2 * k : k;
+      const int64_t column = first + j, row = first_row + (PAIRS ? 2 * k : k);
       uint32_t value = 0;
       if (column < p.width && row < p.rows) {
         value = PAIRS ? hidden.bf16(row * p.width + column)
@@ -190,6 +190,16 @@ Tile weight_rows(const Problem& p, int64_t first, int64_t count, uint32_t* copy)
   for (int64_t v = 0; v < count; v++)
     convert_row<PAIRS>(weight_of(p), (first + v) * p.weight_stride, p.width, copy + v * depth);
   return {copy, depth};
+}
+
+// Fetches weights ahead of their turn.
+inline void prefetch_weights(const Problem& p, int64_t first, int64_t count) {
+  const int64_t size = p.weight_dtype == kFloat32 ? 4 : 2;
+  count = std::min(count, p.vocabulary - first);
+  for (int64_t v = 0; v < count; v++) {
+    const char* row = static_cast<const char*>(p.weight) + (first + v) * p.weight_stride * size;
+    for (int64_t at = 0; at < p.width * size; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
 }
 
 // The same tile with the tokens as the inner dimension, (words of tokens, width), from rows of

@@ -303,8 +303,13 @@ class _Run:
         distinct = call.library.distinct(self.hidden, self.targets)
         self.which: Tensor | None = None
         if distinct is not None:
-            first, self.which = distinct
-            self.hidden, self.targets = self.hidden[first], self.targets[first]
+            first, which = distinct
+            # Rows that repeat come first: where a loss gives them the coefficient 0, as DPO does,
+            # whole panels have nothing to do.
+            repeats = torch.bincount(which, minlength=len(first)) > 1
+            order = torch.argsort(~repeats, stable=True)
+            self.which = torch.argsort(order)[which]
+            self.hidden, self.targets = self.hidden[first[order]], self.targets[first[order]]
         count = len(self.targets)
         self.logps, self.lse = torch.empty(count), torch.empty(count)
         self.kept: tuple[Tensor, Tensor] | None = None
@@ -341,10 +346,8 @@ class _Run:
         count = int(live.sum())
         if count == 0:
             return
-        # The kept softmax is that of all rows: with most of them idle, computing the live ones
-        # again is cheaper.
-        if count < len(c) and (self.kept is None or 2 * count <= len(c)):
-            self.kept = None
+        # The kept softmax is that of all rows, of which the library skips idle panels.
+        if count < len(c) and self.kept is None:
             c = c[live]
             for name in ("hidden", "targets", "logps", "lse"):
                 setattr(self, name, getattr(self, name)[live])
