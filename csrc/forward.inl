@@ -8,6 +8,50 @@ inline int64_t part_size(const Problem& p) {
   return (kFields + (p.direction ? p.width : 0)) * ROWS;
 }
 
+// The operand of the direction, token by token: numbers of a panel, or pairs of bfloat16.
+template <bool PAIRS>
+inline void put_weights(uint32_t* weights, int64_t v, int64_t count, const vf* e, vf* before) {
+  for (int j = 0; j < VECTORS; j++) {
+    if (!PAIRS)
+      store(reinterpret_cast<float*>(weights) + v * ROWS + j * LANES, e[j]);
+    else if (v % 2)
+      *reinterpret_cast<vu*>(weights + v / 2 * ROWS + j * LANES) = interleave(before[j], e[j]);
+    else if (v + 1 == count)
+      *reinterpret_cast<vu*>(weights + v / 2 * ROWS + j * LANES) = interleave(e[j], vf{});
+    before[j] = e[j];
+  }
+}
+
+// Whether the direction of a panel is asked for.
+inline bool wants_direction(const Problem& p, int64_t panel) {
+  const int64_t first = panel * ROWS;
+  if (!p.direction || first < p.direction_from || first >= p.direction_to) return false;
+  bool any = !p.again;
+  for (int64_t row = first; p.again && row < std::min(first + ROWS, p.rows); row++)
+    any |= p.coefficients[row] != 0.0f;
+  return any;
+}
+
+// exp(z - lse) of one tile for one panel, as an earlier pass kept it, as the operand of the
+// direction.
+template <bool PAIRS>
+void recall_tile(const Problem& p, int64_t panel, int64_t count, const uint16_t* kept,
+                 const float* kept_max, uint32_t* weights) {
+  alignas(64) float lse[ROWS];
+  for (int64_t lane = 0; lane < ROWS; lane++)
+    lse[lane] = panel * ROWS + lane < p.rows ? p.lse[panel * ROWS + lane] : 0.0f;
+  vf scale[VECTORS], before[VECTORS];
+  for (int j = 0; j < VECTORS; j++) {
+    before[j] = vf{};
+    scale[j] = exponential(load(kept_max + j * LANES) - load(lse + j * LANES));
+  }
+  for (int64_t v = 0; v < count; v++) {
+    vf e[VECTORS];
+    for (int j = 0; j < VECTORS; j++) e[j] = scale[j] * load_f16(kept + v * ROWS + j * LANES);
+    put_weights<PAIRS>(weights, v, count, e, before);
+  }
+}
+
 // The logits of one tile for one panel: updates the running softmax, and leaves exp(z - max) (times
 // the slope, under softcap) as the operand of the direction. Returns whether the direction so far
 // must be scaled by `factor`. EXTRA: statistics or softcap are wanted.
@@ -38,18 +82,10 @@ bool softmax_tile(const Problem& p, int64_t count, const float* z, Running* runn
       if (p.aligned_logps) r.squares += e[j] * e[j];
     }
     if (kept) keep(kept + v * ROWS, e);
-    if (!p.direction) continue;
+    if (!weights) continue;
     if (EXTRA && p.softcap)
       for (int j = 0; j < VECTORS; j++) e[j] *= slope(p, load(z + v * ROWS + j * LANES));
-    for (int j = 0; j < VECTORS; j++) {
-      if (!PAIRS)
-        store(reinterpret_cast<float*>(weights) + v * ROWS + j * LANES, e[j]);
-      else if (v % 2)
-        *reinterpret_cast<vu*>(weights + v / 2 * ROWS + j * LANES) = interleave(before[j], e[j]);
-      else if (v + 1 == count)
-        *reinterpret_cast<vu*>(weights + v / 2 * ROWS + j * LANES) = interleave(e[j], vf{});
-      before[j] = e[j];
-    }
+    put_weights<PAIRS>(weights, v, count, e, before);
   }
   for (int j = 0; j < VECTORS; j++) add_exactly(running[j], sum[j]);
   return moved;
@@ -85,15 +121,33 @@ void merge(const Problem& p, float* total, const float* part) {
   }
 }
 
+// The direction of one row, from exp(z - max) @ weight and the sum of exp(z - max); the target's
+// own share is exact: near certainty, 1 - p would drown in the rounding of p.
+inline void finish_direction(const Problem& p, int64_t row, double logp, float target, double sum,
+                             const float* others) {
+  const Operand weight = weight_of(p);
+  const float of_target =
+      float(-std::expm1(logp)) * (p.softcap ? slope(p, all(target))[0] : p.scale);
+  const float of_others = float((p.softcap ? 1.0 : double(p.scale)) / sum);
+  for (int64_t h = 0; h < p.width; h++)
+    p.direction[row * p.width + h] =
+        of_target * weight.value(p.targets[row] * p.weight_stride + h) -
+        of_others * others[h * ROWS];
+}
+
 // Log-probs, statistics and directions of one panel, once the whole vocabulary has gone by.
 void finish_panel(const Problem& p, int64_t panel, const float* part) {
-  const Operand weight = weight_of(p);
   const int64_t first = panel * ROWS, there = std::min(ROWS, p.rows - first);
+  const bool directed = wants_direction(p, panel);
   for (int64_t lane = 0; lane < there; lane++) {
     const int64_t row = first + lane;
     auto field = [&](Field which) { return double(part[which * ROWS + lane]); };
-    const double sum = field(kSum), log_sum = std::log(sum), target = field(kTarget),
-                 logp = target - field(kMax) - log_sum;
+    const double sum = field(kSum), log_sum = std::log(sum), target = field(kTarget);
+    const double logp = target - field(kMax) - log_sum;
+    if (p.again) {
+      if (directed) finish_direction(p, row, p.logps[row], 0.0f, 1.0, part + kFields * ROWS + lane);
+      continue;
+    }
     p.lse[row] = float(log_sum + field(kMax));
     p.logps[row] = float(logp);
     if (p.entropy) p.entropy[row] = float(log_sum - field(kWeighted) / sum);
@@ -101,14 +155,7 @@ void finish_panel(const Problem& p, int64_t panel, const float* part) {
     if (p.token_accuracy) p.token_accuracy[row] = target >= field(kLargest) ? 1.0f : 0.0f;
     if (p.aligned_logps)
       p.aligned_logps[row] = float(logp - (std::log(field(kSquares)) - 2.0 * log_sum));
-    if (!p.direction) continue;
-    const float of_target =
-        float(-std::expm1(logp)) * (p.softcap ? slope(p, all(float(target)))[0] : p.scale);
-    const float of_others = float((p.softcap ? 1.0 : double(p.scale)) / sum);
-    for (int64_t h = 0; h < p.width; h++)
-      p.direction[row * p.width + h] =
-          of_target * weight.value(p.targets[row] * p.weight_stride + h) -
-          of_others * part[(kFields + h) * ROWS + lane];
+    if (directed) finish_direction(p, row, logp, float(target), sum, part + kFields * ROWS + lane);
   }
 }
 
@@ -126,6 +173,18 @@ inline int64_t panels_in(const Problem& p, int64_t block) {
   return first_panel(p, block + 1) - first_panel(p, block);
 }
 
+// Takes the targets of a panel out of the operand of its direction.
+template <bool PAIRS>
+void without_targets(const Problem& p, int64_t panel, int64_t token, int64_t count,
+                     uint32_t* weights) {
+  for (int64_t lane = 0; lane < ROWS && panel * ROWS + lane < p.rows; lane++) {
+    const int64_t here = p.targets[panel * ROWS + lane] - token;
+    if (here < 0 || here >= count) continue;
+    uint32_t& word = weights[(PAIRS ? here / 2 : here) * ROWS + lane];
+    word &= !PAIRS ? 0u : here % 2 ? 0xffffu : 0xffff0000u;
+  }
+}
+
 // One slice of the vocabulary for the panels of one block; `parts` has one part a panel.
 template <bool PAIRS>
 void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_t* packed,
@@ -134,51 +193,53 @@ void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_
   const int64_t depth = words<PAIRS>(p.width), part_stride = part_size(p),
                 tiles = (p.vocabulary + TILE - 1) / TILE;
   const int64_t first = tiles * slice / SLICES, last = tiles * (slice + 1) / SLICES;
+  const bool extra = p.softcap || p.entropy || p.mean_logits || p.aligned_logps;
   Scratch logits(TILE * ROWS), weights(TILE * ROWS), copy(TILE * depth),
       columns(PAIRS ? TILE / 2 * p.width : 1);
   Running running[BLOCK][VECTORS];
+  bool directed[BLOCK], any_directed = false;
   for (int64_t i = 0; i < mine; i++) {
+    any_directed |= directed[i] = wants_direction(p, start + i);
     for (int64_t j = 0; j < VECTORS; j++) reset(running[i][j]);
     std::fill(parts + i * part_stride + kTarget * ROWS, parts + (i + 1) * part_stride, 0.0f);
   }
-  for (int64_t t = first; t < last; t++) {
+  for (int64_t t = first; t < last && (any_directed || !p.again); t++) {
     const int64_t token = t * TILE, count = std::min(TILE, p.vocabulary - token);
     const Tile rows = weight_rows<PAIRS>(p, token, count, copy.get());
     const Tile by_column =
-        p.direction ? weight_columns<PAIRS>(p, rows, count, columns.get()) : Tile{};
+        any_directed ? weight_columns<PAIRS>(p, rows, count, columns.get()) : Tile{};
     for (int64_t i = 0; i < mine; i++) {
-      float *z = logits.floats(), *part = parts + i * part_stride,
-            *direction = part + kFields * ROWS;
-      if (t + 1 < last) prefetch_weights(p, token + TILE + TILE * i / mine, TILE / mine);
-      product<PAIRS>(count, depth, rows.data, rows.stride, 1, packed + i * depth * ROWS, z, ROWS,
-                     false);
-      transform(p, token, count, z);
-      for (int64_t lane = 0; lane < ROWS && (start + i) * ROWS + lane < p.rows; lane++) {
-        const int64_t here = p.targets[(start + i) * ROWS + lane] - token;
-        if (here >= 0 && here < count) part[kTarget * ROWS + lane] = z[here * ROWS + lane];
-      }
-      vf factor[VECTORS];
-      const int64_t place = t * panels + start + i;
+      const int64_t panel = start + i, place = t * panels + panel;
+      float *part = parts + i * part_stride, *direction = part + kFields * ROWS;
       uint16_t* kept = p.kept ? p.kept + place * TILE * ROWS : nullptr;
       float* kept_max = p.kept ? p.kept_max + place * ROWS : nullptr;
-      const bool extra = p.softcap || p.entropy || p.mean_logits || p.aligned_logps;
-      const bool moved = (extra ? softmax_tile<PAIRS, true>
-                                : softmax_tile<PAIRS, false>)(p, count, z, running[i], factor,
-                                                              weights.get(), kept, kept_max);
-      if (!p.direction) continue;
-      // The target's own share is added exactly at the end: near certainty, 1 - p would drown in
-      // the rounding of p.
-      for (int64_t lane = 0; lane < ROWS && (start + i) * ROWS + lane < p.rows; lane++) {
-        const int64_t here = p.targets[(start + i) * ROWS + lane] - token;
-        if (here < 0 || here >= count) continue;
-        uint32_t& word = weights.get()[(PAIRS ? here / 2 : here) * ROWS + lane];
-        word &= !PAIRS ? 0u : here % 2 ? 0xffffu : 0xffff0000u;
+      if (t + 1 < last) prefetch_weights(p, token + TILE + TILE * i / mine, TILE / mine);
+      if (p.again) {
+        if (!directed[i]) continue;
+        recall_tile<PAIRS>(p, panel, count, kept, kept_max, weights.get());
+      } else {
+        float* z = logits.floats();
+        product<PAIRS>(count, depth, rows.data, rows.stride, 1, packed + i * depth * ROWS, z, ROWS,
+                       false);
+        transform(p, token, count, z);
+        for (int64_t lane = 0; lane < ROWS && panel * ROWS + lane < p.rows; lane++) {
+          const int64_t here = p.targets[panel * ROWS + lane] - token;
+          if (here >= 0 && here < count) part[kTarget * ROWS + lane] = z[here * ROWS + lane];
+        }
+        vf factor[VECTORS];
+        const bool moved =
+            (extra ? softmax_tile<PAIRS, true>
+                   : softmax_tile<PAIRS, false>)(p, count, z, running[i], factor,
+                                                 directed[i] ? weights.get() : nullptr, kept,
+                                                 kept_max);
+        if (!directed[i]) continue;
+        if (moved && t > first)
+          for (int64_t h = 0; h < p.width; h++)
+            for (int64_t j = 0; j < VECTORS; j++)
+              store(direction + h * ROWS + j * LANES,
+                    factor[j] * load(direction + h * ROWS + j * LANES));
       }
-      if (moved && t > first)
-        for (int64_t h = 0; h < p.width; h++)
-          for (int64_t j = 0; j < VECTORS; j++)
-            store(direction + h * ROWS + j * LANES,
-                  factor[j] * load(direction + h * ROWS + j * LANES));
+      without_targets<PAIRS>(p, panel, token, count, weights.get());
       product<PAIRS>(p.width, words<PAIRS>(count), by_column.data, 1, by_column.stride,
                      weights.get(), direction, ROWS, true);
     }

@@ -36,6 +36,10 @@ struct Problem {
   float* direction;       // (rows, width): d logp / d hidden
   uint16_t* kept;         // exp(z - kept_max) in float16, (tiles, panels, tile, panel rows)
   float* kept_max;        // (tiles, panels * panel rows)
+  // Directions are for panels whose first row is in [direction_from, direction_to) alone. `again`:
+  // only they are, from what an earlier call kept, and only where coefficients are not all 0.
+  int64_t direction_from, direction_to;
+  int32_t again;
 
   // backward
   int32_t fresh;              // the gradients hold nothing yet and are overwritten, else added to

@@ -58,7 +58,8 @@ class _Problem(ctypes.Structure):
                 "kept_max",
             )
         ),
-        ("fresh", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("direction_from", "direction_to")),
+        *((name, ctypes.c_int32) for name in ("again", "fresh")),
         *((name, ctypes.c_void_p) for name in ("coefficients", "weight_gradient", "bias_gradient")),
     ]
 
@@ -176,7 +177,9 @@ class CPUEngine:
         step = max(1, problem.workspace_bytes // (8 * problem.hidden.shape[1]))
         for start in range(0, len(direction), step):
             rows = slice(start, min(start + step, len(direction)))
-            direction[rows] = call.run(rows).forward(want_direction=True)
+            run = call.run(rows)
+            run.forward(want_direction=True)
+            direction[rows] = run.directions()
         return call.result(), direction
 
     def gradients(
@@ -185,11 +188,12 @@ class CPUEngine:
         """Gradients for known coefficients: 4 units for hidden, 4 for weight and bias."""
         call = self._call(problem, ())
         run = call.run(call.everything)
-        direction = run.forward(want_direction=wanted.hidden)
+        run.forward(want_direction=wanted.hidden)
+        per_row = run.per_distinct_row(row_gradient)
+        hidden = run.directions(per_row) * row_gradient[:, None] if wanted.hidden else None
         sums = call.new_sums(wanted)
-        run.backward(row_gradient, sums)
+        run.backward(per_row, sums)
         call.finish(sums)
-        hidden = direction.mul_(row_gradient[:, None]) if wanted.hidden else None
         return sums._replace(hidden=hidden)
 
     def logps_and_gradients(
@@ -206,11 +210,12 @@ class CPUEngine:
         limit = call.kept_rows() if wanted.weight or wanted.bias else len(problem.targets)
         for first, last, rows in _chunks(problem.groups, max(limit, 1)):
             run = call.run(rows)
-            direction = run.forward(want_direction=wanted.hidden, keep=wanted.weight or wanted.bias)
+            run.forward(want_direction=wanted.hidden, keep=wanted.weight or wanted.bias)
             c = coefficients(first, last, call.logps[rows], call.statistics[:, rows])
+            per_row = run.per_distinct_row(c)
             if hidden is not None:
-                torch.mul(direction, c[:, None], out=hidden[rows])
-            run.backward(c, sums)
+                torch.mul(run.directions(per_row), c[:, None], out=hidden[rows])
+            run.backward(per_row, sums)
         call.finish(sums)
         return call.result(), sums._replace(hidden=hidden)
 
@@ -302,6 +307,7 @@ class _Run:
         self.targets = call.problem.targets[rows].contiguous()
         distinct = call.library.distinct(self.hidden, self.targets)
         self.which: Tensor | None = None
+        self.later = 0
         if distinct is not None:
             first, which = distinct
             # Rows that repeat come first: where a loss gives them the coefficient 0, as DPO does,
@@ -310,38 +316,68 @@ class _Run:
             order = torch.argsort(~repeats, stable=True)
             self.which = torch.argsort(order)[which]
             self.hidden, self.targets = self.hidden[first[order]], self.targets[first[order]]
+            panel = call.library.panel
+            self.later = int(repeats.sum()) // panel * panel
         count = len(self.targets)
         self.logps, self.lse = torch.empty(count), torch.empty(count)
         self.kept: tuple[Tensor, Tensor] | None = None
+        self.direction = torch.empty(0)
 
     def _spread(self, values: Tensor) -> Tensor:
         return values if self.which is None else values[self.which]
 
-    def forward(self, *, want_direction: bool = False, keep: bool = False) -> Tensor:
-        """Fill in the call's results; returns the direction, float32, empty unless wanted."""
+    def per_distinct_row(self, c: Tensor) -> Tensor:
+        """Coefficients of the distinct rows: sums over what repeats."""
+        if self.which is None:
+            return c.contiguous()
+        return torch.zeros(len(self.targets)).index_add_(0, self.which, c)
+
+    def forward(self, *, want_direction: bool = False, keep: bool = False) -> None:
+        """Fill in the call's results; directions are kept for :meth:`directions`.
+
+        With the softmax kept, those of rows that repeat wait until their coefficients are known.
+        """
         call, count = self.call, len(self.targets)
-        direction = torch.empty(count if want_direction else 0, self.hidden.shape[1])
         if count == 0:
-            return direction
+            return
+        if keep:
+            self.kept = call.room_to_keep(count)
+        if self.kept is None:
+            self.later = 0
         found = torch.empty(len(call.names), count)
         outputs = dict(zip(call.names, found, strict=True))
         if want_direction:
-            outputs["direction"] = direction
-        if keep:
-            self.kept = call.room_to_keep(count)
-        call.library.forward(self._problem(**outputs, **self._kept()))
+            outputs["direction"] = self.direction = torch.empty(count, self.hidden.shape[1])
+        call.library.forward(self._problem(**outputs, **self._kept(), direction_from=self.later))
         call.logps[self.rows] = self._spread(self.logps)
         call.lse[self.rows] = self._spread(self.lse)
         for line, values in zip(call.statistics, found, strict=True):
             line[self.rows] = self._spread(values)
-        return self._spread(direction) if want_direction else direction
+
+    def directions(self, c: Tensor | None = None) -> Tensor:
+        """d logp / d hidden of every row, float32; 0 is as good where the coefficient `c` of a
+        distinct row is.
+        """
+        if self.later:
+            assert c is not None
+            self.direction[: self.later] = 0.0
+            if c[: self.later].any():
+                problem = self._problem(
+                    direction=self.direction,
+                    coefficients=c,
+                    **self._kept(),
+                    direction_to=self.later,
+                    again=1,
+                )
+                self.call.library.forward(problem)
+        return self._spread(self.direction)
 
     def backward(self, c: Tensor, sums: Gradients) -> None:
-        """Add the weight's and the bias's gradient to the sums, for one coefficient a row."""
+        """Add the weight's and the bias's gradient to the sums, for one coefficient a distinct
+        row.
+        """
         if sums.weight is None and sums.bias is None:
             return
-        if self.which is not None:
-            c = torch.zeros(len(self.targets)).index_add_(0, self.which, c)
         live = c != 0
         count = int(live.sum())
         if count == 0:
@@ -351,20 +387,22 @@ class _Run:
             c = c[live]
             for name in ("hidden", "targets", "logps", "lse"):
                 setattr(self, name, getattr(self, name)[live])
-        outputs = {"coefficients": c.contiguous()}
+        outputs = {"coefficients": c}
         if sums.weight is not None:
             outputs["weight_gradient"] = sums.weight
         if sums.bias is not None:
             outputs["bias_gradient"] = sums.bias
-        problem = self._problem(**outputs, **self._kept())
-        problem.fresh, self.call.fresh = int(self.call.fresh), False
+        problem = self._problem(**outputs, **self._kept(), fresh=int(self.call.fresh))
+        self.call.fresh = False
         self.call.library.backward(problem)
 
     def _kept(self) -> dict[str, Tensor]:
         return {} if self.kept is None else {"kept": self.kept[0], "kept_max": self.kept[1]}
 
-    def _problem(self, **tensors: Tensor) -> _Problem:
+    def _problem(self, **given: Tensor | int) -> _Problem:
         """The library's arguments; the tensors are the caller's to keep alive."""
+        numbers = {name: value for name, value in given.items() if isinstance(value, int)}
+        tensors = {n: value for n, value in given.items() if isinstance(value, Tensor)}
         p, head = self.call.problem, self.call.problem.head
         softcap = head.softcap or 1.0
         tensors |= {
@@ -390,5 +428,6 @@ class _Run:
             cap_out=softcap / head.temperature,
             threads=torch.get_num_threads(),
             scratch_bytes=p.workspace_bytes // 4,
+            **({"direction_to": len(self.targets)} | numbers),
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
