@@ -1,9 +1,8 @@
 """Builds the C++ library of the CPU engine; everything else stands in pyproject.toml.
 
 It is a plain shared library with a C interface, loaded with ctypes: it builds without torch, and
-    one
-build serves every version of it. Without a compiler the package installs without the library and
-computes with plain torch.
+one build serves every version of it. Without a compiler the package installs without the library
+and computes with plain torch.
 """
 
 from pathlib import Path

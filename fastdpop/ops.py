@@ -4,11 +4,11 @@
 ``engine`` argument does the work.
 
     fastdpop::lay_out             labels -> rows (sizes depend on the data)
-    fastdpop::row_logps           rows -> log-probs; differentiable: 2 units back through a stored
-    direction (frozen head), or recompute
+    fastdpop::row_logps           rows -> log-probs; differentiable, through a stored direction
+                                  (frozen head, 2 units) or by computing the logits again
     fastdpop::row_logps_backward  its gradients
     fastdpop::pair_loss           rows -> loss and gradients of whole pairs in one pass (trained
-    head)
+                                  head)
     fastdpop::scale               a gradient times what comes from above, in the input's dtype
 """
 
@@ -349,8 +349,8 @@ def pair_loss(
 
     Returns:
         loss, 0-d (differentiable); sequence log-probs ``(S,)``; statistics ``(K, N)``; and the
-        gradients of the loss, in the
-        result dtype, empty where not wanted: they are what backward scales.
+        gradients of the loss, in the result dtype, empty where not wanted: they are what backward
+        scales.
     """
     # A layout without rows has neither members nor weights to tell apart from None, and needs
     # neither.

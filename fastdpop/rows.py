@@ -1,10 +1,9 @@
 """Which hidden states reach the head, and which sequences each of them counts for.
 
 Only scored tokens become rows: prompts and padding never reach the head. A row can count for
-    several sequences (one chosen
-completion that serves several pairs, a prefix that two completions share), so the map from rows to
-sequences is a sparse matrix A with one non-zero for each membership. Everything else follows from
-it:
+several sequences (one chosen completion that serves several pairs, a prefix that two completions
+share), so the map from rows to sequences is a sparse matrix A with one non-zero for each
+membership. Everything else follows from it:
 
     sequence log-probs   s = A @ row_logps        (`Rows.sums`)
     row coefficients     c = A.T @ dL/ds          (`Rows.spread`)

@@ -2,8 +2,8 @@
 
 An engine gets log-probabilities and gradients through the head. It knows rows, never losses,
 sequences or trainers: rows come in *groups*, and where a gradient needs a loss, the engine hands
-    the log-probs of whole groups to a callback, which returns one
-coefficient ``c_i = dL / dlogp_i`` a row. The rest is linear algebra on ``p = softmax(z)``:
+the log-probs of whole groups to a callback, which returns one coefficient ``c_i = dL / dlogp_i`` a
+row. The rest is linear algebra on ``p = softmax(z)``:
 
     d logp_i / d z_i = onehot(y_i) - p_i
     dHidden_i = c_i * ((onehot(y_i) - p_i) * dz/du) @ weight

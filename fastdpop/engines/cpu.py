@@ -1,23 +1,22 @@
 """The CPU engine: fused kernels in C++ (``csrc/``), for AVX-512 with and without bfloat16 products,
 AVX2 and anything else.
 
-    forward   for each block of rows: logits tile by tile, softmax as it goes, and, where gradients
-        are wanted,
-              the direction d logp / d hidden beside it                                    2 or 4
-              units
-    backward  for each tile of tokens: dWeight and dBias from the softmax that the forward pass kept
-        in float16, 2 units,
-              or from logits computed again, 4 units
+    forward   for each block of rows: logits tile by tile, softmax as it goes (2 units) and, where
+              gradients are wanted, the direction d logp / d hidden beside it (2 more)
+    backward  for each tile of tokens: dWeight and dBias, from the softmax that the forward pass
+              kept in float16 (2 units) or from logits computed again (4 units)
 
 dHidden is a product of direction and coefficient, so the second pass serves the weights alone, and
 skips rows whose coefficient is 0. Rows that repeat (same hidden state, same target: the common
-prefix of a pair) are computed once.
+prefix of a pair) are computed once, and their direction waits for the coefficient where the softmax
+is kept.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,7 +207,7 @@ class CPUEngine:
         sums = call.new_sums(wanted)
         hidden = torch.empty_like(problem.hidden, dtype=torch.float32) if wanted.hidden else None
         limit = call.kept_rows() if wanted.weight or wanted.bias else len(problem.targets)
-        for first, last, rows in _chunks(problem.groups, max(limit, 1)):
+        for first, last, rows in _chunks(problem.groups, call.distinct_rows(), max(limit, 1)):
             run = call.run(rows)
             run.forward(want_direction=wanted.hidden, keep=wanted.weight or wanted.bias)
             c = coefficients(first, last, call.logps[rows], call.statistics[:, rows])
@@ -220,12 +219,15 @@ class CPUEngine:
         return call.result(), sums._replace(hidden=hidden)
 
 
-def _chunks(groups: list[int], limit: int) -> Iterator[tuple[int, int, slice]]:
-    """Whole groups (first, last, rows), up to `limit` rows at once; a larger group by itself."""
+def _chunks(groups: list[int], distinct: list[int], limit: int) -> Iterator[tuple[int, int, slice]]:
+    """Whole groups (first, last, rows), up to `limit` distinct rows at once; a larger group by
+    itself.
+    """
     first = 0
     while first < len(groups) - 1:
-        last = first + 1
-        while last < len(groups) - 1 and groups[last + 1] - groups[first] <= limit:
+        last, count = first + 1, distinct[first]
+        while last < len(groups) - 1 and count + distinct[last] <= limit:
+            count += distinct[last]
             last += 1
         if groups[last] > groups[first]:
             yield first, last, slice(groups[first], groups[last])
@@ -248,6 +250,7 @@ class _Call:
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.to(problem.compute_dtype).float().contiguous()
         self.tiles = -(-weight.shape[0] // self.library.tile)
+        self.distinct = library.distinct(problem.hidden, problem.targets.contiguous())
         # Fresh memory costs a page fault every 4 KiB, so one piece serves all chunks.
         self.kept: tuple[Tensor, Tensor] | None = None
         self.fresh = True
@@ -272,6 +275,13 @@ class _Call:
 
     def run(self, rows: slice) -> _Run:
         return _Run(self, rows)
+
+    def distinct_rows(self) -> list[int]:
+        """How many rows of each group do not repeat one of that group."""
+        bounds = list(itertools.pairwise(self.problem.groups))
+        if self.distinct is None:
+            return [b - a for a, b in bounds]
+        return [len(self.distinct[1][a:b].unique()) for a, b in bounds]
 
     def kept_rows(self) -> int:
         """How many rows' softmax may be kept: whole panels, in half of the workspace at most.
@@ -303,25 +313,28 @@ class _Run:
 
     def __init__(self, call: _Call, rows: slice) -> None:
         self.call, self.rows = call, rows
-        self.hidden = call.problem.hidden[rows].contiguous()
-        self.targets = call.problem.targets[rows].contiguous()
-        distinct = call.library.distinct(self.hidden, self.targets)
+        hidden, targets = call.problem.hidden, call.problem.targets
         self.which: Tensor | None = None
         self.later = 0
-        if distinct is not None:
-            first, which = distinct
+        if call.distinct is None:
+            self.hidden, self.targets = hidden[rows], targets[rows].contiguous()
+        else:
             # Rows that repeat come first: where a loss gives them the coefficient 0, as DPO does,
             # whole panels have nothing to do.
-            repeats = torch.bincount(which, minlength=len(first)) > 1
+            own, which, counts = torch.unique(
+                call.distinct[1][rows], return_inverse=True, return_counts=True
+            )
+            repeats = counts > 1
             order = torch.argsort(~repeats, stable=True)
+            at = call.distinct[0][own[order]]
+            self.hidden, self.targets = hidden[at], targets[at]
             self.which = torch.argsort(order)[which]
-            self.hidden, self.targets = self.hidden[first[order]], self.targets[first[order]]
             panel = call.library.panel
             self.later = int(repeats.sum()) // panel * panel
         count = len(self.targets)
         self.logps, self.lse = torch.empty(count), torch.empty(count)
         self.kept: tuple[Tensor, Tensor] | None = None
-        self.direction = torch.empty(0)
+        self.direction = self.hidden.new_empty(0, self.hidden.shape[1], dtype=torch.float32)
 
     def _spread(self, values: Tensor) -> Tensor:
         return values if self.which is None else values[self.which]

@@ -1,17 +1,17 @@
 """The exact engine: plain torch, any device, float64, float32, bfloat16 and float16.
 
-    for each chunk of whole groups:                        (as many rows as the workspace holds
-        logits for) z    = transform(hidden @ weight.T + bias)         2 units, fp32, vocabulary
-        tile by tile, kept logp = z[target] - logsumexp(z)
-        c    = coefficients(logp)                          the loss, on a few numbers
-        g    = (onehot - exp(z - lse)) * dz/du             tile by tile, never whole
-        dHidden = c * (g @ weight)                         2 units
-        dWeight += g.T @ (c * hidden)                      2 units, fp32
+    for each chunk of whole groups, as many rows as the workspace holds logits for:
+        z = transform(hidden @ weight.T + bias)      2 units, fp32, vocabulary tile by tile, kept
+        logp = z[target] - logsumexp(z)
+        c = coefficients(logp)                       the loss, on a few numbers
+        g = (onehot - exp(z - lse)) * dz/du          tile by tile, never whole
+        dHidden = c * (g @ weight)                   2 units
+        dWeight += g.T @ (c * hidden)                2 units, fp32
 
 A group whose logits exceed the workspace goes through in row tiles and computes its logits twice (8
 units instead of 6). The chunks and tiles depend only on the groups, the shapes and the workspace,
-so every route gives a row the same log-prob, bit for
-bit: a policy equal to its reference has a log-ratio of exactly 0.
+so every route gives a row the same log-prob, bit for bit: a policy equal to its reference has a
+log-ratio of exactly 0.
 
 Products of 16-bit inputs are exact in fp32 and are accumulated there: on a GPU by the tensor cores,
 elsewhere after widening one weight tile at a time. 16-bit logits never exist.
