@@ -28,7 +28,7 @@ from fastdpop.engines.base import Coefficients, Gradients, Logps, Problem, Wante
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KEPT_BYTES = 64 * 2**20
-"""Most memory for the softmax kept for the second pass; beyond, the second pass gains little."""
+"""Memory for the softmax kept for the second pass, unless the gradient or one group is larger."""
 
 
 class _Problem(ctypes.Structure):
@@ -283,24 +283,35 @@ class _Call:
             return [b - a for a, b in bounds]
         return [len(self.distinct[1][a:b].unique()) for a, b in bounds]
 
-    def kept_rows(self) -> int:
-        """How many rows' softmax may be kept: whole panels, in half of the workspace at most.
+    def _rows_in(self, size: int) -> int:
+        """How many rows' softmax fits a number of bytes, in whole panels.
 
         float16 is exact enough for 16-bit products only; under softcap the slope needs the logits.
         """
         if self.problem.compute_dtype == torch.float32 or self.problem.head.softcap is not None:
             return 0
         panel_bytes = self.tiles * self.library.panel * (2 * self.library.tile + 4)
-        room = min(self.problem.workspace_bytes // 2, _KEPT_BYTES)
-        return room // panel_bytes * self.library.panel
+        return size // panel_bytes * self.library.panel
+
+    def kept_rows(self) -> int:
+        """How many rows of several groups are kept at a time.
+
+        Each time the sums pass through memory. As much as rounding a 16-bit weight's gradient takes
+        at the end, when this is free again, adds nothing to the peak.
+        """
+        room = max(_KEPT_BYTES, 2 * self.problem.weight.numel())
+        return self._rows_in(min(room, self.problem.workspace_bytes // 2))
 
     def room_to_keep(self, rows: int) -> tuple[Tensor, Tensor] | None:
-        """Memory for the softmax of `rows` rows, or None if there is not enough."""
+        """Memory for the softmax of `rows` rows, or None if half of the workspace is not enough."""
         panel = self.library.panel
-        if -(-rows // panel) * panel > self.kept_rows():
+        rows = -(-rows // panel) * panel
+        if rows > self._rows_in(self.problem.workspace_bytes // 2):
             return None
-        if self.kept is None:
-            most = min(self.kept_rows(), -(-len(self.logps) // panel) * panel) * self.tiles
+        if self.kept is None or len(self.kept[1]) < rows * self.tiles:
+            everything = -(-len(self.logps) // panel) * panel
+            most = max(rows, min(self.kept_rows(), everything)) * self.tiles
+            self.kept = None
             self.kept = (
                 torch.empty(most * self.library.tile, dtype=torch.int16),
                 torch.empty(most, dtype=torch.float32),

@@ -83,6 +83,22 @@ def test_a_kept_softmax_and_one_computed_again_agree(engine: CPUEngine, dtype: t
         assert (a - b).abs().max() <= rounding * b.abs().max()
 
 
+def test_a_group_larger_than_a_chunk_is_kept_while_the_workspace_holds_it(
+    engine: CPUEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, c = problem(300, torch.bfloat16), torch.randn(300)
+    kept = one_pass(engine, p, c)
+    monkeypatch.setattr("fastdpop.engines.cpu._KEPT_BYTES", 0)
+    call = engine._call(p, ())
+    assert 0 < call.kept_rows() < 100, "smaller than the first group"
+    assert call.room_to_keep(200) is not None
+    by_group = one_pass(engine, p, c)
+    again = one_pass(engine, dataclasses.replace(p, workspace_bytes=1), c)
+    for a, b, other in zip(kept[3:], by_group[3:], again[3:], strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+        assert (a - other).abs().max() > 1e-5 * a.abs().max()
+
+
 def test_near_certainty_keeps_its_gradient(engine: CPUEngine) -> None:
     """1 - p of a token with p = 0.9999 must not drown in the rounding of p to bfloat16."""
     p = problem(64, torch.bfloat16, bias=None)
