@@ -85,6 +85,7 @@ def attach(
       token is not scored.
     - ``ref_logps``: the reference's log-probs, a pair of ``(B,)`` tensors or one ``(2B,)``.
     - ``return_logps=True``, instead of ``preference``: log-probs only, differentiable where gradients are on.
+    - ``router_loss_weight``: the weight of a mixture of experts' router loss; its config's by default.
     - ``preference_options``: a dict of further arguments of :func:`fused_preference_loss` (``pairs``, ``kl``,
       ``reduction``, ``statistics``, ...) or, with ``return_logps``, of :func:`fused_logps`. With ``cu_seqlens`` the ids
       are ``(1, positions)``.
@@ -105,7 +106,7 @@ def attach(
     Raises:
         TypeError: `model` is not a causal language model, or is wrapped or compiled.
         ValueError: there is no such engine, or the model to check is on the meta device.
-        RuntimeError: the head is not a plain ``nn.Linear``, the model does to its logits what fastdpop cannot follow,
+        RuntimeError: the head has no floating-point weight, head or model do to the logits what fastdpop cannot follow,
             or its log-probs differ from fastdpop's.
     """
     target = _causal_lm(model)
@@ -121,6 +122,7 @@ def attach(
     if new:
         detach(target)
         target.forward = _attached_forward(target, settings)
+        _add_guards(target)
     if check:
         try:
             _check_itself(target, head)
@@ -140,12 +142,14 @@ def detach(model: Model) -> Model:
     target = _causal_lm(model)
     attachment = _attachment(target)
     if attachment is None:
+        _remove_guards(target)
         return model
     if hasattr(target.forward, "__wrapped__"):
         raise RuntimeError(
             f"the forward of {type(target).__name__} was wrapped after fastdpop.attach: unwrap it first "
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
+    _remove_guards(target)
     del target.forward
     previous = attachment.previous
     if attachment.bound and previous is not None and previous.__self__ is not target:
@@ -165,11 +169,77 @@ class _Attachment:
     settings: dict[str, Any]
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether the model, or the one inside a PEFT model, is attached."""
+    return _attachment(_causal_lm(model)) is not None
+
+
 def _attachment(model: nn.Module) -> _Attachment | None:
     forward = model.forward
     while hasattr(forward, "__wrapped__"):  # wrappers copy attributes: only the innermost counts
         forward = forward.__wrapped__
     return getattr(forward, "fastdpop", None)
+
+
+def _trunk(model: Any) -> Any:
+    """The model inside the model, or None."""
+    trunk = getattr(model, "base_model", model)
+    return None if trunk is model else trunk
+
+
+def _add_guards(model: Any) -> None:
+    """Stop calls that a later patch of ``forward`` (Liger's, for one) would answer without a preference loss.
+
+    PEFT calls ``forward`` of the model directly, where hooks of the model do not run: those of the trunk do.
+    """
+    model.register_forward_pre_hook(_note_arguments, with_kwargs=True)
+    model.register_forward_hook(_refuse_unread, with_kwargs=True)
+    if _trunk(model) is not None:
+        _trunk(model).register_forward_pre_hook(_refuse_passed_on, with_kwargs=True)
+
+
+def _remove_guards(model: Any) -> None:
+    for module in filter(None, (model, _trunk(model))):
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = getattr(module, kind)
+            for key in [key for key, hook in hooks.items() if hook in _GUARDS]:
+                del hooks[key]
+                del getattr(module, f"{kind}_with_kwargs")[key]
+        vars(module).pop(_UNREAD, None)
+
+
+_UNREAD = "_fastdpop_unread"
+"""Attribute of a model: the argument of the present call that the attached ``forward`` has not read yet."""
+
+
+def _ours(kwargs: Mapping[str, Any]) -> str | None:
+    return next((name for name in ("preference", "return_logps") if kwargs.get(name)), None)
+
+
+def _note_arguments(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    vars(model)[_UNREAD] = _ours(kwargs)
+
+
+def _refuse_unread(model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    name = vars(model).pop(_UNREAD, None)
+    if name is not None:
+        raise _unread(name, model)
+
+
+def _refuse_passed_on(trunk: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    name = _ours(kwargs)
+    if name is not None:
+        raise _unread(name, trunk)
+
+
+def _unread(name: str, module: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"{name} reached {type(module).__name__} unread: forward was replaced after fastdpop.attach, "
+        "or the model was pickled. Apply Liger and other patches first, then attach"
+    )
+
+
+_GUARDS = (_note_arguments, _refuse_unread, _refuse_passed_on)
 
 
 def _causal_lm(model: Any) -> Any:
@@ -187,24 +257,38 @@ def _causal_lm(model: Any) -> Any:
     return target
 
 
-def _output_head(model: Any) -> nn.Linear:
-    """The output embedding, if it is the plain linear layer that the fused loss replaces."""
+def _output_head(model: Any) -> Any:
+    """The output embedding: a module with a weight, which may do more than multiply by it (an adapter, a scale)."""
     owner, head = type(model).__name__, model.get_output_embeddings()
     if head is None:
         raise RuntimeError(f"{owner} has no output embedding: get_output_embeddings() is None")
     name = next((name for name, module in model.named_modules() if module is head), "the head")
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        advice = "leave it out of PEFT's target_modules and modules_to_save, or merge the adapter"
-    elif "forward" in vars(head):
+    weight = getattr(head, "weight", None)
+    if "forward" in vars(head):
         advice = "its forward is replaced (offloading?): keep it on one device, without hooks"
-    elif not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        advice = "expected a plain nn.Linear, or call fastdpop.fused_preference_loss on the hidden states"
-    elif "weight" not in head._parameters or not head.weight.is_floating_point():
-        advice = "expected a plain floating-point weight, neither quantised nor parametrised"
+    elif not isinstance(weight, Tensor) or weight.dim() != 2:
+        advice = (
+            "expected a module with a weight (vocabulary, width), or call fastdpop.fused_preference_loss "
+            "on the hidden states"
+        )
+    elif not weight.is_floating_point():
+        advice = f"its weight is {weight.dtype}, expected floating-point: leave the head out of the quantisation"
     else:
         return head
     kind = type(head).__name__
     raise RuntimeError(f"{name} of {owner} is a {kind} that fastdpop cannot read: {advice}")
+
+
+def _adapter_columns(head: Any) -> int:
+    """Columns that the active LoRA adapters of a head add to its weight, also while they are disabled.
+
+    A reference computed with the adapter disabled then adds in the same order as the policy, so that the two are equal
+    to the bit before the first step.
+    """
+    ranks = getattr(head, "r", None)
+    if not isinstance(ranks, dict) or getattr(head, "merged", False):
+        return 0
+    return sum(ranks[name] for name in head.active_adapters if name in ranks)
 
 
 # ---- the call -----------------------------------------------------------------------------------
@@ -229,8 +313,14 @@ def _attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         ref_logps: RefLogps | None = None,
         return_logps: bool = False,
         preference_options: Mapping[str, Any] | None = None,
+        router_loss_weight: float | None = None,
         **kwargs: Any,
     ) -> Any:
+        if preference is None and router_loss_weight is not None:
+            raise ValueError(
+                "router_loss_weight is given without preference, expected preference= too"
+            )
+        vars(self).pop(_UNREAD, None)
         if preference is None and not return_logps:
             if ref_logps is not None or preference_options is not None:
                 name = "preference_options" if ref_logps is None else "ref_logps"
@@ -244,7 +334,7 @@ def _attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         )
         call, labels, as_dict = _arguments(self, signature, args, kwargs)
         head = _output_head(self)
-        with lazy_logits_from(head, type(self).__name__):
+        with lazy_logits_from(head, type(self).__name__, _adapter_columns(head)):
             outputs = original(self, **call, return_dict=True)
         inputs = _inputs(self, outputs, labels, options) | settings | options
         passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
@@ -255,7 +345,9 @@ def _attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         else:
             result = fused_preference_loss(**inputs, loss=preference, ref_logps=ref_logps)
             values = {field.name: getattr(result, field.name) for field in fields(result)}
-            values["loss"] = _with_router_loss(self, result.loss, passed_on["aux_loss"])
+            values["loss"] = _with_router_loss(
+                self, result.loss, passed_on["aux_loss"], router_loss_weight
+            )
             values["logps"] = _by_sequence(result, options.get("pairs"))
             output = PreferenceModelOutput(**values, **passed_on)
         return output if as_dict else output.to_tuple()
@@ -368,10 +460,14 @@ def _by_sequence(result: PreferenceOutput, pairs: Any) -> Tensor:
     return logps
 
 
-def _with_router_loss(model: nn.Module, loss: Tensor, router_loss: Tensor | None) -> Tensor:
+def _with_router_loss(
+    model: nn.Module, loss: Tensor, router_loss: Tensor | None, weight: float | None
+) -> Tensor:
     """Add the load-balancing loss as a mixture of experts itself does when it gets labels."""
     if router_loss is None:
         return loss
+    if weight is not None:
+        return loss + weight * router_loss.to(loss.device)
     config = getattr(model, "config", None)
     text_config = getattr(config, "text_config", None)
     for owner in (model, config, text_config):
@@ -387,7 +483,7 @@ def _with_router_loss(model: nn.Module, loss: Tensor, router_loss: Tensor | None
 # ---- the self-check -----------------------------------------------------------------------------
 
 
-def _check_itself(model: Any, head: nn.Linear) -> None:
+def _check_itself(model: Any, head: Any) -> None:
     """Compare the log-probs of ten tokens with those of the model's own logits."""
     owner, device = type(model).__name__, head.weight.device
     vocabulary = min(len(head.weight), len(model.get_input_embeddings().weight))
@@ -402,7 +498,8 @@ def _check_itself(model: Any, head: nn.Linear) -> None:
             logits = model(input_ids=ids, return_dict=True, **cacheless).logits
         except Exception as error:
             raise RuntimeError(
-                f"{owner} does not run on token ids alone, so it cannot be checked: pass check=False"
+                f"{owner} does not run on token ids alone, so it cannot be checked: pass check=False "
+                f"({type(error).__name__}: {error})"
             ) from error
         finally:
             watch.remove()

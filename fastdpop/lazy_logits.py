@@ -1,8 +1,8 @@
 """Logits that are never computed: what a model does to them is noted down instead.
 
-For the length of a call, :func:`lazy_logits_from` lets an output head return :class:`LazyLogits`. The model's own code
-then scales, caps, casts and cuts them as it always does; what it returns tells the hidden states, the weight and the
-transform.
+For the length of a call, :func:`lazy_logits_from` lets an output head return :class:`LazyLogits`: the head runs its own
+code, in which a linear map onto the vocabulary is noted down. The model then scales, caps, casts and cuts them as it
+always does; what it returns tells the hidden states, the weight and the transform.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Index = slice | int
@@ -49,6 +51,41 @@ class Product:
             return replace(self, scale=self.scale * factor)
         return replace(self, softcap=self.softcap * factor)
 
+    def times_by_token(self, factors: Tensor) -> Product | None:
+        """``z * factors`` of shape ``(V,)``: rows of the weight are multiplied, in the wider dtype.
+
+        None under a softcap.
+        """
+        if self.softcap is not None:
+            return None
+        weight = self.weight * factors[:, None]
+        bias = None if self.bias is None else self.bias * factors
+        return replace(self, hidden=self.hidden.to(weight.dtype), weight=weight, bias=bias)
+
+    def plus(self, other: Product) -> Product | None:
+        """``z`` of the one and of the other, as one product of concatenated hidden states and weights.
+
+        ``h W^T + r (g B^T) = [h, r g] [W, B]^T``, in the dtypes of the first. None under a softcap.
+        """
+        if self.softcap is not None or other.softcap is not None:
+            return None
+        ratio = other.scale / self.scale
+        hidden = torch.cat([self.hidden, other.hidden.to(self.hidden.dtype) * ratio], dim=-1)
+        weight = torch.cat([self.weight, other.weight.to(self.weight.dtype)], dim=1)
+        bias = self.bias
+        if other.bias is not None:
+            scaled = other.bias.to(self.weight.dtype) * ratio
+            bias = scaled if bias is None else bias + scaled
+        return replace(self, hidden=hidden, weight=weight, bias=bias)
+
+    def widened(self, columns: int) -> Product:
+        """The same logits from a product that has `columns` more columns, all zero.
+
+        The order in which an engine adds depends on the width, so log-probs are the same bits only at the same width.
+        """
+        wide = partial(nn.functional.pad, pad=(0, columns))
+        return replace(self, hidden=wide(self.hidden), weight=wide(self.weight))
+
     def cut(self, leading: tuple[Index, ...], vocabulary: slice) -> Product:
         """``z[(*leading, vocabulary)]``: rows of hidden, and rows of the weight."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
@@ -62,8 +99,8 @@ class Product:
 class LazyLogits(Tensor):
     """A tensor without storage: the shape and dtype of logits, and the :class:`Product` they stand for.
 
-    Casts, slices, a positive scale and one tanh give lazy logits again; shape and dtype can be read. Everything else
-    raises a RuntimeError that names the operation and the model.
+    Casts, slices, a positive scale, a factor for each token, a sum of two and one tanh give lazy logits again; shape
+    and dtype can be read. Everything else raises a RuntimeError that names the operation and the model.
     """
 
     product: Product
@@ -91,7 +128,7 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         logits = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits))
         result = _applied(_IN_PLACE.get(name, name), func, logits, args, kwargs)
-        if result is None:
+        if result is None or (name in _IN_PLACE and args[0] is not logits):
             raise _refusal(name, logits)
         if name in _IN_PLACE:
             logits.product = result.product
@@ -106,20 +143,62 @@ class LazyLogits(Tensor):
         raise _refusal(str(func), next(leaf for leaf in leaves if isinstance(leaf, LazyLogits)))
 
 
-@contextlib.contextmanager
-def lazy_logits_from(head: nn.Linear, owner: str) -> Iterator[None]:
-    """Let a head return lazy logits inside the context; `owner` is the model's class name."""
+class _LinearMaps(TorchFunctionMode):
+    """Lets every linear map onto `vocabulary` tokens return lazy logits."""
 
-    def forward(input: Tensor) -> LazyLogits:
-        weight = head.weight
+    def __init__(self, vocabulary: int, owner: str) -> None:
+        super().__init__()
+        self.vocabulary, self.owner = vocabulary, owner
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.linear:
+            return func(*args, **kwargs)
+        return self._linear(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(weight) != self.vocabulary:
+            return nn.functional.linear(input, weight, bias)
         if type(weight) not in (Tensor, nn.Parameter):
             raise RuntimeError(
-                f"the weight of {owner}'s head is a {type(weight).__name__} during forward, "
+                f"the weight of {self.owner}'s head is a {type(weight).__name__} during forward, "
                 "expected a plain tensor: keep the head unsharded and unquantised"
             )
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        return LazyLogits(Product(input, weight, head.bias, owner), dtype)
+        return LazyLogits(Product(input, weight, bias, self.owner), dtype)
+
+
+@contextlib.contextmanager
+def lazy_logits_from(head: Any, owner: str, columns: int = 0) -> Iterator[None]:
+    """Let a head return lazy logits inside the context.
+
+    Args:
+        head: a module with a ``(V, H)`` ``weight``; it may be more than a linear map.
+        owner: class name of the model, for messages.
+        columns: widen every product to at least so many columns more than the weight has.
+    """
+    vocabulary, width = head.weight.shape
+
+    def forward(*args: Any, **kwargs: Any) -> LazyLogits:
+        with _LinearMaps(vocabulary, owner):
+            logits = type(head).forward(head, *args, **kwargs)
+        if not isinstance(logits, LazyLogits):
+            raise RuntimeError(
+                f"the head of {owner} is a {type(head).__name__} that computes its logits by itself, "
+                "expected torch.nn.functional.linear: keep the head unquantised, or call "
+                "fastdpop.fused_preference_loss on the hidden states"
+            )
+        missing = width + columns - logits.product.weight.shape[1]
+        if missing > 0:
+            logits.product = logits.product.widened(missing)
+        return logits
 
     vars(head)["forward"] = forward  # on the instance, where it is found before the class's
     try:
@@ -133,8 +212,10 @@ _METADATA |= {"is_cuda", "is_floating_point"}
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 _TIMES = {"mul", "multiply", "__mul__", "__rmul__"}
 _OVER = {"div", "divide", "true_divide", "__truediv__"}
+_PLUS = {"add", "__add__", "__radd__"}
 _IN_PLACE = {"mul_": "mul", "multiply_": "mul", "__imul__": "mul", "tanh_": "tanh"}
 _IN_PLACE |= {"div_": "div", "divide_": "div", "true_divide_": "div", "__itruediv__": "div"}
+_IN_PLACE |= {"add_": "add", "__iadd__": "add"}
 
 
 def _name(func: Any) -> str:
@@ -145,7 +226,7 @@ def _name(func: Any) -> str:
 def _refusal(operation: str, logits: LazyLogits) -> RuntimeError:
     return RuntimeError(
         f"{logits.product.owner} applies {operation} to its logits, which fastdpop.attach cannot follow: "
-        "it knows casts, slices, a positive scale and a tanh softcap. "
+        "it knows casts, slices, a positive scale, one factor a token, sums of linear maps and a tanh softcap. "
         "Call fastdpop.fused_preference_loss on the hidden states instead"
     )
 
@@ -169,12 +250,23 @@ def _applied(
         return None if index is None else LazyLogits(product.cut(*index), logits.dtype)
     if len(others) != 1:
         return None
-    factor = _positive(others[0] if first is logits else first)
+    other = others[0] if first is logits else first
+    if name in _PLUS and isinstance(other, LazyLogits) and other.shape == logits.shape:
+        dtype = torch.promote_types(logits.dtype, other.dtype)
+        return _lazy(logits.product.plus(other.product), dtype)
+    if name in _TIMES and isinstance(other, Tensor) and other.shape == logits.shape[-1:]:
+        dtype = torch.promote_types(logits.dtype, other.dtype)
+        return _lazy(product.times_by_token(other), dtype)
+    factor = _positive(other)
     if factor is not None and name in _TIMES:
         return LazyLogits(product.times(factor), logits.dtype)
     if factor is not None and name in _OVER and first is logits:
         return LazyLogits(product.times(1.0 / factor), logits.dtype)
     return None
+
+
+def _lazy(product: Product | None, dtype: torch.dtype) -> LazyLogits | None:
+    return None if product is None else LazyLogits(product, dtype)
 
 
 def _positive(value: Any) -> float | None:

@@ -50,6 +50,17 @@ def test_loss_logps_and_gradients_are_those_of_full_logits(name: str, trained: b
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-6, atol=atol)
 
 
+def test_weight_of_the_router_loss() -> None:
+    model, inputs = attach(tiny("mixtral, router loss")), batch()
+    call = {**inputs, "preference": "simpo"}
+    without, out = (model(**call, router_loss_weight=weight) for weight in (0.0, 0.25))
+    assert out.aux_loss > 0
+    torch.testing.assert_close(out.loss, without.loss + 0.25 * out.aux_loss.detach())
+    torch.testing.assert_close(model(**call).loss, without.loss + 0.7 * out.aux_loss.detach())
+    with pytest.raises(ValueError, match="router_loss_weight is given without preference"):
+        model(**inputs, router_loss_weight=0.25)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2, softcap", "phi, bias"])
 def test_returned_logps_are_differentiable(name: str) -> None:
     model, inputs = tiny(name), batch()

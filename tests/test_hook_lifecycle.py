@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,7 +125,7 @@ def test_signature_for_trainers() -> None:
     model = tiny()
     own = list(inspect.signature(model.forward).parameters)
     names = list(inspect.signature(attach(model).forward).parameters)
-    ours = ["preference", "ref_logps", "return_logps", "preference_options"]
+    ours = ["preference", "ref_logps", "return_logps", "preference_options", "router_loss_weight"]
     assert [name for name in names if name not in ours] == own
     assert [name for name in names if name in ours] == ours
 
@@ -136,7 +135,7 @@ def test_compiled_after_attaching() -> None:
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
     expected = model(**inputs, preference="simpo").loss
-    model.model.compile(backend="eager")
+    model.model.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(model(**inputs, preference="simpo").loss, expected)
 
 
@@ -180,19 +179,6 @@ def test_peft_around_an_attached_model() -> None:
     torch.testing.assert_close(out.logps, own_logps(model, inputs).detach())
 
 
-@pytest.mark.parametrize(
-    "where", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}]
-)
-def test_an_adapted_head_is_refused(where: dict[str, Any]) -> None:
-    model, inputs = attach(tiny()), batch()
-    with pytest.raises(
-        RuntimeError, match=r"lm_head of LlamaForCausalLM is .* leave it out of PEFT's"
-    ):
-        lora(model, **where)(**inputs, preference="simpo")
-    with pytest.raises(RuntimeError, match="lm_head of LlamaForCausalLM"):
-        attach(lora(tiny(), **where))
-
-
 def test_distributed_data_parallel(single_process: None) -> None:
     model, inputs, ref_logps = attach(tiny()), batch(), torch.full((4,), -40.0)
     model(**inputs, preference=DPOP, ref_logps=ref_logps).loss.backward()
@@ -227,6 +213,8 @@ def test_fully_sharded(single_process: None) -> None:
 def test_accelerate_mixed_precision() -> None:
     accelerate = pytest.importorskip("accelerate")
     model, inputs = attach(tiny(dtype=torch.float32)), batch()
+    # Whoever made an accelerator before, a trainer for one, has fixed its precision.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     try:
         prepared = accelerator.prepare(model)
@@ -352,15 +340,15 @@ def test_the_check_raises_and_leaves_the_model_as_it_was(kind: Any, message: str
     attach(model, check=False)
 
 
-class Scaled(nn.Linear):
-    """Its scale is 1 until it is trained, so that the numbers alone would not give it away."""
+class Shifted(nn.Linear):
+    """Its shift is 0 until it is trained, so that the numbers alone would not give it away."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
-        self.scale = nn.Parameter(torch.ones(outputs))
+        self.shift = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * self.scale
+        return super().forward(input) + self.shift
 
 
 def test_unreadable_heads() -> None:
@@ -369,16 +357,11 @@ def test_unreadable_heads() -> None:
     with pytest.raises(RuntimeError, match="its forward is replaced"):
         attach(model)
     model = tiny()
-    nn.utils.parametrizations.weight_norm(model.lm_head)
-    with pytest.raises(
-        RuntimeError, match=re.escape("lm_head of LlamaForCausalLM is a Parametrized")
-    ):
-        attach(model)
-    model.set_output_embeddings(Scaled(32, V))
-    with pytest.raises(RuntimeError, match="lm_head of LlamaForCausalLM is a Scaled"):
+    model.set_output_embeddings(Shifted(32, V).double())
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM applies (__add__|add) to its logits"):
         attach(model)
     model.set_output_embeddings(nn.Sequential(nn.Linear(32, V)))
-    with pytest.raises(RuntimeError, match="expected a plain"):
+    with pytest.raises(RuntimeError, match=r"is a Sequential .* expected a module with a weight"):
         attach(model)
     model.set_output_embeddings(None)
     with pytest.raises(RuntimeError, match="has no output embedding"):

@@ -13,6 +13,7 @@ from fastdpop.head import Head
 from fastdpop.lazy_logits import LazyLogits, lazy_logits_from
 
 VOCABULARY = 11
+FACTORS = torch.linspace(-1.0, 2.0, VOCABULARY, dtype=torch.float64)
 
 
 def lazy_and_real(bias: bool = True) -> tuple[LazyLogits, Tensor]:
@@ -47,6 +48,10 @@ FOLLOWED: dict[str, Callable[[Any], Any]] = {
     "cast to another's": lambda z: z.type_as(torch.zeros(1)).to(
         torch.zeros((), dtype=torch.float64)
     ),
+    "one factor a token": lambda z: z * FACTORS,
+    "one factor a token, from the left": lambda z: torch.mul(FACTORS, z * 3.0),
+    "sum": lambda z: z * 2.0 + z * 3.0,
+    "sum in place": lambda z: z.clone().add_(z[:, :, :]),
     "last positions": lambda z: z[:, -3:, :],
     "one sequence": lambda z: z[1],
     "a range of sequences": lambda z: z[1:],
@@ -79,7 +84,13 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "negative scale": lambda z: z * -1.0,
     "zero": lambda z: z * 0.0,
     "infinite": lambda z: z * float("inf"),
-    "one value a token": lambda z: z * torch.ones(VOCABULARY, dtype=torch.float64),
+    "one value a token, under a softcap": lambda z: z.tanh() * FACTORS,
+    "one divisor a token": lambda z: z / FACTORS,
+    "one value a position": lambda z: z * torch.ones(5, 1, dtype=torch.float64),
+    "sum under a softcap": lambda z: z + z.tanh(),
+    "sum of different shapes": lambda z: z + z[:, :1],
+    "difference": lambda z: z - z,
+    "onto a tensor in place": lambda z: torch.zeros(2, 5, VOCABULARY).add_(z),
     "learned scale": lambda z: z * torch.ones((), requires_grad=True),
     "squared": lambda z: z * z,
     "reciprocal": lambda z: 1.0 / z,
@@ -141,6 +152,63 @@ def test_head_is_restored_after_an_error() -> None:
     with pytest.raises(KeyError), lazy_logits_from(head, "Tiny"):
         raise KeyError
     assert set(vars(head)) == before
+
+
+@pytest.mark.parametrize("columns", [0, 3])
+def test_a_head_may_be_more_than_a_linear_map(columns: int) -> None:
+    """Its own code runs; only linear maps onto the vocabulary are noted down."""
+
+    class LowRank(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, VOCABULARY, dtype=torch.float64)
+            self.down = nn.Linear(4, 2, bias=False, dtype=torch.float64)
+            self.up = nn.Linear(2, VOCABULARY, dtype=torch.float64)
+            self.factors = nn.Parameter(FACTORS.clone())
+
+        def forward(self, input: Tensor) -> Tensor:
+            return (super().forward(input) + 0.5 * self.up(self.down(input))) * self.factors
+
+    head, input = LowRank(), torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    with lazy_logits_from(head, "Tiny", columns):
+        lazy = head(input)
+    assert lazy.product.weight.shape == (VOCABULARY, 4 + max(2, columns))
+    torch.testing.assert_close(computed(lazy), head(input))
+    leaves = [input, *head.parameters()]
+    gradient = torch.randn(2, 5, VOCABULARY, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(computed(lazy), leaves, gradient),
+        torch.autograd.grad(head(input), leaves, gradient),
+    )
+
+
+def test_a_sum_keeps_the_dtype_of_its_first_term() -> None:
+    """An adapter in float32 beside a head in bfloat16, as PEFT makes it."""
+    base, adapter = nn.Linear(4, VOCABULARY, dtype=torch.bfloat16), nn.Linear(2, VOCABULARY)
+    with lazy_logits_from(base, "Tiny"), lazy_logits_from(adapter, "Tiny"):
+        lazy = base(torch.randn(3, 4, dtype=torch.bfloat16)) + adapter(torch.randn(3, 2))
+    assert lazy.dtype == torch.float32
+    assert {lazy.product.hidden.dtype, lazy.product.weight.dtype} == {torch.bfloat16}
+
+
+def test_a_factor_keeps_its_precision() -> None:
+    head = nn.Linear(4, VOCABULARY, dtype=torch.bfloat16)
+    with lazy_logits_from(head, "Tiny"):
+        lazy = head(torch.randn(3, 4, dtype=torch.bfloat16)).float() * FACTORS.float()
+    assert {lazy.product.hidden.dtype, lazy.product.weight.dtype} == {torch.float32}
+
+
+class Opaque(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T
+
+
+def test_a_head_that_multiplies_by_itself() -> None:
+    head = Opaque(4, VOCABULARY)
+    with (
+        pytest.raises(RuntimeError, match="the head of Tiny is a Opaque that computes its logits"),
+        lazy_logits_from(head, "Tiny"),
+    ):
+        head(torch.randn(2, 4))
 
 
 def test_unusual_weight() -> None:

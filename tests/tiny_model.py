@@ -27,8 +27,8 @@ def tiny_tokenizer(chat_template: str | None = None) -> Any:
     return tokenizer
 
 
-def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
-    """Two layers, 16 wide, tied head, 258 tokens."""
+def tiny_llama(seed: int = 0, *, tied: bool = True, **options: Any) -> LlamaForCausalLM:
+    """Two layers, 16 wide, tied head unless told otherwise, 258 tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(
@@ -40,7 +40,7 @@ def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
                 num_attention_heads=2,
                 num_key_value_heads=1,
                 max_position_embeddings=128,
-                tie_word_embeddings=True,
+                tie_word_embeddings=tied,
                 eos_token_id=256,
                 pad_token_id=257,
                 bos_token_id=None,

@@ -1,0 +1,74 @@
+"""DPOP in LLaMA-Factory, without full logits: its command line, with one class exchanged.
+
+    python examples/llamafactory_dpop.py config.yaml      # instead of: llamafactory-cli train config.yaml
+
+The configuration is one for `stage: dpo` with `pref_loss: sigmoid`. `pref_beta` is DPOP's beta, and `DPOP_LAMBDA` in
+the environment its lambda (50).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from llamafactory.train.dpo import trainer
+from llamafactory.train.tuner import run_exp
+from torch import Tensor
+
+import fastdpop
+from fastdpop import losses
+
+
+class FusedDPOPTrainer(trainer.CustomDPOTrainer):
+    def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, **kwargs: Any) -> None:
+        for name, expected in {
+            "pref_loss": "sigmoid",
+            "pref_ftx": 0.0,
+            "pref_bco_weight": 0.0,
+            "ld_alpha": None,
+        }.items():
+            if (given := getattr(finetuning_args, name)) != expected:
+                raise ValueError(f"{name} is {given!r}, expected {expected!r}: the loss is DPOP")
+        fastdpop.attach(model)
+        if ref_model is not None:
+            fastdpop.attach(ref_model)
+        self.dpop = losses.get(
+            "dpop",
+            beta=finetuning_args.pref_beta,
+            lam=float(os.environ.get("DPOP_LAMBDA", "50")),
+            label_smoothing=finetuning_args.dpo_label_smoothing,
+        )
+        super().__init__(model, ref_model, finetuning_args, **kwargs)
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: dict[str, Tensor], train_eval: str = "train"
+    ) -> tuple[Tensor, dict[str, float]]:
+        reference, switched_off = self.ref_model, contextlib.nullcontext()
+        if reference is None:  # LoRA
+            reference, switched_off = model, self.accelerator.unwrap_model(model).disable_adapter()
+        with torch.no_grad(), switched_off:
+            ref_logps = reference(**batch, return_logps=True).logps
+        out = model(**batch, preference=self.dpop, ref_logps=ref_logps)
+        values = {
+            "rewards/chosen": out.chosen_rewards,
+            "rewards/rejected": out.rejected_rewards,
+            "rewards/accuracies": out.accuracy,
+            "rewards/margins": out.margins,
+            "logps/chosen": out.chosen_logps,
+            "logps/rejected": out.rejected_logps,
+            "penalty": out.penalty,
+        }
+        prefix = "eval_" if train_eval == "eval" else ""
+        return out.loss, {prefix + k: v.float().mean().item() for k, v in values.items()}
+
+
+def main() -> None:
+    # The workflow imports the name when it runs.
+    trainer.CustomDPOTrainer = FusedDPOPTrainer
+    run_exp()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The model and the batches of the other examples: yours, or tiny made-up ones."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from fastdpop.data import TokenPair, collate, read_pairs, tokenise
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--model", help="a causal language model with its tokenizer; default: a tiny random one"
+    )
+    parser.add_argument(
+        "--pairs", help="a JSON Lines file with prompt, chosen, rejected; default: made-up pairs"
+    )
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch-pairs", type=int, default=4)
+    options = parser.parse_args()
+    if (options.model is None) != (options.pairs is None):
+        parser.error("--model and --pairs belong together")
+    return options
+
+
+def load(options: argparse.Namespace) -> tuple[Any, DataLoader[TokenPair]]:
+    """A model in evaluation mode (no dropout), and batches of chosen sequences followed by the rejected ones."""
+    torch.manual_seed(0)
+    if options.model is None:
+        model, pairs, pad_id = _tiny(), _made_up(32), 0
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        pairs, _ = tokenise(read_pairs(options.pairs), tokenizer)
+        pad_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    batches = DataLoader(
+        pairs,
+        batch_size=options.batch_pairs,
+        shuffle=True,
+        collate_fn=partial(collate, pad_id=pad_id),
+    )
+    return model.eval(), batches
+
+
+def _tiny() -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, **tokens))
+
+
+def _made_up(count: int) -> list[TokenPair]:
+    """Chosen completions count upwards; one number of a rejected one is wrong."""
+    chance, pairs = random.Random(0), []
+    for _ in range(count):
+        start, length = chance.randrange(3, 100), chance.randrange(6, 16)
+        right = list(range(start + 3, start + length))
+        wrong = list(right)
+        wrong[chance.randrange(len(wrong))] = chance.randrange(3, 100)
+        pairs.append(TokenPair(tuple(range(start, start + 3)), (*right, 2), (*wrong, 2)))
+    return pairs
