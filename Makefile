@@ -6,15 +6,16 @@ ARGS ?=
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
 READY := $(VENV)/.ready
+OLD_TRL := 0.29 1.8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test lint format docs bench sanitize demo clean
+.PHONY: help setup test test-trl test-llamafactory lint format docs models bench sanitize demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with everything a developer needs
 
@@ -31,6 +32,17 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 test: lint docs ## all checks: lint, types, docs, tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
+	@for python in $(OLD_TRL:%=build/trl-%/bin/python) $(BIN)/python; do \
+	  $$python -m pytest tests/integrations/test_trl*.py $(ARGS) || exit 1; done
+
+build/trl-%/.ready: requirements/trl-%.txt
+	@echo "Setting up build/trl-$*: a few minutes the first time"
+	@$(PYTHON) -m venv build/trl-$*
+	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
+	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +56,18 @@ format: setup ## let ruff rewrite the code
 
 docs: setup ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+models: setup ## every causal language model of transformers against its own logits, into docs/models.md (2 minutes)
+	$(BIN)/python -m tests.models.sweep $(ARGS)
+
+# torchvision is left out: its builds follow torch's, and text does not need it.
+test-llamafactory: ## train with LLaMA-Factory and examples/llamafactory_dpop.py, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-llamafactory
+	$(VENV)-llamafactory/bin/pip install --quiet torch==$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)) setuptools
+	$(VENV)-llamafactory/bin/pip install --quiet llamafactory==0.9.5 pytest hypothesis
+	$(VENV)-llamafactory/bin/pip uninstall --quiet --yes torchvision
+	$(VENV)-llamafactory/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(VENV)-llamafactory/bin/python -m pytest -W default tests/test_examples.py -k llamafactory
 
 bench: setup ## speed and memory against plain PyTorch, TRL and Liger, into bench/results (15 minutes)
 	@mkdir -p build
@@ -62,4 +86,4 @@ demo: setup ## train a small language model with DPO and with DPOP, and see the 
 	$(BIN)/fastdpop demo $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-llamafactory build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -70,6 +70,12 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
         yield Bar(name, found.growth(mode, ours), 0.01)
 
     yield from _edited(found, ours)
+    for trained in ("all weights", "LoRA"):
+        fast, stock = (found.trainer(trained, name) for name in ("fastdpop", "TRL"))
+        value = None if fast is None else fast["to_trl"]
+        yield Bar(f"a training step of TRL's DPOTrainer, {trained}", value, 0.5)
+        value = fast["peak_extra_bytes"] / stock["peak_extra_bytes"] if fast and stock else None
+        yield Bar(f"its peak extra memory, {trained}", value, 1.0)
 
     for mode, limit in ((TRAINED, 1.0), (FROZEN, 1.0), (LOGPS, 1.0)):
         value = found.step("gsm8k-like", "fp32", mode, ours)
@@ -159,6 +165,10 @@ class _Results:
         beside = [row["peak_extra_bytes"] - row["gradient_bytes"] for row in (first, last)]
         logits = 4 * first["vocabulary"] * (last["scored_rows"] - first["scored_rows"])
         return (beside[1] - beside[0]) / logits
+
+    def trainer(self, trained: str, contender: str) -> Row | None:
+        rows = self._all("trainer", trained=trained, contender=contender)
+        return rows[0] if rows else None
 
     def gradient(self, ours: str, theirs: str) -> float | None:
         a = self._all("gradient", contender=ours)

@@ -97,6 +97,22 @@ def tables(rows: list[Row]) -> str:
         title = f"### dWeight of {pairs[0]['pairs']} pairs, bf16, DPO"
         parts.append(f"{title}\n\n{_table(header, body)}")
 
+    steps = [row for row in rows if row["kind"] == "trainer"]
+    if steps:
+        header = ["", "seconds", "x TRL", "peak MiB"]
+        body = [
+            [
+                f"{row['contender']}, {row['trained']}",
+                f"{row['seconds']:.3g}",
+                f"{row['to_trl']:.2f}",
+                _mib(row["peak_extra_bytes"]),
+            ]
+            for row in steps
+        ]
+        count = f"{steps[0]['positions']:,} positions, {steps[0]['scored_rows']:,} of them scored"
+        title = f"### A training step of TRL's DPOTrainer\n\n{count}"
+        parts.append(f"{title}\n\n{_table(header, body)}")
+
     for series, what in (("rows", "scored_rows"), ("vocabulary", "vocabulary")):
         of_series = [r for r in rows if r["kind"] == "memory" and r["series"] == series]
         points = sorted({row[what] for row in of_series})

@@ -15,6 +15,7 @@ from fastdpop.output import PreferenceOutput
 
 if TYPE_CHECKING:
     from fastdpop.hook import attach, detach
+    from fastdpop.integrations.trl import patch_trl, unpatch_trl
 
 __version__ = "0.1.0"
 
@@ -28,13 +29,21 @@ __all__ = [
     "fused_logps",
     "fused_preference_loss",
     "losses",
+    "patch_trl",
+    "unpatch_trl",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """attach and detach need transformers, the rest only torch: import them when they are used."""
+    """attach and detach need transformers, patch_trl and unpatch_trl also trl, the rest only torch:
+    import them when they are used.
+    """
     if name in ("attach", "detach"):
         from fastdpop import hook
 
         return getattr(hook, name)
+    if name in ("patch_trl", "unpatch_trl"):
+        from fastdpop.integrations import trl
+
+        return getattr(trl, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

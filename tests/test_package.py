@@ -46,6 +46,8 @@ def test_public_names() -> None:
         "fused_logps",
         "fused_preference_loss",
         "losses",
+        "patch_trl",
+        "unpatch_trl",
     }
     assert expected == set(fastdpop.__all__)
     assert all(hasattr(fastdpop, name) for name in expected)

@@ -25,6 +25,12 @@ def bounded_exp(x: Tensor) -> Tensor:
     return inside.exp() * (1 + (x - inside))
 
 
+def bounded_expm1(x: Tensor) -> Tensor:
+    """``bounded_exp(x) - 1``, exact near 0."""
+    inside = x.clamp(max=_LARGEST_EXPONENT)
+    return inside.expm1() + inside.exp() * (x - inside)
+
+
 def per_token(sums: Tensor, lengths: Tensor) -> Tensor:
     """Mean over a completion's tokens; 0 for an empty completion."""
     return sums / lengths.clamp(min=1)

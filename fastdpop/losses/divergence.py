@@ -4,26 +4,27 @@ by another measure than the reverse KL (f-DPO, arXiv:2309.16240, Table 1).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .algebra import bounded_exp
+from .algebra import bounded_expm1
 from .base import PairLogps
 from .options import CheckedLoss, one_of, optional_number, positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceLoss(CheckedLoss):
-    """A loss of scores ``s = f'(pi / ref)``; with ``r = log pi - log ref``, and constants that
-    cancel in ``s_w - s_l`` dropped:
+    """A loss of scores ``s = f'(pi / ref)``, 0 where the policy equals its reference; with ``r =
+    log pi - log ref``:
 
     - ``divergence="reverse_kl"``: ``s = r``, the usual one
-    - ``divergence="forward_kl"``: ``s = -exp(-r)``
-    - ``divergence="js"``: ``s = log sigmoid(r)``
-    - ``divergence="alpha"``: ``s = exp((alpha - 1) r) / (alpha - 1)``, alpha 0.5 by default; ``s =
-      r`` in the limit alpha = 1
+    - ``divergence="forward_kl"``: ``s = 1 - exp(-r)``
+    - ``divergence="js"``: ``s = log 2 + log sigmoid(r)``
+    - ``divergence="alpha"``: ``s = (exp((alpha - 1) r) - 1) / (alpha - 1)``, alpha 0.5 by default;
+      ``s = r`` in the limit alpha = 1
 
     An exponential is continued by its tangent above exponent 30, so that no score overflows.
     """
@@ -51,10 +52,10 @@ class DivergenceLoss(CheckedLoss):
 
     def _score(self, r: Tensor) -> Tensor:
         if self.divergence == "forward_kl":
-            return -bounded_exp(-r)
+            return -bounded_expm1(-r)
         if self.divergence == "js":
-            return F.logsigmoid(r)
+            return math.log(2.0) + F.logsigmoid(r)
         power = (0.5 if self.alpha is None else self.alpha) - 1.0
         if self.divergence == "alpha" and abs(power) >= 1e-6:  # nearer 1, rounding hides r
-            return bounded_exp(power * r) / power
+            return bounded_expm1(power * r) / power
         return r

@@ -218,10 +218,10 @@ def test_given_kl_replaces_the_batch_estimate(four_pairs: PairLogps) -> None:
 
 
 SCORES = {
-    ("forward_kl", None): lambda r: -math.exp(-r),
-    ("js", None): lambda r: math.log(sigmoid(r)),
-    ("alpha", None): lambda r: math.exp(-0.5 * r) / -0.5,
-    ("alpha", 2.5): lambda r: math.exp(1.5 * r) / 1.5,
+    ("forward_kl", None): lambda r: 1 - math.exp(-r),
+    ("js", None): lambda r: math.log(2 * sigmoid(r)),
+    ("alpha", None): lambda r: (math.exp(-0.5 * r) - 1) / -0.5,
+    ("alpha", 2.5): lambda r: (math.exp(1.5 * r) - 1) / 1.5,
     ("alpha", 1.0): lambda r: r,
     ("reverse_kl", None): lambda r: r,
 }

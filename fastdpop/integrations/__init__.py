@@ -1,0 +1,1 @@
+"""Trainers of other packages on fastdpop. They choose losses and pass batches on; no mathematics is here."""
