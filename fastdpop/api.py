@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import checks, engines, losses, ops
-from fastdpop.engines.base import DEFAULT_WORKSPACE_BYTES, Wanted
+from fastdpop.engines.base import Wanted, default_workspace
 from fastdpop.head import Head
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.output import PreferenceOutput
@@ -151,7 +151,8 @@ def fused_preference_loss(
             trained head 8 units, not 6.
         engine: ``"auto"`` or a name in :func:`fastdpop.engines.available`.
         workspace_bytes: bound on scratch memory, gradients and the copied rows ``(N, H)`` excluded;
-            512 MiB by default. A pair whose logits do not fit is computed in pieces, twice.
+            512 MiB by default, on a GPU a sixteenth of its memory if that is more. A pair whose
+            logits do not fit is computed in pieces, twice.
         statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the
             same pass.
         check_finite: raise if the loss is not finite (waits for the device).
@@ -332,7 +333,7 @@ class _Call:
             compute_dtype=compute_dtype,
             wanted_engine=engine,
             engine=engines.choose(engine, hidden.device, compute_dtype),
-            workspace_bytes=checks.workspace(workspace_bytes, DEFAULT_WORKSPACE_BYTES),
+            workspace_bytes=checks.workspace(workspace_bytes, default_workspace(hidden.device)),
         )
 
     def for_reference(

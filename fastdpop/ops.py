@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastdpop import engines, losses
-from fastdpop.engines.base import Gradients, Problem, Wanted
+from fastdpop.engines.base import Coefficients, Gradients, PairLossPlan, Problem, Wanted
 from fastdpop.head import Head
 from fastdpop.pairing import Totals, pair_logps
 from fastdpop.rows import Rows
@@ -155,8 +157,8 @@ def _(
     count = pairs.shape[0] if pairs is not None else (given // 2 if given % 2 == 0 else 0)
     weighted = token_weights is not None or ld_alpha is not None
 
-    def longs(*shape: Any) -> Tensor:
-        return labels.new_empty(shape, dtype=torch.int64)
+    def longs(*shape: Any, device: torch.device = labels.device) -> Tensor:
+        return labels.new_empty(shape, dtype=torch.int64, device=device)
 
     members = size() if ld_alpha is not None else 0
     of_weights = members if ld_alpha is not None else rows
@@ -167,7 +169,7 @@ def _(
         longs(sequences + 1),
         longs(members),
         weights if weighted else longs(*NO_TENSOR),
-        longs(3, bounds),
+        longs(3, bounds, device=torch.device("cpu")),
         longs(count, 2),
         longs(count),
         longs(sequences),
@@ -360,15 +362,18 @@ def pair_loss(
     )
     names = _names(statistics)
     function = losses.by_key(loss)
-    totals = Totals.of(layout, problem.result_dtype)
     share = 1.0 / len(layout.pairs) if mean else 1.0
+
+    @functools.cache
+    def totals() -> Totals:
+        return Totals.of(layout, problem.result_dtype)
 
     def value(part: Rows, logps: Tensor, found: Tensor, ids: Tensor) -> Tensor:
         aligned = None
         if "aligned_logps" in names:
             aligned = part.unweighted().sums(found[names.index("aligned_logps")])
         own_reference = None if reference is None else reference[:, ids]
-        pairs = pair_logps(part, logps, totals, reference=own_reference, aligned=aligned, kl=kl)
+        pairs = pair_logps(part, logps, totals(), reference=own_reference, aligned=aligned, kl=kl)
         return function(pairs).sum() * share
 
     def coefficients(first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
@@ -381,10 +386,18 @@ def pair_loss(
             gradient = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
         return part.spread(gradient.detach())
 
+    plan = _plan(layout, reference, function, share, problem.result_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         result, gradients = engines.get(engine).logps_and_gradients(
-            problem, names, coefficients, Wanted(*wanted)
+            problem, names, _Callback(coefficients, plan), Wanted(*wanted)
         )
+        if plan is not None and plan.losses is not None and plan.sums is not None:
+            return (
+                plan.losses.sum() * share,
+                plan.sums,
+                result.statistics,
+                *_outputs(gradients, plan.sums),
+            )
         logps = layout.sums(result.logps)
         all_pairs = torch.arange(len(layout.pairs), device=layout.pairs.device)
         with _autograd_allowed():
@@ -395,6 +408,42 @@ def pair_loss(
             "not give: detach it, or let the loss couple pairs (a plain function does)"
         )
     return total, logps, result.statistics, *_outputs(gradients, logps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Callback:
+    """Coefficients of whole groups, and what they are in plain numbers where that can be said."""
+
+    function: Coefficients
+    plan: PairLossPlan | None
+
+    def __call__(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
+        return self.function(first, last, logps, statistics)
+
+
+def _plan(
+    layout: Rows,
+    reference: Tensor | None,
+    loss: losses.PreferenceLoss,
+    share: float,
+    dtype: torch.dtype,
+) -> PairLossPlan | None:
+    """The loss in plain numbers, if every group is one pair with two sides and unweighted tokens."""
+    if reference is None or layout.members is not None or layout.weights is not None:
+        return None
+    if dtype != torch.float32 or not dataclasses.is_dataclass(loss):
+        return None
+    _, sequences, pairs = layout.groups.diff(dim=1)
+    if not ((sequences == 2).all() and (pairs == 1).all()):
+        return None
+    return PairLossPlan(
+        offsets=layout.offsets,
+        order=layout.order,
+        reference=reference.to(dtype).contiguous(),
+        loss=type(loss).__name__,
+        options={f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
+        share=share,
+    )
 
 
 def rows_from(tensors: Sequence[Tensor], *, members: bool, weights: bool) -> Rows:

@@ -29,7 +29,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one batch; all tensors are int64 on one device, `weights` apart.
+    """The rows of one batch; all tensors are int64 on one device, `weights` and `groups` apart.
 
     Attributes:
         index: ``(N,)`` position of each row in the hidden states flattened to ``(positions, H)``.
@@ -38,7 +38,8 @@ class Rows:
         members: ``(M,)`` rows of each sequence, in reading order; None when every row has one
             sequence and stands in order.
         weights: ``(M,)`` float64 weight of each membership, or None for ones.
-        groups: ``(3, G + 1)`` bounds of each group, counted in rows, in sequences and in pairs.
+        groups: ``(3, G + 1)`` bounds of each group, counted in rows, in sequences and in pairs; on
+            the CPU, where chunks of groups are chosen.
         pairs: ``(P, 2)`` chosen and rejected sequence of each pair, in the caller's order; -1 where
             a side is absent.
         order: ``(P,)`` the pairs group by group.
@@ -185,7 +186,7 @@ def lay_out(
                     layout.append(s)
         per_group = [sum(s >= 0 for p in of for s in sides[p]) for _, of in components]
 
-    device = labels.device
+    device, host = labels.device, torch.device("cpu")
     first = [0, *itertools.accumulate(lengths)]
     rows_of = _ranges([first[s] for s in by_group], [lengths[s] for s in by_group], device)
     member = None
@@ -208,11 +209,9 @@ def lay_out(
         weights=weights,
         groups=torch.stack(
             [
-                _bounds(
-                    [sum(lengths[s] for s in component) for component, _ in components], device
-                ),
-                _bounds(per_group, device),
-                _bounds([len(of) for _, of in components], device),
+                _bounds([sum(lengths[s] for s in component) for component, _ in components], host),
+                _bounds(per_group, host),
+                _bounds([len(of) for _, of in components], host),
             ]
         ),
         pairs=_longs(numbered, device).reshape(-1, 2),

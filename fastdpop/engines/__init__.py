@@ -20,11 +20,14 @@ from fastdpop.engines.base import (
     Engine,
     Gradients,
     Logps,
+    PairLossPlan,
     Problem,
     Wanted,
+    default_workspace,
 )
 from fastdpop.engines.cpu import CPUEngine
 from fastdpop.engines.eager import EagerEngine
+from fastdpop.engines.triton import TritonEngine
 
 __all__ = [
     "DEFAULT_WORKSPACE_BYTES",
@@ -33,10 +36,12 @@ __all__ = [
     "Explanation",
     "Gradients",
     "Logps",
+    "PairLossPlan",
     "Problem",
     "Wanted",
     "available",
     "choose",
+    "default_workspace",
     "explain",
     "get",
     "register",
@@ -82,9 +87,19 @@ def get(name: str) -> Engine:
 def explain(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Explanation]:
-    """Every engine, in order of preference, with what speaks for or against it."""
+    """Every engine, in order of preference, with what speaks for or against it.
+
+    One that an engine's ``only_by_name(device)`` keeps from ``"auto"`` comes last.
+    """
     where = torch.device(device)
-    reasons = {name: engine.unavailable(where, dtype) for name, engine in _ENGINES.items()}
+
+    def last(name: str) -> bool:
+        only_by_name = getattr(_ENGINES[name], "only_by_name", None)
+        return only_by_name is not None and only_by_name(where)
+
+    reasons = {
+        name: _ENGINES[name].unavailable(where, dtype) for name in sorted(_ENGINES, key=last)
+    }
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     return [
         Explanation(name, reason is None, reason or _ENGINES[name].describe(), name == chosen)
@@ -116,3 +131,4 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 register(EagerEngine())
 register(CPUEngine())
+register(TritonEngine())

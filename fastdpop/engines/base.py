@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,21 @@ STATISTICS = ("entropy", "mean_logits", "token_accuracy", "aligned_logps")
 
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 """Workspace of a call that names none: 512 MiB, enough for a pair of 2,048 scored tokens at V =
-49,152 in fp32.
+49,152 in fp32. On a GPU it is a sixteenth of the device's memory, if that is more.
 """
+
+
+@torch.compiler.assume_constant_result
+def default_workspace(device: torch.device) -> int:
+    """The workspace of a call that names none, in bytes.
+
+    On a GPU each chunk of rows reads and writes all of the float32 dWeight, 2.1 GB for Llama 3 8B,
+    so chunks should be large: 5 GB of an H100's 80 hold 16,000 rows of its logits.
+    """
+    if device.type != "cuda":
+        return DEFAULT_WORKSPACE_BYTES
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(DEFAULT_WORKSPACE_BYTES, total // 16)
 
 
 @dataclass(frozen=True)
@@ -101,9 +114,38 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+@dataclass
+class PairLossPlan:
+    """What a coefficient callback does, in plain numbers, where it is simple: group i is pair i,
+    the rows of its chosen sequence followed by those of its rejected one.
+
+    An engine that knows the loss may use this instead of calling back; it then fills in `losses`
+    and `sums` for all pairs. Others ignore it.
+
+    Attributes:
+        offsets: ``(2P + 1,)`` int64 bounds of the sequences, in rows.
+        order: ``(P,)`` int64, where each pair stands in `reference` and `losses`.
+        reference: ``(2, P)`` float32 reference log-probs of chosen and rejected, contiguous.
+        loss: the name of the loss's class in :mod:`fastdpop.losses`; options: its fields.
+        share: factor of a pair's loss in the total.
+        losses: ``(P,)`` float32 loss of each pair; sums: ``(2P,)`` log-prob of each sequence.
+    """
+
+    offsets: Tensor
+    order: Tensor
+    reference: Tensor
+    loss: str
+    options: dict[str, Any]
+    share: float
+    losses: Tensor | None = None
+    sums: Tensor | None = None
+
+
 class Coefficients(Protocol):
     """``(first, last, logps, statistics) -> c``: coefficients ``(n,)`` of the n rows of groups
     ``first`` to ``last - 1``.
+
+    A callback may have an attribute ``plan``, a :class:`PairLossPlan` or None.
     """
 
     def __call__(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor: ...
