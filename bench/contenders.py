@@ -15,7 +15,7 @@
 | Liger | `LigerFusedLinearDPOLoss(chunk_size=1)`: the least memory, and its default but for |
 | | `compiled=False` |
 | Liger, compiled | `chunk_size=4`: the fastest |
-| fastdpop NAME | its engine NAME, in its default workspace |
+| fastdpop NAME | its engine NAME, in its default workspace; "fastdpop NAME in 512 MiB": in that one |
 
 TRL and Liger have no DPOP. They run DPO, and fastdpop runs the same DPO beside them.
 """
@@ -175,17 +175,19 @@ def _liger(*, compiled: bool, chunk_size: int) -> Run:
     return run
 
 
-def _fastdpop(engine: str) -> Run:
+def _fastdpop(engine: str, workspace_bytes: int | None = None) -> Run:
+    options = {"engine": engine, "workspace_bytes": workspace_bytes}
+
     def run(batch: Batch, mode: str, loss: Loss) -> Tensor:
         if mode == "log-probs only":
-            return fused_logps(batch.hidden, batch.weight, batch.labels, engine=engine)
+            return fused_logps(batch.hidden, batch.weight, batch.labels, **options)
         out = fused_preference_loss(
             batch.hidden,
             batch.weight,
             batch.labels,
             loss=loss.fused(),
             ref_logps=batch.ref_logps(loss),
-            engine=engine,
+            **options,
         )
         out.loss.backward()
         return torch.cat([out.chosen_logps, out.rejected_logps])
@@ -220,5 +222,7 @@ def ours(device: str) -> list[str]:
 
 def contender(name: str) -> Contender:
     if name.startswith("fastdpop "):
-        return Contender(_fastdpop(name.removeprefix("fastdpop ")), ("dpop", "dpo"))
+        engine, _, size = name.removeprefix("fastdpop ").partition(" in ")
+        workspace_bytes = int(size.removesuffix(" MiB")) * 2**20 if size else None
+        return Contender(_fastdpop(engine, workspace_bytes), ("dpop", "dpo"))
     return (PEERS | OTHERS)[name]

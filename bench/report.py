@@ -33,11 +33,11 @@ def compact(raw: dict[str, Any]) -> dict[str, Any]:
         "date": raw["datetime"][:10],
         "auto": machine["auto"],
         "quick": machine["quick"],
-        "rows": [_rounded(b["extra_info"]) for b in raw["benchmarks"] if b["extra_info"]],
+        "rows": [rounded(b["extra_info"]) for b in raw["benchmarks"] if b["extra_info"]],
     }
 
 
-def _rounded(row: Row) -> Row:
+def rounded(row: Row) -> Row:
     """Four digits are more than the measurements have."""
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bars, report
+from bench import bars, chip, report
 from bench.cases import Case, loss_cases
 from bench.contenders import FLOOR, FP32_THROUGHOUT, PEERS, Floor, contender, ours
 from bench.memory import peak_extra_bytes
@@ -119,3 +119,48 @@ def test_report_as_a_script(results: dict[str, Any], tmp_path: Path) -> None:
     assert kept == results
     assert "### gsm8k-like, bf16, trained head" in (tmp_path / "cpu-default-malloc.md").read_text()
     assert (tmp_path / "cpu-default-malloc-time.png").stat().st_size > 10_000
+
+
+def test_a_workspace_in_a_name(batch: Batch) -> None:
+    batch.start(MODES[0])
+    logps = contender("fastdpop eager in 1 GiB").run(batch, MODES[0], LOSSES["dpop"])
+    assert batch.errors(logps, LOSSES["dpop"])["logp_error_relative"] < 1e-5
+    with pytest.raises(ValueError, match="engine is 'warp'"):
+        contender("fastdpop warp").run(batch, MODES[0], LOSSES["dpop"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_chips_bench_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cases, order and tables, tiny: an error of one contender is named, the others go on."""
+    monkeypatch.setattr(chip, "DEVICE", "cpu")
+    monkeypatch.setattr(chip, "HEADS", {"a tiny head": (16, 300)})
+    monkeypatch.setattr(chip, "ROWS", (64, 32_768))
+    monkeypatch.setattr(chip, "COMPLETION", 16)
+    monkeypatch.setattr(chip, "SECONDS_A_CASE", 0.0)
+    monkeypatch.setattr(chip, "PEERS", ("gather, 16-bit logits", "nobody"))
+    names = [FLOOR, "fastdpop eager"]
+    monkeypatch.setattr(chip, "names_of_ours", lambda: names[1:])
+    monkeypatch.setattr(
+        chip, "launches", lambda *_: [{"kernel": "one", "launches": 2, "seconds": 1e-3}]
+    )
+    everything = list(chip.cases())
+    assert [case[1] for case in everything] == sorted(case[1] for case in everything)
+    monkeypatch.setattr(chip, "cases", lambda: [c for c in everything if c[3] != "nobody"][:8])
+    results = chip.run(60.0)
+    measured = {(row["mode"], row["contender"]) for row in results["rows"]}
+    assert measured == {
+        *((mode, name) for mode in MODES for name in names),
+        *((mode, "gather, 16-bit logits") for mode in MODES[:2]),
+    }
+    assert all(row["seconds"] > 0 and row["scored_rows"] == 64 for row in results["rows"])
+    assert not results["left_out"]
+    text = chip.text(results)
+    assert "### a tiny head, 64 rows, bf16, trained head" in text
+    assert "| one | 2 | 1.000 |" in text
+
+    def fail(*_: object) -> Any:
+        raise torch.OutOfMemoryError("all of it")
+
+    monkeypatch.setattr(chip, "measure", fail)
+    assert all("out of memory" in line for line in chip.run(60.0)["left_out"])
+    assert all("no time left" in line for line in chip.run(-1.0)["left_out"])

@@ -1,0 +1,383 @@
+"""``fastdpop kernels``: every shipped kernel configuration, compiled ahead of time and read.
+
+No GPU is needed: triton compiles for a target that is not there, and brings the tools that take the
+result apart. What a launch would only find out on the chip is found here: registers that spill,
+matrix products that miss the tensor cores, more shared memory than a multiprocessor has.
+
+The registry of the kernels says what to compile, with the signatures, constants and alignment that
+the launchers guarantee; :mod:`fastdpop.sass` reads what comes out.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import fastdpop
+from fastdpop import sass
+
+REGISTRY = "fastdpop.kernels.registry"
+INSTALL = "pip install 'fastdpop[triton]' (Linux)"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a multiprocessor of a target has, and what one program may take of it (CUDA C++
+    Programming Guide, technical specifications per compute capability). Shared memory in bytes.
+    """
+
+    capability: int
+    shared: int
+    shared_of_a_program: int
+    warps: int
+    programs: int = 32
+    registers: int = 65_536
+    shared_reserved: int = 1_024
+
+    def programs_per_sm(self, registers: int, shared: int, warps: int) -> int:
+        """How many programs fit a multiprocessor at once; registers of a thread are granted by 8,
+        shared memory by 128 bytes.
+        """
+        of_a_warp = 32 * (-(-registers // 8) * 8)
+        of_a_program = -(-(shared + self.shared_reserved) // 128) * 128
+        by_registers = self.registers // of_a_warp // warps
+        return min(by_registers, self.shared // of_a_program, self.warps // warps, self.programs)
+
+
+CHIPS = {
+    "sm_80": Chip(80, shared=164 * 1024, shared_of_a_program=163 * 1024, warps=64),
+    "sm_90a": Chip(90, shared=228 * 1024, shared_of_a_program=227 * 1024, warps=64),
+    "sm_100": Chip(100, shared=228 * 1024, shared_of_a_program=227 * 1024, warps=64),
+}
+"""Targets that can be compiled for."""
+
+
+class Variant(Protocol):
+    """A kernel in one configuration, as the registry lists it.
+
+    Attributes:
+        signature: the type of each argument as triton writes it, or "constexpr".
+        constants: the values of those.
+        attrs: what is known of arguments, by path, as triton's ``ASTSource`` takes it.
+        default: whether launches on this target choose it by themselves.
+        options: further keyword arguments of a launch.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kernel(self) -> Any: ...
+    @property
+    def signature(self) -> Mapping[str, str]: ...
+    @property
+    def constants(self) -> Mapping[str, Any]: ...
+    @property
+    def attrs(self) -> Mapping[Any, Any]: ...
+    @property
+    def num_warps(self) -> int: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def default(self) -> bool: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+Entry = dict[str, Any]
+"""A variant's line of the report; JSON."""
+
+
+def run(targets: Sequence[str], out: Path, only: str = "*", jobs: int = 2) -> int:
+    """Compile what the registry lists for `targets`, write cubins and ``report.json`` below `out`,
+    print a table; 0, or 1 if something must not be shipped.
+
+    Args:
+        only: a shell pattern that names of variants must match.
+
+    Raises:
+        ImportError: there is no triton.
+        ValueError: a target is unknown or has no variant of such a name, or TRITON_INTERPRET is set.
+    """
+    registry = _registry()
+    names: list[tuple[str, str]] = []
+    for target in targets:
+        chip(target)
+        found = [v.name for v in registry.variants(target) if fnmatchcase(v.name, only)]
+        if not found:
+            raise ValueError(f"no kernel variant for target {target!r} matches {only!r}")
+        names += [(target, name) for name in found]
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = [(target, name, str(out)) for target, name in names]
+    if jobs > 1 and len(tasks) > 1:
+        # Not forked: torch and triton have threads by now.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(min(jobs, len(tasks)), context) as pool:
+            entries = list(pool.map(_compile_by_name, tasks))
+    else:
+        entries = [_compile_by_name(task) for task in tasks]
+    return finish(entries, out)
+
+
+def finish(entries: list[Entry], out: Path) -> int:
+    """Write ``report.json``, print the table and what is wrong; the exit code."""
+    entries = sorted(entries, key=lambda entry: (entry["target"], entry["name"]))
+    versions = {"fastdpop": fastdpop.__version__, "triton": importlib.metadata.version("triton")}
+    report = {**versions, "variants": entries}
+    path = out / "report.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"triton {versions['triton']}")
+    print(table(entries))
+    for kind in ("notes", "errors"):
+        for entry in entries:
+            for text in entry[kind]:
+                line = f"{kind[:-1]}: {entry['name']} ({entry['target']}): {text}"
+                print(line, file=sys.stderr if kind == "errors" else sys.stdout)
+    bad = sum(bool(entry["errors"]) for entry in entries)
+    print(f"{len(entries)} variants, {bad} with errors; {path}")
+    return int(bad > 0)
+
+
+def chip(target: str) -> Chip:
+    """What is known of a target.
+
+    Raises:
+        ValueError: nothing.
+    """
+    if target not in CHIPS:
+        raise ValueError(f"target is {target!r}, expected one of {sorted(CHIPS)}")
+    return CHIPS[target]
+
+
+def _registry() -> Any:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise ImportError(f"compiling kernels needs triton: {INSTALL} ({error})") from None
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on"):
+        raise ValueError(
+            "TRITON_INTERPRET is set: the interpreter has nothing to compile; unset it"
+        )
+    return importlib.import_module(REGISTRY)
+
+
+def _compile_by_name(task: tuple[str, str, str]) -> Entry:
+    """In a process of its own: kernels do not travel between processes, their names do."""
+    target, name, out = task
+    found = {variant.name: variant for variant in _registry().variants(target)}
+    return compile_variant(found[name], Path(out))
+
+
+def compile_variant(variant: Variant, out: Path) -> Entry:
+    """Compile one variant, write its cubin below `out`, and read it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    known = chip(variant.target)
+    begin = time.perf_counter()
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=dict(variant.signature),
+        constexprs=dict(variant.constants),
+        attrs=dict(variant.attrs),
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", known.capability, 32),
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            **variant.options,
+        },
+    )
+    seconds = time.perf_counter() - begin
+    folder = out / variant.target
+    folder.mkdir(exist_ok=True)
+    cubin = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', variant.name)}.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    kernel = compiled.metadata.name
+    usage = sass.resources(_tool("cuobjdump", "-res-usage", str(cubin)), kernel)
+    code = sass.read(_tool("nvdisasm", "-c", str(cubin)), kernel)
+    entry: Entry = {
+        "name": variant.name,
+        "target": variant.target,
+        "default": variant.default,
+        "kernel": kernel,
+        "constants": {k: _plain(v) for k, v in variant.constants.items()},
+        "signature": dict(variant.signature),
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "options": {k: _plain(v) for k, v in variant.options.items()},
+        "products": products(compiled.asm["ttir"]),
+        "cubin": str(cubin.relative_to(out)),
+        "seconds": round(seconds, 2),
+        **usage._asdict(),
+        "shared": compiled.metadata.shared,
+        "programs_per_sm": known.programs_per_sm(
+            usage.registers, compiled.metadata.shared, variant.num_warps
+        ),
+        **read_code(code),
+    }
+    return judge(entry)
+
+
+def read_code(code: sass.Code) -> Entry:
+    """What the instructions say; a mix counts instructions of a warp by their kind."""
+    steps = code.instructions()
+    loops = code.main_loops()
+    return {
+        "instructions": len(steps),
+        **{name.lower(): sass.count(steps, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")},
+        "mix": sass.mix(steps),
+        "main_loops": [_main_loop(code, loop) for loop in loops],
+        "beside": sass.mix(code.beside_the_main_loops()),
+        "beside_least": sass.mix(code.beside_the_main_loops(longest=False)),
+        "beside_names": _names(code.beside_the_main_loops()),
+    }
+
+
+def _main_loop(code: sass.Code, loop: sass.Loop) -> Entry:
+    steps = code.once_an_iteration(loop)
+    # After DEPBAR.LE gsb0, 1 a warpgroup goes on with one batch of its products under way.
+    waits = [i.operands.split(",")[-1] for i in steps if i.name == "WARPGROUP.DEPBAR.LE"]
+    return {
+        "mix": sass.mix(steps),
+        "names": _names(steps),
+        "tensor": sorted({i.name for i in steps if sass.TENSOR.match(i.name)}),
+        "hgmma": sass.count(steps, "HGMMA"),
+        "in_flight": min((int(wait, 0) for wait in waits), default=0),
+    }
+
+
+def _names(steps: Sequence[sass.Instruction]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for step in steps:
+        counts[step.opcode] = counts.get(step.opcode, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+_DOT = re.compile(r"tt\.dot ([^:]*): tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", re.ASCII)
+_PRECISION = re.compile(r"inputPrecision = (\w+)")
+
+
+def products(ttir: str) -> list[Entry]:
+    """The matrix products of a kernel before it is compiled: their sizes, the dtype they read, and
+    the precision of fp32 products, ieee, tf32 or tf32x3.
+    """
+    found = []
+    for operands, m, k, dtype, n in _DOT.findall(ttir):
+        precision = _PRECISION.search(operands)
+        size = {"m": int(m), "n": int(n), "k": int(k)}
+        entry = {**size, "dtype": dtype, "precision": precision[1] if precision else "ieee"}
+        found.append(entry)
+    return found
+
+
+def _on_tensor_cores(product: Entry) -> bool:
+    if product["dtype"] == "f32":
+        return bool(product["precision"] != "ieee")
+    return product["dtype"] in ("bf16", "f16")
+
+
+def judge(entry: Entry) -> Entry:
+    """Add what is wrong with an entry: `errors`, that must not be shipped, and `notes`.
+
+    A program beyond the shared memory cannot be launched anywhere. Spills, and matrix products that
+    miss the tensor cores, are errors in defaults for sm_90a and notes elsewhere.
+    """
+    errors: list[str] = []
+    doubts: list[str] = []
+    known = chip(entry["target"])
+    if entry["shared"] > known.shared_of_a_program:
+        errors.append(
+            f"needs {entry['shared']:,} bytes of shared memory, a program may have "
+            f"{known.shared_of_a_program:,}"
+        )
+    spills = entry["mix"].get("spill", 0)
+    if entry["stack"] or entry["local"] or spills:
+        doubts.append(
+            f"spills: {entry['stack']} bytes of stack, {entry['local']} of local memory, "
+            f"{spills} instructions that access them, at {entry['registers']} registers"
+        )
+    if entry["target"] == "sm_90a" and any(map(_on_tensor_cores, entry["products"])):
+        in_loops = sum(loop["hgmma"] for loop in entry["main_loops"])
+        if not in_loops:
+            doubts.append(
+                f"multiplies matrices without HGMMA in its main loop ({entry['hgmma']} elsewhere)"
+            )
+    if entry["default"] and entry["target"] == "sm_90a":
+        errors += doubts
+        doubts = []
+    return {**entry, "errors": errors, "notes": doubts}
+
+
+_HEADER = ("variant", "", "warps", "stages", "regs", "stack", "local", "shared")
+_HEADER_CODE = ("HGMMA", "in loop", "UTMALDG", "in flight", "per SM", "verdict")
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """One line a variant; legible as it stands."""
+    lines = [(*_HEADER, *_HEADER_CODE)]
+    for e in entries:
+        loops = e["main_loops"]
+        lines.append(
+            (
+                e["name"],
+                "default" if e["default"] else "",
+                *(f"{e[k]:,}" for k in ("num_warps", "num_stages", "registers", "stack", "local")),
+                f"{e['shared']:,}",
+                str(e["hgmma"]),
+                str(sum(loop["hgmma"] for loop in loops)),
+                str(e["utmaldg"]),
+                "/".join(str(loop["in_flight"]) for loop in loops if loop["hgmma"]) or "-",
+                str(e["programs_per_sm"]),
+                "ERROR" if e["errors"] else "note" if e["notes"] else "ok",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A constant as JSON has it; functions by their name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__name__", str(value))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """The output of one of the binary tools inside triton.
+
+    Raises:
+        OSError: it is missing or fails.
+    """
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise OSError(f"{path} is missing: this triton was built without NVIDIA's tools; {INSTALL}")
+    done = subprocess.run([path, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{path.name} failed with {done.returncode}: {done.stderr.strip()[:500]}")
+    return done.stdout + done.stderr

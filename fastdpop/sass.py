@@ -1,0 +1,331 @@
+"""What a compiled kernel costs, read from the disassembly of its cubin.
+
+``cuobjdump -res-usage`` says what a program occupies, ``nvdisasm -c`` what it executes. From the
+latter's branches come the blocks, from dominators the loops (A. V. Aho, M. S. Lam, R. Sethi, J. D.
+Ullman, *Compilers*, 2nd edition, section 9.6): an edge to a block that dominates its source closes
+one. The *main loop* of a kernel is the innermost one around its matrix instructions.
+
+Nothing here needs a GPU, CUDA or triton: it reads text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TENSOR = re.compile(r"(?:HGMMA|QGMMA|IGMMA|BGMMA|HMMA|IMMA|DMMA|UTC[A-Z]+MMA)\b")
+"""Matrix instructions: of warpgroups (sm_90), of warps (sm_80), of tensor memory (sm_100)."""
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("tensor", TENSOR.pattern),
+    ("tma load", r"UTMALDG|UBLKCP"),
+    ("tma store", r"UTMASTG|UTMAREDG|UBLKRED"),
+    ("spill", r"LDL|STL"),
+    ("shared", r"LDS|LDSM|STS|STSM|ATOMS"),
+    ("global", r"LDG|STG|LDGSTS|LD|ST|RED|REDG|ATOM|ATOMG"),
+    ("shuffle", r"SHFL|REDUX|MATCH"),
+    ("mufu", r"MUFU"),
+    ("convert", r"F2FP|F2F|F2I|I2F|I2FP|F2IP|FRND"),
+    ("fma", r"FFMA|FADD|FMUL|FFMA2|FADD2|FMUL2|HFMA2|HADD2|HMUL2|IMAD|IMUL"),
+    ("wait", r"BAR|SYNCS|WARPGROUP|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|WARPSYNC|ERRBAR|CCTL|NANOSLEEP"),
+    ("branch", r"BRA|BRX|JMP|EXIT|RET|CALL|BSSY|BSYNC|BREAK|BMOV|YIELD|NOP"),
+    ("uniform", r"U[A-Z0-9]+|R2UR|VOTEU|S2UR|REDUX"),
+)
+_OF_KIND = [(kind, re.compile(rf"(?:{names})$")) for kind, names in _KINDS]
+KINDS = (*(kind for kind, _ in _KINDS), "alu")
+"""Kinds of instructions; ``alu`` is what is left: integers, comparisons, selections, moves."""
+
+
+class Resources(NamedTuple):
+    """What a program occupies: registers of a thread, and bytes of stack and local memory of a
+    thread; stack or local memory mean that registers were spilled.
+    """
+
+    registers: int
+    stack: int
+    local: int
+
+
+class Instruction(NamedTuple):
+    """One line of SASS: ``@P0 BRA `(.L_x_1)`` has predicate ``@P0``, name ``BRA``."""
+
+    name: str
+    predicate: str
+    operands: str
+
+    @property
+    def opcode(self) -> str:
+        """The name without its modifiers."""
+        return self.name.split(".", 1)[0]
+
+    @property
+    def kind(self) -> str:
+        """One of :data:`KINDS`."""
+        opcode = self.opcode
+        return next((kind for kind, names in _OF_KIND if names.match(opcode)), "alu")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop.
+
+    Attributes:
+        header: its first block.
+        blocks: all of its blocks, those of loops inside it included.
+        always: the blocks that every iteration goes through.
+    """
+
+    header: int
+    blocks: frozenset[int]
+    always: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's reachable blocks, in order of address; where each may go on; and its loops."""
+
+    blocks: tuple[tuple[Instruction, ...], ...]
+    edges: tuple[tuple[int, ...], ...]
+    loops: tuple[Loop, ...]
+
+    def instructions(self, blocks: Iterable[int] | None = None) -> list[Instruction]:
+        """Those of some blocks, or of all."""
+        chosen = range(len(self.blocks)) if blocks is None else sorted(blocks)
+        return [instruction for i in chosen for instruction in self.blocks[i]]
+
+    def main_loops(self) -> list[Loop]:
+        """The innermost loops around matrix instructions."""
+        found: list[Loop] = []
+        for i, block in enumerate(self.blocks):
+            around = [loop for loop in self.loops if i in loop.blocks]
+            if around and any(TENSOR.match(step.name) for step in block):
+                innermost = min(around, key=lambda loop: len(loop.blocks))
+                if innermost not in found:
+                    found.append(innermost)
+        return found
+
+    def once_an_iteration(self, loop: Loop) -> list[Instruction]:
+        """What every iteration executes, once: neither branches that may be skipped (a persistent
+        kernel's epilogue, where the compiler flattened its loops) nor loops inside it (spinning on
+        a barrier).
+        """
+        return self.instructions(loop.always - self._inner(loop))
+
+    def beside_the_main_loops(self, *, longest: bool = True) -> list[Instruction]:
+        """Prologue and epilogue of a tile: everything else, once, on the longest or the shortest
+        way from the entry through a main loop (if there is one) to an exit. Waiting loops are left
+        out.
+        """
+        main = {i for loop in self.main_loops() for i in loop.always}
+        left_out = set(main)
+        for loop in self.loops:
+            steps = self.instructions(loop.blocks)
+            if all(step.kind in ("wait", "branch", "uniform") for step in steps):
+                left_out |= loop.blocks
+        way = self._way(main, left_out, longest)
+        return self.instructions(set(way) - left_out)
+
+    def _way(self, through: set[int], free: set[int], longest: bool) -> list[int]:
+        """The blocks of the longest or shortest way from the entry to an exit that takes no edge
+        back, and passes one of `through`; those in `free` count nothing.
+        """
+        back = {(i, loop.header) for loop in self.loops for i in loop.blocks}
+        onward = [[j for j in js if (i, j) not in back] for i, js in enumerate(self.edges)]
+        better = max if longest else min
+        # best[i, passed]: length and blocks of the best way on from i, its followers known before.
+        best: dict[tuple[int, bool], tuple[int, tuple[int, ...]]] = {}
+        for i in _followers_first(onward):
+            own = 0 if i in free else len(self.blocks[i])
+            for passed in (False, True):
+                here = passed or not through or i in through
+                ways = [best[j, here] for j in onward[i] if (j, here) in best]
+                if not onward[i] and here:  # an exit, or the end of a tile
+                    ways = [(0, ())]
+                if ways:
+                    length, rest = better(ways)
+                    best[i, passed] = own + length, (i, *rest)
+        return list(best[0, False][1]) if (0, False) in best else []
+
+    def _inner(self, loop: Loop) -> frozenset[int]:
+        inside = [other.blocks for other in self.loops if other.blocks < loop.blocks]
+        return frozenset().union(*inside)
+
+
+def mix(instructions: Iterable[Instruction]) -> dict[str, int]:
+    """How many there are of each kind, of those that occur."""
+    counts = Counter(instruction.kind for instruction in instructions)
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def count(instructions: Iterable[Instruction], name: str) -> int:
+    """How many have this opcode, or begin with this name and modifiers."""
+    return sum(i.name == name or i.name.startswith(f"{name}.") for i in instructions)
+
+
+def resources(text: str, kernel: str) -> Resources:
+    """Of ``cuobjdump -res-usage``.
+
+    Raises:
+        ValueError: it does not speak of this kernel.
+    """
+    found = re.search(
+        rf"Function {re.escape(kernel)}:\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text, re.S
+    )
+    if found is None:
+        raise ValueError(f"cuobjdump says nothing of kernel {kernel!r}: {text.strip()[:200]!r}")
+    return Resources(*map(int, found.groups()))
+
+
+_SECTION = re.compile(r"^\.text\.(\S+):$")
+_LABEL = re.compile(r"^(\.L_\w+):$")
+_STEP = re.compile(r"^/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*[\w.]*)\s*(.*?)\s*;")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+
+def read(text: str, kernel: str) -> Code:
+    """Of ``nvdisasm -c``.
+
+    Raises:
+        ValueError: there is no code of this kernel, or it jumps where only a GPU knows.
+    """
+    steps: list[Instruction] = []
+    labels: dict[str, int] = {}
+    inside = False
+    for raw in text.splitlines():
+        line = raw.strip()
+        section = _SECTION.match(line)
+        if section or line.startswith(".section"):
+            inside = section is not None and section[1] == kernel
+        elif inside:
+            label, step = _LABEL.match(line), _STEP.match(line)
+            if label:
+                labels[label[1]] = len(steps)
+            elif step:
+                predicate = (step[1] or "").strip()
+                steps.append(Instruction(step[2], "" if predicate == "@PT" else predicate, step[3]))
+    if not steps:
+        raise ValueError(f"nvdisasm shows no code of kernel {kernel!r}: {text.strip()[:200]!r}")
+    return _code(steps, labels)
+
+
+def _code(steps: list[Instruction], labels: dict[str, int]) -> Code:
+    nexts = [_next(steps, labels, i) for i in range(len(steps))]
+    starts = {0}
+    for i, after in enumerate(nexts):
+        if after != [i + 1]:
+            starts.update([*after, i + 1])
+    starts.update(labels.values())
+    begins = sorted(s for s in starts if s < len(steps))
+    ends = [*begins[1:], len(steps)]
+    number = {begin: i for i, begin in enumerate(begins)}
+    edges = [[number[s] for s in nexts[end - 1] if s in number] for end in ends]
+
+    order = sorted(_reachable(edges))
+    place = {old: new for new, old in enumerate(order)}
+    blocks = tuple(tuple(steps[begins[old] : ends[old]]) for old in order)
+    followers = [[place[e] for e in edges[old]] for old in order]
+    return Code(blocks, tuple(map(tuple, followers)), _loops(followers))
+
+
+def _next(steps: list[Instruction], labels: dict[str, int], i: int) -> list[int]:
+    """Where execution may go on after instruction `i`."""
+    step = steps[i]
+    targets = [labels[name] for name in _TARGET.findall(step.operands) if name in labels]
+    # A branch may carry its condition among its operands instead: BRA.DIV UR4, `(.L_x_1)
+    always = not step.predicate and step.operands.startswith("`(")
+    if step.opcode in ("BRX", "JMX", "JMP"):
+        raise ValueError(f"{step.name} {step.operands} jumps to a place known at run time only")
+    if step.opcode == "BRA":
+        return targets if always else [*targets, i + 1]
+    if step.opcode == "CALL":
+        return [*targets, i + 1]
+    if step.opcode in ("EXIT", "RET"):
+        return [i + 1] if step.predicate else []
+    if step.opcode == "BSYNC":
+        return _joins(steps, labels, i)
+    return [i + 1]
+
+
+def _joins(steps: list[Instruction], labels: dict[str, int], i: int) -> list[int]:
+    """Where threads that part at a ``BSSY`` of this register go on together."""
+    register = steps[i].operands.split(",")[0]
+    targets = [
+        labels[name]
+        for step in steps
+        if step.opcode == "BSSY" and step.operands.split(",")[0] == register
+        for name in _TARGET.findall(step.operands)
+        if name in labels
+    ]
+    return [i + 1] if i + 1 in targets or not targets else sorted(set(targets))
+
+
+def _reachable(edges: list[list[int]]) -> set[int]:
+    seen: set[int] = set()
+    left = [0]
+    while left:
+        block = left.pop()
+        if block not in seen:
+            seen.add(block)
+            left.extend(edges[block])
+    return seen
+
+
+def _followers_first(edges: list[list[int]]) -> list[int]:
+    """The blocks that the entry reaches, each after all that can follow it."""
+    order: list[int] = []
+    seen = {0}
+    path = [(0, iter(edges[0]))]
+    while path:
+        block, rest = path[-1]
+        following = next((j for j in rest if j not in seen), None)
+        if following is None:
+            order.append(block)
+            path.pop()
+        else:
+            seen.add(following)
+            path.append((following, iter(edges[following])))
+    return order
+
+
+def _loops(edges: list[list[int]]) -> tuple[Loop, ...]:
+    count = len(edges)
+    befores: list[list[int]] = [[] for _ in range(count)]
+    for i, after in enumerate(edges):
+        for j in after:
+            befores[j].append(i)
+
+    # dominators[i]: the blocks that every way to i passes
+    dominators = [set(range(count)) for _ in range(count)]
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for i in range(1, count):
+            new = {i} | set.intersection(*(dominators[j] for j in befores[i]))
+            changed |= new != dominators[i]
+            dominators[i] = new
+
+    bodies: dict[int, set[int]] = {}
+    latches: dict[int, list[int]] = {}
+    for i, after in enumerate(edges):
+        for header in after:
+            if header in dominators[i]:
+                body = bodies.setdefault(header, {header})
+                latches.setdefault(header, []).append(i)
+                left = [i]
+                while left:
+                    block = left.pop()
+                    if block not in body:
+                        body.add(block)
+                        left.extend(befores[block])
+    return tuple(
+        Loop(
+            header,
+            frozenset(body),
+            frozenset(i for i in body if all(i in dominators[end] for end in latches[header])),
+        )
+        for header, body in sorted(bodies.items())
+    )

@@ -1,0 +1,215 @@
+"""Reading disassembly: what occupies, what executes, and what runs how often."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdpop import sass
+
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:11 CONSTANT[4]:8
+ Function other:
+  REG:24 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:552 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function pipelined:
+  REG:255 STACK:160 SHARED:1024 LOCAL:8 CONSTANT[0]:1184 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def disassembly(*lines: str, kernel: str = "pipelined") -> str:
+    """As nvdisasm prints: labels at the margin, an address before each instruction."""
+    body = [
+        line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
+        for i, line in enumerate(lines)
+    ]
+    head = ["\t.target\tsm_90a", f'\t.section\t.text.{kernel},"ax",@progbits', f"{kernel}:"]
+    tail = ['\t.section\t.text.other,"ax",@progbits', ".text.other:", "\t/*0000*/  LDL R0, [R1] ;"]
+    return "\n".join([*head, f".text.{kernel}:", *body, *tail])
+
+
+PIPELINED = disassembly(
+    "LDC R1, c[0x0][0x28]",
+    "@UP0 UTMALDG.2D [UR4], [UR38]",
+    ".L_x_0:",  # of every tile
+    "CS2R R24, SRZ",
+    "@!P3 BRA `(.L_x_3)",
+    ".L_x_1:",  # of every step
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR10+0x30000], R5",
+    "@!P0 BRA `(.L_x_4)",
+    ".L_x_2:",
+    "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24",
+    "UIADD3 UR22, UR7, 0x2, URZ",
+    "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+    "@UP1 UTMALDG.2D [UR8], [UR14]",
+    "@!P0 BRA `(.L_x_1)",
+    ".L_x_3:",
+    "FMUL R5, R24, 1.4426950216293334961",
+    "FMNMX R5, R5, R6, !PT",
+    "MUFU.EX2 R6, R5",
+    "F2FP.BF16.F32.PACK_AB R4, R188, R175",
+    "SHFL.BFLY PT, R7, R6, 0x1, 0x1f",
+    "STL [R1+0x4], R7",
+    "STG.E desc[UR4][R2.64], R6",
+    "@!P1 BRA `(.L_x_0)",
+    "EXIT",
+    ".L_x_4:",  # out of line: spins, and goes back into the loop
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR10+0x30000], R5",
+    "@!P0 BRA `(.L_x_4)",
+    "BRA `(.L_x_2)",
+    ".L_x_5:",  # padding that nothing reaches
+    "BRA `(.L_x_5)",
+)
+
+
+def test_resources() -> None:
+    assert sass.resources(USAGE, "pipelined") == (255, 160, 8)
+    assert sass.resources(USAGE, "other") == sass.Resources(registers=24, stack=0, local=0)
+    with pytest.raises(ValueError, match="nothing of kernel 'third'"):
+        sass.resources(USAGE, "third")
+
+
+def test_the_main_loop_is_the_innermost_with_products() -> None:
+    code = sass.read(PIPELINED, "pipelined")
+    assert len(code.loops) == 3, "tiles, steps and the wait; going back is not a loop"
+    (loop,) = code.main_loops()
+    steps = code.once_an_iteration(loop)
+    assert [step.name for step in steps if step.kind == "tensor"] == [
+        "HGMMA.64x256x16.F32.BF16"
+    ] * 2
+    assert sass.mix(steps) == {"tensor": 2, "tma load": 1, "wait": 2, "branch": 2, "uniform": 1}
+
+
+def test_the_rest_is_prologue_and_epilogue() -> None:
+    code = sass.read(PIPELINED, "pipelined")
+    rest = sass.mix(code.beside_the_main_loops())
+    assert rest == {
+        "tma load": 1,
+        "spill": 1,
+        "global": 1,
+        "shuffle": 1,
+        "mufu": 1,
+        "convert": 1,
+        "fma": 1,
+        "branch": 4,  # the last goes back from the wait
+        "alu": 3,
+    }
+    everything = code.instructions()
+    assert sass.count(everything, "HGMMA") == 2
+    assert sass.count(everything, "UTMALDG.2D") == 2
+    assert sass.count(everything, "UTMA") == 0
+    assert sass.count(everything, "BRA") == 6, "what nothing reaches is not counted"
+
+
+def test_an_epilogue_inside_the_only_loop_is_not_part_of_every_step() -> None:
+    """As the compiler leaves it where it flattened tiles and steps into one loop."""
+    code = sass.read(
+        disassembly(
+            ".L_x_0:",
+            "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
+            "@P0 BRA `(.L_x_1)",
+            "MUFU.EX2 R6, R5",
+            ".L_x_1:",
+            "@P1 BRA `(.L_x_0)",
+            "EXIT",
+        ),
+        "pipelined",
+    )
+    (loop,) = code.main_loops()
+    assert sass.mix(code.once_an_iteration(loop)) == {"tensor": 1, "branch": 2}
+    assert sass.mix(code.beside_the_main_loops()) == {"mufu": 1, "branch": 1}
+
+
+def test_products_outside_of_loops() -> None:
+    code = sass.read(disassembly("HMMA.16816.F32.BF16 R4, R8, R2, R4", "EXIT"), "pipelined")
+    assert code.main_loops() == []
+    assert sass.mix(code.beside_the_main_loops()) == {"tensor": 1, "branch": 1}
+
+
+def test_the_longest_and_the_shortest_way_past_a_branch() -> None:
+    """One of two sides, and an exit before the main loop is no way to be counted."""
+    code = sass.read(
+        disassembly(
+            "@P2 EXIT",
+            ".L_x_0:",
+            "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
+            "@P1 BRA `(.L_x_0)",
+            "@P0 BRA `(.L_x_1)",
+            "MUFU.EX2 R6, R5",
+            "MUFU.EX2 R7, R5",
+            "BRA `(.L_x_2)",
+            ".L_x_1:",
+            "FADD R6, R5, R5",
+            ".L_x_2:",
+            "STG.E desc[UR4][R2.64], R6",
+            "EXIT",
+        ),
+        "pipelined",
+    )
+    longest = sass.mix(code.beside_the_main_loops())
+    assert longest == {"global": 1, "mufu": 2, "branch": 4}
+    shortest = sass.mix(code.beside_the_main_loops(longest=False))
+    assert shortest == {"global": 1, "fma": 1, "branch": 3}
+
+
+def test_threads_that_part_meet_again() -> None:
+    """`BSYNC` out of line goes to where its `BSSY` says."""
+    code = sass.read(
+        disassembly(
+            "BSSY B0, `(.L_x_1)",
+            "@P0 BRA `(.L_x_2)",
+            "BSYNC B0",
+            ".L_x_1:",
+            "MUFU.EX2 R6, R5",
+            "EXIT",
+            ".L_x_2:",
+            "FADD R6, R5, R5",
+            "BSYNC B0",
+        ),
+        "pipelined",
+    )
+    assert [step.opcode for step in code.instructions()].count("MUFU") == 1
+    assert not code.loops
+    everything = sass.mix(code.instructions())
+    assert everything == {"mufu": 1, "fma": 1, "branch": 5}
+
+
+def test_branches_with_a_condition_among_their_operands() -> None:
+    code = sass.read(
+        disassembly("BRA.DIV UR4, `(.L_x_0)", "MUFU.EX2 R6, R5", ".L_x_0:", "@P0 EXIT", "EXIT"),
+        "pipelined",
+    )
+    assert sass.count(code.instructions(), "MUFU") == 1
+    assert sass.count(code.instructions(), "EXIT") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("HGMMA.64x256x16.F32.BF16", "tensor"),
+        ("UTCHMMA", "tensor"),
+        ("HMMA.16816.F32", "tensor"),
+        ("HADD2.BF16_V2", "fma"),
+        ("IMAD.MOV.U32", "fma"),
+        ("UIMAD", "uniform"),
+        ("R2UR", "uniform"),
+        ("LDSM.16.MT88.4", "shared"),
+        ("LDGSTS.E", "global"),
+        ("LDC.64", "alu"),
+        ("LDL", "spill"),
+        ("LDGDEPBAR", "wait"),
+        ("UTMACMDFLUSH", "uniform"),
+        ("UTMALDG.2D", "tma load"),
+        ("VIADD", "alu"),
+    ],
+)
+def test_kinds(name: str, kind: str) -> None:
+    assert sass.Instruction(name, "", "").kind == kind
+
+
+def test_what_cannot_be_read() -> None:
+    with pytest.raises(ValueError, match="no code of kernel 'third'"):
+        sass.read(PIPELINED, "third")
+    with pytest.raises(ValueError, match="BRX R2 -0x40 jumps to a place known at run time only"):
+        sass.read(disassembly("BRX R2 -0x40"), "pipelined")
