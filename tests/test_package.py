@@ -85,7 +85,7 @@ def test_wheel_from_sdist(compiler: bool, tmp_path: Path, monkeypatch: pytest.Mo
     for name in files:
         shutil.copy(ROOT / name, source)
     built = shutil.ignore_patterns("__pycache__", "*.so")
-    for folder in ("fastdpop", "csrc"):
+    for folder in ("fastdpop", "kernels", "csrc"):
         shutil.copytree(ROOT / folder, source / folder, ignore=built)
     run(f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", source)
     (sdist,) = tmp_path.glob("*.tar.gz")
@@ -103,12 +103,24 @@ def test_wheel_from_sdist(compiler: bool, tmp_path: Path, monkeypatch: pytest.Mo
         for path in (source / "fastdpop").rglob("*")
         if path.is_file()
     }
+    # The folder of kernels is installed inside the package.
+    there |= {f"fastdpop/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
     library = {name for name in held if name.startswith("fastdpop/engines/_head")}
     assert held - library == there
     assert len(library) == compiler
     assert "fastdpop/py.typed" in held
     assert any(name.startswith("fastdpop/assets/") for name in held)
+    where_kernels = "import fastdpop.kernels as k; print(k.__path__[0])"
+    assert Path(run(where_kernels, tmp_path / "installed").strip()) == (
+        tmp_path / "installed" / "fastdpop" / "kernels"
+    )
     code = "import fastdpop; print(fastdpop.__file__); print(fastdpop.engines.available())"
     where, engines = run(code, tmp_path / "installed").splitlines()
     assert Path(where).is_relative_to(tmp_path / "installed")
     assert engines == str(("cpu", "eager") if compiler else ("eager",))
+
+
+def test_kernels_are_found_in_a_checkout() -> None:
+    """Uninstalled, the package finds them in the folder beside it."""
+    code = "import fastdpop.kernels as k; print(k.__path__[0])"
+    assert Path(run(code, ROOT).strip()) == ROOT / "kernels"

@@ -180,6 +180,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "sft": (),
 }
 """The losses of TRL and DPOP, under TRL's names, and the options that each of them reads there."""
+LOSS_TYPES = tuple(_TAKES)
 
 _DIVERGENCES = {
     "reverse_kl": "reverse_kl",
