@@ -47,17 +47,6 @@ build/trl-%/.ready: requirements/trl-%.txt
 	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
-	@for python in $(OLD_TRL:%=build/trl-%/bin/python) $(BIN)/python; do \
-	  $$python -m pytest tests/integrations/test_trl*.py $(ARGS) || exit 1; done
-
-build/trl-%/.ready: requirements/trl-%.txt
-	@echo "Setting up build/trl-$*: a few minutes the first time"
-	@$(PYTHON) -m venv build/trl-$*
-	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
-	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
-	@touch $@
-
 test-axolotl: $(AXOLOTL)/.ready ## `axolotl train` on fastdpop, in an environment of its own (5 GB)
 	$(AXOLOTL)/bin/python -m pytest tests/axolotl $(ARGS)
 
