@@ -123,7 +123,7 @@ def test_report_as_a_script(results: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_workspace_in_a_name(batch: Batch) -> None:
     batch.start(MODES[0])
-    logps = contender("fastdpop eager in 1 GiB").run(batch, MODES[0], LOSSES["dpop"])
+    logps = contender("fastdpop eager in 1024 MiB").run(batch, MODES[0], LOSSES["dpop"])
     assert batch.errors(logps, LOSSES["dpop"])["logp_error_relative"] < 1e-5
     with pytest.raises(ValueError, match="engine is 'warp'"):
         contender("fastdpop warp").run(batch, MODES[0], LOSSES["dpop"])
