@@ -22,7 +22,7 @@ from bench.contenders import FLOOR, Floor, contender
 from bench.memory import peak_extra_bytes, release_freed_memory
 from bench.workloads import DTYPES, LOSSES, MODES, Batch, Shape
 
-SECONDS = {"cpu": 3.0, "cuda": 1.0}
+SECONDS = {"cpu": 2.0, "cuda": 1.0}
 """What the timed rounds of a contender should take, without the floor's, within these bounds."""
 ROUNDS = range(3, 21)
 

@@ -21,7 +21,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.memory import peak_extra_bytes, release_freed_memory
 
-PAIRS, ROUNDS = 8, 3
+PAIRS, ROUNDS = 8, 2
 TRL, OURS = "TRL", "fastdpop"
 
 

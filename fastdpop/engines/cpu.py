@@ -24,11 +24,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdpop.engines.base import Coefficients, Gradients, Logps, Problem, Wanted
+from fastdpop.engines.base import (
+    DEFAULT_WORKSPACE_BYTES,
+    Coefficients,
+    Gradients,
+    Logps,
+    Problem,
+    Wanted,
+)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KEPT_BYTES = 64 * 2**20
-"""Memory for the softmax kept for the second pass, unless the gradient or one group is larger."""
+"""Memory for the softmax kept for the second pass, unless the gradient is larger or the caller gives
+more than the default workspace.
+"""
 
 
 class _Problem(ctypes.Structure):
@@ -294,24 +303,26 @@ class _Call:
         return size // panel_bytes * self.library.panel
 
     def kept_rows(self) -> int:
-        """How many rows of several groups are kept at a time.
+        """How many rows are kept at a time.
 
-        Each time the sums pass through memory. As much as rounding a 16-bit weight's gradient takes
-        at the end, when this is free again, adds nothing to the peak.
+        Each chunk of rows passes the sums through memory. As much as rounding a 16-bit weight's
+        gradient takes at the end, when this is free again, adds nothing to the peak.
         """
+        workspace = self.problem.workspace_bytes
         room = max(_KEPT_BYTES, 2 * self.problem.weight.numel())
-        return self._rows_in(min(room, self.problem.workspace_bytes // 2))
+        if workspace > DEFAULT_WORKSPACE_BYTES:
+            room = max(room, workspace // 2)
+        return self._rows_in(min(room, workspace // 2))
 
     def room_to_keep(self, rows: int) -> tuple[Tensor, Tensor] | None:
-        """Memory for the softmax of `rows` rows, or None if half of the workspace is not enough."""
+        """Memory for the softmax of `rows` rows, or None if there is not enough."""
         panel = self.library.panel
         rows = -(-rows // panel) * panel
-        if rows > self._rows_in(self.problem.workspace_bytes // 2):
+        if rows > self.kept_rows():
             return None
-        if self.kept is None or len(self.kept[1]) < rows * self.tiles:
+        if self.kept is None:
             everything = -(-len(self.logps) // panel) * panel
-            most = max(rows, min(self.kept_rows(), everything)) * self.tiles
-            self.kept = None
+            most = min(self.kept_rows(), everything) * self.tiles
             self.kept = (
                 torch.empty(most * self.library.tile, dtype=torch.int16),
                 torch.empty(most, dtype=torch.float32),
