@@ -92,10 +92,10 @@ def _edited(found: _Results, ours: str) -> Iterator[Bar]:
     the work that is left, and a tenth for everything else.
 
     DPOP needs every product on each distinct row once. DPO's coefficients cancel on the rows that a
-    pair shares, so that with a trained head, where coefficients are known first, backward products
-    are left for the others alone.
+    pair shares, so that dWeight is left for the others alone; the hidden states of both completions
+    still get a gradient.
     """
-    for mode, forward, units in ((TRAINED, 2, 6), (FROZEN, 2, 4), (LOGPS, 2, 2)):
+    for mode, of_weight, units in ((TRAINED, 2, 6), (FROZEN, 0, 4), (LOGPS, 0, 2)):
         for loss in ("dpop", "dpo") if mode != LOGPS else ("dpop",):
             edited = found.row("edited pairs", "bf16", mode, loss, ours)
             value = None
@@ -106,8 +106,8 @@ def _edited(found: _Results, ours: str) -> Iterator[Bar]:
                 value = edited["to_floor"] / before["to_floor"]
                 distinct = edited["distinct_rows"] / edited["scored_rows"]
                 alone = 2 * distinct - 1
-                rest = alone if loss == "dpo" and mode == TRAINED else distinct
-                limit = 1.1 * (forward * distinct + (units - forward) * rest) / units
+                rest = alone if loss == "dpo" else distinct
+                limit = 1.1 * ((units - of_weight) * distinct + of_weight * rest) / units
             name = f"edited pairs, bf16, {mode}, {loss.upper()}, against disjoint pairs"
             yield Bar(name, value, limit)
 

@@ -8,8 +8,8 @@ AVX2 and anything else.
 
 dHidden is a product of direction and coefficient, so the second pass serves the weights alone, and
 skips rows whose coefficient is 0. Rows that repeat (same hidden state, same target: the common
-prefix of a pair) are computed once, and their direction waits for the coefficient where the softmax
-is kept.
+prefix of a pair) are computed once, and where the softmax is kept their direction waits until one of
+their coefficients is known not to be 0.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ class CPUEngine:
             c = coefficients(first, last, call.logps[rows], call.statistics[:, rows])
             per_row = run.per_distinct_row(c)
             if hidden is not None:
-                torch.mul(run.directions(per_row), c[:, None], out=hidden[rows])
+                # Coefficients that cancel in the weight's gradient do not in the rows' own.
+                active = run.per_distinct_row(c.abs())
+                torch.mul(run.directions(active), c[:, None], out=hidden[rows])
             run.backward(per_row, sums)
         call.finish(sums)
         return call.result(), sums._replace(hidden=hidden)
