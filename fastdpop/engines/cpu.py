@@ -198,7 +198,7 @@ class CPUEngine:
         run = call.run(call.everything)
         run.forward(want_direction=wanted.hidden)
         per_row = run.per_distinct_row(row_gradient)
-        hidden = run.directions(per_row) * row_gradient[:, None] if wanted.hidden else None
+        hidden = run.directions() * row_gradient[:, None] if wanted.hidden else None
         sums = call.new_sums(wanted)
         run.backward(per_row, sums)
         call.finish(sums)
