@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 ARGS ?=
+INTERPRETED := tests/kernels tests/engines/test_conformance.py tests/gpu
 
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/constraints.txt
@@ -13,7 +14,7 @@ AXOLOTL_PIP := $(AXOLOTL)/bin/python -m pip install --quiet --disable-pip-versio
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 estimate sanitize demo clean
+.PHONY: help setup test test-interpreter-36 test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -33,7 +34,7 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
 test: lint docs ## all checks: lint, types, docs, tests, compiled kernels (ARGS: a part of the tests alone)
 	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels tests/engines/test_conformance.py tests/gpu)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
 	$(if $(ARGS),,@$(MAKE) --no-print-directory kernels)
 
 test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
@@ -63,7 +64,6 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy fastdpop
-	$(BIN)/mypy -p kernels
 
 format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
@@ -95,11 +95,19 @@ TARGETS ?= sm_90a
 kernels: setup ## compile the GPU kernels ahead of time, no GPU needed, and report what they cost
 	$(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels
 
-# The oldest triton that is supported, beside the one in .venv.
+# Compilers differ in what they serialise, spill and widen: the oldest triton that is supported, and one between it and that of .venv.
 kernels-36: setup ## the same with triton 3.6
-	@test -d build/triton-3.6/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --no-deps --target build/triton-3.6 triton==3.6.0
-	PYTHONPATH=build/triton-3.6 $(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels-3.6
+kernels-38: setup ## the same with triton 3.8
+kernels-36 kernels-38: kernels-3%: build/triton-3.%/triton
+	PYTHONPATH=build/triton-3.$* $(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels-3.$*
+
+# With the numpy of its time: triton 3.6's interpreter does not take 2.4.
+build/triton-3.%/triton: | setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-3.$* \
+	  triton==3.$*.0 numpy==2.3.5
+
+test-interpreter-36: setup build/triton-3.6/triton ## the kernels' tests in the interpreter of triton 3.6
+	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS)
 
 estimate: kernels ## what the compiled kernels should take on an H100, into bench/results
 	@$(BIN)/python bench/h100_estimate.py build/kernels/report.json --output bench/results

@@ -54,6 +54,16 @@ def _autograd_allowed() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _engine_context(device: torch.device) -> Iterator[None]:
+    """Where an engine computes: without autocast, which would round its products, and with a GPU's
+    own device current, or kernels would be launched on another one.
+    """
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, enabled=False), current:
+        yield
+
+
 def _problem(
     hidden: Tensor,
     weight: Tensor,
@@ -208,7 +218,7 @@ def row_logps(
     problem = _problem(hidden, weight, bias, targets, groups, head, compute_dtype, workspace_bytes)
     names = _names(statistics)
     direction = hidden.new_empty(NO_TENSOR)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _engine_context(hidden.device):
         if keep_direction:
             result, direction = engines.get(engine).logps_and_direction(problem, names)
         else:
@@ -255,7 +265,7 @@ def row_logps_backward(
     not wanted.
     """
     problem = _problem(hidden, weight, bias, targets, groups, head, compute_dtype, workspace_bytes)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _engine_context(hidden.device):
         found = engines.get(engine).gradients(problem, lse, gradient, Wanted(*wanted))
     # Fixed coefficients: the only rounding left is the one to the inputs' dtypes.
     tensors = (hidden, weight, hidden if bias is None else bias)
@@ -387,7 +397,7 @@ def pair_loss(
         return part.spread(gradient.detach())
 
     plan = _plan(layout, reference, function, share, problem.result_dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _engine_context(hidden.device):
         result, gradients = engines.get(engine).logps_and_gradients(
             problem, names, _Callback(coefficients, plan), Wanted(*wanted)
         )

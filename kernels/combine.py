@@ -1,365 +1,252 @@
-"""From partial sums to log-probs, and from log-probs to a pair's loss.
+"""From partial sums to log-probs, row by row.
 
-With the partial sums of a row, tile by tile, and M the largest of its m:
+With R the row's reference, and the target's own term apart from the sum over the other tokens:
 
-    R       = sum_tiles 2**(m - M) * total
-    x       = scale * t[y] - M
-    S       = R + 2**x                            the target is not in the totals
-    lse     = (M + log2 S) * ln 2
-    logp    = (x - log2 S) * ln 2                 near certainty -log1p(R / 2**x)
-    rest    = R / S                               1 - p of the target
+    rest    = sum over tiles of tile_sumexp
+    x       = scale * t[y] - R
+    sumexp  = rest + 2**x
+    lse     = (R + log2 sumexp) * ln 2
+    logp    = -log1p(rest / 2**x)
 
-M and log2 S stay apart: their sum would lose the bits that ``p = e * 2**(m - M - log2 S)`` needs.
-The order of additions depends on the number of tiles alone.
+in float64, a few operations a row. What was kept is completed here: its entry at the target, 0 so
+far, becomes ``-rest * (1 - t**2)``, so that with ``p = exp_logits / sumexp``
 
-:func:`pair_loss_kernel` goes on in the same launch, one program a pair: sums over each of its two
-sequences, in float64 as everywhere in this package, the loss, its derivatives, and the coefficient
-of every row. The loss is an argument, a jitted function; :mod:`.losses` has them.
+    d logp_i / d u_iv = -slope * exp_logits[i, v] / sumexp_i
+
+holds in every column. ``1 - p`` of a token near certainty keeps all its bits that way, where
+rounding p would leave none. That entry is the row's largest, so its rounding would be the largest
+error; the row's `scale` makes up for it. It is ``1 / sumexp`` times what the entry should be over
+what it was rounded to, so the target's part is exact, and the others', which has the same sum but
+is spread over the vocabulary, carries the relative error instead.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
 from .config import COMBINE_ROWS, COMBINE_TILES, SMALL
-from .forward import Partials, Transform
-from .tiles import LN2, LOWEST, grid
+from .forward import OVERFLOW, SQUARED, Forward, Transform
+from .tiles import LN2, grid, jit
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """What is known of n rows once their partial sums are combined; float32, ``(n,)`` each."""
+    """What is known of n rows once their partial sums are combined; float32.
+
+    Attributes:
+        logps, lse: ``(n,)``, in nats.
+        rest: ``(n,)`` sum of E over all tokens but the target.
+        scale: ``(n,)``: what was kept, times this, is a probability; 1 / sumexp where nothing was.
+        statistics: ``(4, n)``, the lines of :data:`fastdpop.engines.STATISTICS`, or None.
+    """
 
     logps: Tensor
     lse: Tensor
-    rests: Tensor
-    tops: Tensor
-    logs: Tensor
+    rest: Tensor
+    scale: Tensor
+    statistics: Tensor | None
 
 
-@dataclass(frozen=True)
-class PairPlan:
-    """Pairs whose rows lie side by side: pair i's chosen rows are ``offsets[2i]`` to
-    ``offsets[2i + 1]``, its rejected ones follow.
-
-    Attributes:
-        offsets: ``(2P + 1,)`` int64.
-        order: ``(P,)`` int64, where each pair stands in `reference` and in the results.
-        reference: ``(2, P)`` float32 log-probs of chosen and rejected.
-        loss: a jitted function of :mod:`.losses`, and its three numbers.
-        share: factor of a pair's loss in the total.
+@triton.jit
+def _log1p(x):
+    """Natural logarithm of ``1 + x``, float64, x >= 0: to float32's precision and better, since the
+    last bit of ``1 + x`` is 2**-52.
     """
-
-    offsets: Tensor
-    order: Tensor
-    reference: Tensor
-    loss: Any
-    numbers: tuple[float, float, float]
-    share: float
+    return tl.log(1.0 + x)
 
 
-@triton.jit
-def _finish(m, others, target, scale):
-    """S, its log2, logp, lse and 1 - p of rows, from M, R and t of the target."""
-    x = tl.fma(target, scale, -m)
-    own = tl.exp2(x)
-    s = others + own
-    log = tl.log2(s)
-    odds = others / own
-    near = -odds * (1.0 - odds * (0.5 - odds * (0.3333333333333333 - odds * 0.25)))
-    logp = tl.where(odds < 0.03, near, (x - log) * LN2)
-    return s, log, logp, (m + log) * LN2, others / s
-
-
-@triton.jit
-def _combined(tops, totals, r, inside, rows, columns, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """M and R of a block of rows."""
-    m = tl.full((ROWS,), LOWEST, tl.float32)
-    s = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, columns, TILES):
-        tile = first + tl.arange(0, TILES)
-        at = tile.to(tl.int64)[:, None] * rows + r[None, :]
-        there = (tile < columns)[:, None] & inside[None, :]
-        top = tl.load(tops + at, there, other=LOWEST)
-        total = tl.load(totals + at, there, other=0.0)
-        highest = tl.maximum(m, tl.max(top, 0))
-        s = s * tl.exp2(m - highest) + tl.sum(total * tl.exp2(top - highest[None, :]), 0)
-        m = highest
-    return m, s
-
-
-@triton.jit(do_not_specialize=["rows", "columns", "vocabulary"])
+@jit
 def combine_kernel(
-    tops,
-    totals,
-    targets,
-    moments,
-    logps,
-    lse,
-    rests,
-    row_tops,
-    logs,
-    statistics,
-    live,
+    tile_sumexp,  # (tiles, n)
+    target_logit,  # (n,)
+    reference,  # (n,)
+    targets,  # (n,)
+    tile_statistics,  # (4, tiles, n) or None
+    exp_logits,  # (n, tiles * BLOCK_V) or None
+    logps,  # (n,)
+    lse,  # (n,)
+    rest,  # (n,)
+    row_scale,  # (n,)
+    statistics,  # (4, n) or None
     rows,
-    columns,
+    tile_count,
     vocabulary,
+    kept_stride,
     scale,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    LIVE: tl.constexpr,
+    again,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    KEEP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ):
-    """A block of rows, see the module. With MOMENTS also, in the order of
-    :data:`fastdpop.engines.STATISTICS`,
+    """A block of rows, see the module; `again`, after the repair: of rows that overflowed only.
+    With STATISTICS also, in the order of :data:`fastdpop.engines.STATISTICS`,
 
-        entropy  = (log2 S - Q / S) * ln 2,   Q = x 2**x + sum 2**(m - M) * (q + (m - M) * total)
+        entropy  = (log2 sumexp - Q / sumexp) * ln 2,   Q = x 2**x + sum (z - R) E
         mean     = scale * ln 2 * sum t / V
         accuracy = t[y] >= max t
-        aligned  = logp - ln(4**x + sum 4**(m - M) * squares) + 2 ln S
+        aligned  = logp - ln(4**x + sum E**2) + 2 ln sumexp
     """
-    first_row = tl.program_id(0) * ROWS
-    if LIVE:
-        if first_row >= tl.load(live):
-            return
-    r = first_row + tl.arange(0, ROWS)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = r < rows
-    m, others = _combined(tops, totals, r, inside, rows, columns, ROWS, TILES)
-    target = tl.load(targets + r, inside, other=0.0)
-    s, log, logp, row_lse, rest = _finish(m, others, target, scale)
-    tl.store(logps + r, logp, inside)
-    tl.store(lse + r, row_lse, inside)
-    tl.store(rests + r, rest, inside)
-    tl.store(row_tops + r, m, inside)
-    tl.store(logs + r, log, inside)
-    if MOMENTS:
-        x = tl.fma(target, scale, -m)
-        own_e = tl.exp2(x)
-        q = tl.where(own_e > 0.0, x * own_e, 0.0)
-        plain = tl.zeros((ROWS,), tl.float32)
-        squares = own_e * own_e
-        highest = tl.full((ROWS,), float("-inf"), tl.float32)
-        step = columns.to(tl.int64) * rows
-        for first in range(0, columns, TILES):
-            tile = first + tl.arange(0, TILES)
-            at = tile.to(tl.int64)[:, None] * rows + r[None, :]
-            there = (tile < columns)[:, None] & inside[None, :]
-            off = tl.load(tops + at, there, other=LOWEST) - m[None, :]
-            total = tl.load(totals + at, there, other=0.0)
-            share = tl.exp2(off)
-            own = tl.load(moments + at, there, other=0.0)
-            q += tl.sum(share * (own + off * total), 0)
-            plain += tl.sum(tl.load(moments + step + at, there, other=0.0), 0)
-            own = tl.load(moments + 2 * step + at, there, other=0.0)
-            squares += tl.sum(share * share * own, 0)
-            top = tl.load(moments + 3 * step + at, there, other=float("-inf"))
+    if again != 0:
+        before = tl.load(rest + r, inside, other=0.0)
+        inside = inside & tl.where(before < OVERFLOW, False, True)
+        if tl.sum(inside.to(tl.int32), 0) == 0:
+            return
+
+    # The sum over tiles.
+    others = tl.zeros((BLOCK_N,), tl.float64)
+    for first in range(0, tile_count, BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)
+        at = tile.to(tl.int64)[:, None] * rows + r[None, :]
+        there = (tile < tile_count)[:, None] & inside[None, :]
+        others += tl.sum(tl.load(tile_sumexp + at, there, other=0.0).to(tl.float64), 0)
+
+    # Log-prob and log-sum-exp.
+    t = tl.load(target_logit + r, inside, other=0.0)
+    ref = tl.load(reference + r, inside, other=0.0)
+    x = tl.fma(t, scale, -ref)
+    own = tl.exp2(x.to(tl.float64))
+    s = others + own
+    log_s = tl.log(s)
+    # Where the target's own term underflows, its logarithm does not.
+    far = x.to(tl.float64) * LN2 - log_s
+    logp = tl.where(x < -64.0, far, -_log1p(others / own))
+    tl.store(logps + r, logp.to(tl.float32), inside)
+    tl.store(lse + r, (ref.to(tl.float64) * LN2 + log_s).to(tl.float32), inside)
+    tl.store(rest + r, others.to(tl.float32), inside)
+    factor = 1.0 / s
+
+    # What was kept, at the target.
+    if KEEP:
+        entry = -others
+        if SOFTCAP:
+            entry = entry * tl.maximum(tl.fma(-t, t, 1.0), 0.0).to(tl.float64)
+        y = tl.load(targets + r, inside, other=0)
+        place = exp_logits + r.to(tl.int64) * kept_stride + y
+        rounded = tiles.narrow(entry.to(tl.float32), exp_logits.dtype.element_ty)
+        tl.store(place, rounded, inside)
+        rounded = rounded.to(tl.float32).to(tl.float64)
+        factor *= tl.where(rounded == 0.0, 1.0, entry / rounded)
+    tl.store(row_scale + r, factor.to(tl.float32), inside)
+
+    if STATISTICS:
+        q = tl.zeros((BLOCK_N,), tl.float64)
+        plain = tl.zeros((BLOCK_N,), tl.float64)
+        squares = tl.zeros((BLOCK_N,), tl.float64)
+        highest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        step = tile_count.to(tl.int64) * rows
+        for first in range(0, tile_count, BLOCK_TILES):
+            tile = first + tl.arange(0, BLOCK_TILES)
+            own_at = tile_statistics + tile.to(tl.int64)[:, None] * rows + r[None, :]
+            there = (tile < tile_count)[:, None] & inside[None, :]
+            q += tl.sum(tl.load(own_at, there, other=0.0).to(tl.float64), 0)
+            plain += tl.sum(tl.load(own_at + step, there, other=0.0).to(tl.float64), 0)
+            squares += tl.sum(tl.load(own_at + 2 * step, there, other=0.0).to(tl.float64), 0)
+            top = tl.load(own_at + 3 * step, there, other=float("-inf"))
             highest = tl.maximum(highest, tl.max(top, 0))
-        tl.store(statistics + r, (log - q / s) * LN2, inside)
-        tl.store(statistics + rows + r, plain * (scale * LN2) / vocabulary, inside)
-        tl.store(statistics + 2 * rows + r, (target >= highest).to(tl.float32), inside)
-        aligned = logp - (tl.log2(squares) - 2.0 * log) * LN2
-        tl.store(statistics + 3 * rows + r, aligned, inside)
-
-
-@triton.jit(do_not_specialize=["rows", "columns", "first_row", "first_pair"])
-def pair_loss_kernel(
-    tops,
-    totals,
-    targets,
-    logps,
-    lse,
-    rests,
-    row_tops,
-    logs,
-    offsets,
-    order,
-    reference,
-    losses,
-    sums,
-    coefficients,
-    rows,
-    columns,
-    first_row,
-    first_pair,
-    pairs,
-    scale,
-    share,
-    number0,
-    number1,
-    number2,
-    LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """One pair, see the module: rows ``first_row`` on of a batch, pairs ``first_pair`` on."""
-    own = first_pair + tl.program_id(0)
-    start = tl.load(offsets + 2 * own) - first_row
-    middle = tl.load(offsets + 2 * own + 1) - first_row
-    stop = tl.load(offsets + 2 * own + 2) - first_row
-    chosen = tl.zeros((ROWS,), tl.float64)
-    rejected = tl.zeros((ROWS,), tl.float64)
-    for first in range(start, stop, ROWS):
-        r = first + tl.arange(0, ROWS)
-        inside = r < stop
-        m, others = _combined(tops, totals, r, inside, rows, columns, ROWS, TILES)
-        target = tl.load(targets + r, inside, other=0.0)
-        _, log, logp, row_lse, rest = _finish(m, others, target, scale)
-        tl.store(logps + r, logp, inside)
-        tl.store(lse + r, row_lse, inside)
-        tl.store(rests + r, rest, inside)
-        tl.store(row_tops + r, m, inside)
-        tl.store(logs + r, log, inside)
-        wide = logp.to(tl.float64)
-        chosen += tl.where(inside & (r < middle), wide, 0.0)
-        rejected += tl.where(inside & (r >= middle), wide, 0.0)
-    s_w = tl.sum(chosen, 0).to(tl.float32)
-    s_l = tl.sum(rejected, 0).to(tl.float32)
-    place = tl.load(order + own)
-    loss, d_w, d_l = LOSS(
-        s_w - tl.load(reference + place),
-        s_l - tl.load(reference + pairs + place),
-        tl.maximum(middle - start, 1).to(tl.float32),
-        tl.maximum(stop - middle, 1).to(tl.float32),
-        number0,
-        number1,
-        number2,
-    )
-    tl.store(losses + place, loss)
-    tl.store(sums + 2 * own, s_w)
-    tl.store(sums + 2 * own + 1, s_l)
-    for first in range(start, stop, ROWS):
-        r = first + tl.arange(0, ROWS)
-        tl.store(coefficients + r, tl.where(r < middle, d_w * share, d_l * share), r < stop)
-
-
-def _softmax(partials: Partials) -> Softmax:
-    return Softmax(*(torch.empty_like(partials.targets) for _ in range(5)))
+        q += tl.where(own > 0.0, x.to(tl.float64) * own, 0.0)
+        entropy = log_s - q / s * LN2
+        mean = plain * (scale * LN2) / vocabulary
+        small = own * SQUARED
+        collision = tl.log(squares + small * small) + 80.0 * LN2
+        tl.store(statistics + r, entropy.to(tl.float32), inside)
+        tl.store(statistics + rows + r, mean.to(tl.float32), inside)
+        tl.store(statistics + 2 * rows + r, (t >= highest).to(tl.float32), inside)
+        tl.store(statistics + 3 * rows + r, (logp - collision + 2.0 * log_s).to(tl.float32), inside)
 
 
 def combine(
-    partials: Partials,
+    done: Forward,
+    targets: Tensor,
     transform: Transform,
     vocabulary: int,
     *,
-    live: Tensor | None = None,
-) -> tuple[Softmax, Tensor | None]:
-    """Launch the combination; returns the statistics ``(4, n)`` too, where moments were left."""
-    rows = len(partials.targets)
-    result = _softmax(partials)
-    statistics = None
-    if partials.moments is not None:
-        statistics = partials.targets.new_empty((4, rows))
+    again: Softmax | None = None,
+) -> Softmax:
+    """Launch the combination, which completes `done.exp_logits` at the targets `targets` ``(n,)``.
+
+    With `again`, an earlier result, of rows that :func:`.forward.repair` has computed once more; it
+    is changed and returned.
+    """
+    tile_count, rows = done.tile_sumexp.shape
+    result = again
+    if result is None:
+        new = done.reference.new_empty
+        found = None if done.statistics is None else new((4, rows))
+        result = Softmax(new(rows), new(rows), new(rows), new(rows), found)
     if rows == 0:
-        return result, statistics
-    unused = partials.targets
+        return result
+    kept = done.exp_logits
     combine_kernel[grid(-(-rows // COMBINE_ROWS))](
-        partials.tops,
-        partials.totals,
-        partials.targets,
-        unused if partials.moments is None else partials.moments,
+        done.tile_sumexp,
+        done.target_logit,
+        done.reference,
+        targets,
+        done.statistics,
+        kept,
         result.logps,
         result.lse,
-        result.rests,
-        result.tops,
-        result.logs,
-        unused if statistics is None else statistics,
-        unused if live is None else live,
+        result.rest,
+        result.scale,
+        result.statistics,
         rows,
-        partials.tops.shape[0],
+        tile_count,
         vocabulary,
+        0 if kept is None else kept.stride(0),
         transform.scale,
-        ROWS=COMBINE_ROWS,
-        TILES=COMBINE_TILES,
-        MOMENTS=statistics is not None,
-        LIVE=live is not None,
+        int(again is not None),
+        BLOCK_N=COMBINE_ROWS,
+        BLOCK_TILES=COMBINE_TILES,
+        KEEP=kept is not None,
+        SOFTCAP=transform.softcap and kept is not None,
+        STATISTICS=done.statistics is not None,
         **SMALL.options(),
     )
-    return result, statistics
+    return result
 
 
-def pair_loss(
-    partials: Partials,
-    transform: Transform,
-    plan: PairPlan,
-    first_row: int,
-    first_pair: int,
-    last_pair: int,
-    losses: Tensor,
-    sums: Tensor,
-) -> tuple[Softmax, Tensor]:
-    """Launch combination and loss of pairs ``first_pair`` to ``last_pair - 1``, whose rows are
-    those of the partial sums; returns the rows' coefficients.
-
-    Args:
-        losses: ``(P,)`` and sums: ``(2P,)`` float32, of which the pairs' own entries are filled in.
-    """
-    result = _softmax(partials)
-    coefficients = torch.empty_like(partials.targets)
-    if last_pair > first_pair:
-        pair_loss_kernel[grid(last_pair - first_pair)](
-            partials.tops,
-            partials.totals,
-            partials.targets,
-            result.logps,
-            result.lse,
-            result.rests,
-            result.tops,
-            result.logs,
-            plan.offsets,
-            plan.order,
-            plan.reference,
-            losses,
-            sums,
-            coefficients,
-            len(partials.targets),
-            partials.tops.shape[0],
-            first_row,
-            first_pair,
-            len(plan.order),
-            transform.scale,
-            plan.share,
-            *plan.numbers,
-            LOSS=plan.loss,
-            ROWS=COMBINE_ROWS,
-            TILES=COMBINE_TILES,
-            **SMALL.options(),
-        )
-    return result, coefficients
-
-
-def combine_twin(
-    partials: Partials, transform: Transform, vocabulary: int
-) -> tuple[Softmax, Tensor | None]:
+def combine_naive(done: Forward, targets: Tensor, transform: Transform, vocabulary: int) -> Softmax:
     """The same in plain torch and float64."""
-    tops, totals = partials.tops.double(), partials.totals.double()
-    m = tops.amax(0)
-    share = torch.exp2(tops - m)
-    others = (totals * share).sum(0)
-    x = partials.targets.double() * transform.scale - m
-    s = others + torch.exp2(x)
-    log = s.log2()
     ln2 = math.log(2.0)
-    logp = -torch.log1p(others / torch.exp2(x))
-    numbers = (logp, (m + log) * ln2, others / s, m, log)
+    others = done.tile_sumexp.double().sum(0)
+    t, ref = done.target_logit.double(), done.reference.double()
+    x = t * transform.scale - ref
+    s = others + torch.exp2(x)
+    logp = torch.where(x < -64, x * ln2 - s.log(), -torch.log1p(others / torch.exp2(x)))
+    scale = 1 / s
+    if done.exp_logits is not None:
+        entry = -others * (1 - t**2 if transform.softcap else 1.0)
+        rounded = entry.to(done.exp_logits.dtype)
+        rows = torch.arange(len(t), device=t.device)
+        done.exp_logits[rows, targets] = rounded
+        scale *= torch.where(rounded == 0, 1.0, entry / rounded.double())
     statistics = None
-    if partials.moments is not None:
-        weighted, plain, squares, highest = partials.moments.double()
+    if done.statistics is not None:
+        weighted, plain, squares, highest = done.statistics.double()
         own = torch.exp2(x)
-        q = (share * (weighted + (tops - m) * totals)).sum(0) + torch.where(own > 0, x * own, 0)
-        collision = (share**2 * squares).sum(0) + own**2
+        collision = squares.sum(0) * 2.0**80 + own**2
         statistics = torch.stack(
             [
-                (log - q / s) * ln2,
+                s.log() - (weighted.sum(0) + torch.where(own > 0, x * own, 0)) / s * ln2,
                 plain.sum(0) * transform.scale * ln2 / vocabulary,
-                (partials.targets >= highest.amax(0)).double(),
-                logp - (collision.log2() - 2 * log) * ln2,
+                (t >= highest.amax(0)).double(),
+                logp - collision.log() + 2 * s.log(),
             ]
         ).float()
-    return Softmax(*(n.float() for n in numbers)), statistics
+    return Softmax(
+        logps=logp.float(),
+        lse=(ref * ln2 + s.log()).float(),
+        rest=others.float(),
+        scale=scale.float(),
+        statistics=statistics,
+    )

@@ -2,7 +2,7 @@
 that what is compiled ahead of time is what runs.
 
 Nothing is tuned at run time. The sm_90a entries are those whose compiled code keeps every
-accumulator in registers (stack 0) with triton 3.6 and 3.9.
+accumulator in registers and its products in flight with triton 3.6, 3.8 and 3.9.
 """
 
 from __future__ import annotations
@@ -44,127 +44,122 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of the three products; every size is a power of 2.
+class Blocks:
+    """One matrix product: two of n, v and h are the tile of its result, the third is the step of
+    its sum. Powers of 2.
 
     Attributes:
-        rows, tokens, depth: the forward product's tile of logits and the piece of H of a step.
-        group: row tiles that go through the vocabulary side by side, so that a weight tile is read
-            from L2 by all but the first of them.
-        hidden_rows, hidden_width, hidden_depth: dHidden's tile and its step along the vocabulary.
-        weight_tokens, weight_width, weight_depth: dWeight's tile and its step along the rows.
-        forward, hidden, weight: their launches.
-        descriptors: whether tensor descriptors (TMA) are used where the operands allow it.
+        n: rows. v: tokens of the vocabulary. h: columns of the hidden states.
+        warps, stages: its launch.
     """
 
-    rows: int
-    tokens: int
-    depth: int
-    group: int
-    hidden_rows: int
-    hidden_width: int
-    hidden_depth: int
-    weight_tokens: int
-    weight_width: int
-    weight_depth: int
-    forward: Launch
-    hidden: Launch
-    weight: Launch
-    descriptors: bool
+    n: int
+    v: int
+    h: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {"BLOCK_N": self.n, "BLOCK_V": self.v, "BLOCK_H": self.h}
+
+    @property
+    def launch(self) -> Launch:
+        return Launch(self.warps, self.stages)
 
     @property
     def name(self) -> str:
-        """For the registry: the forward product's tile."""
-        return f"{self.rows}x{self.tokens}x{self.depth}"
+        return f"{self.n}x{self.v}x{self.h}"
 
-    def hidden_name(self) -> str:
-        return f"{self.hidden_rows}x{self.hidden_width}x{self.hidden_depth}"
 
-    def weight_name(self) -> str:
-        return f"{self.weight_tokens}x{self.weight_width}x{self.weight_depth}"
+@dataclass(frozen=True)
+class Config:
+    """The kernels of a target and a dtype.
+
+    Attributes:
+        forward, dhidden, dweight: their products.
+        repair: the forward product of the rare rows that overflowed: small tiles, through pointers.
+        group_n: row tiles that go through the vocabulary side by side, so that a weight tile is
+            read from L2 by all but the first of them.
+        use_tma: whether operands go through tensor descriptors, or through pointers.
+    """
+
+    forward: Blocks
+    dhidden: Blocks
+    dweight: Blocks
+    repair: Blocks
+    group_n: int
+    use_tma: bool
 
 
 SMALL = Launch(warps=4)
-"""Launch of the kernels that move memory only."""
+"""Launch of the kernels that multiply no matrices."""
+
+TARGET_ROWS, TARGET_WIDTH = 4, 256
+"""Rows of a program that forms the targets' logits, and columns that it reads at once."""
 
 COMBINE_ROWS, COMBINE_TILES = 32, 16
 """Rows of a program that combines partial sums, and vocabulary tiles that it reads at once."""
 
-TARGET_ROWS = 4
-"""Rows of a program that places targets."""
+SCAN_ROWS = 1024
+"""Rows that are looked at at once in the search for those that overflowed."""
 
-SCALE_ROWS, SUM_WIDTH = 16, 128
-"""Rows of a program that rescales, or step of one that sums over rows, for so many tokens."""
+PAIR_ROWS = 256
+"""Rows that a program of the pair loss reads at once."""
 
-_HOPPER = Tiles(
-    rows=128,
-    tokens=256,
-    depth=64,
-    group=16,
-    hidden_rows=128,
-    hidden_width=256,
-    hidden_depth=64,
-    weight_tokens=128,
-    weight_width=256,
-    weight_depth=64,
-    forward=Launch(warps=8, stages=3),
-    hidden=Launch(warps=8, stages=3),
-    weight=Launch(warps=8, stages=3),
-    descriptors=True,
+BIAS_ROWS, BIAS_TOKENS = 16, 128
+"""Rows that a program of dBias reads at once, and tokens of a program."""
+
+_REPAIR = Blocks(n=64, v=64, h=32, warps=4, stages=2)
+
+_HOPPER = Config(
+    forward=Blocks(n=128, v=256, h=64, warps=8, stages=4),
+    dhidden=Blocks(n=128, v=64, h=256, warps=8, stages=4),
+    dweight=Blocks(n=64, v=128, h=256, warps=8, stages=4),
+    repair=_REPAIR,
+    group_n=16,
+    use_tma=True,
 )
-_AMPERE = Tiles(
-    rows=128,
-    tokens=128,
-    depth=32,
-    group=16,
-    hidden_rows=128,
-    hidden_width=128,
-    hidden_depth=32,
-    weight_tokens=128,
-    weight_width=128,
-    weight_depth=32,
-    forward=Launch(warps=8, stages=3),
-    hidden=Launch(warps=8, stages=3),
-    weight=Launch(warps=8, stages=3),
-    descriptors=False,
+_AMPERE = Config(
+    forward=Blocks(n=128, v=64, h=64, warps=4, stages=3),
+    dhidden=Blocks(n=128, v=32, h=128, warps=8, stages=3),
+    dweight=Blocks(n=32, v=128, h=128, warps=8, stages=3),
+    repair=_REPAIR,
+    group_n=16,
+    use_tma=False,
 )
-_ANY = Tiles(
-    rows=64,
-    tokens=64,
-    depth=32,
-    group=8,
-    hidden_rows=64,
-    hidden_width=64,
-    hidden_depth=32,
-    weight_tokens=64,
-    weight_width=64,
-    weight_depth=32,
-    forward=Launch(warps=4, stages=2),
-    hidden=Launch(warps=4, stages=2),
-    weight=Launch(warps=4, stages=2),
-    descriptors=False,
+_ANY = Config(
+    forward=Blocks(n=64, v=64, h=32, warps=4, stages=2),
+    dhidden=Blocks(n=64, v=32, h=64, warps=4, stages=2),
+    dweight=Blocks(n=32, v=64, h=64, warps=4, stages=2),
+    repair=_REPAIR,
+    group_n=8,
+    use_tma=False,
 )
-_WIDE = Launch(warps=8, stages=2)
-_SINGLE = replace(_ANY, forward=_WIDE, hidden=_WIDE, weight=_WIDE, hidden_depth=16)
-_BLACKWELL = replace(_HOPPER, tokens=128)
-_INTERPRETER = Tiles(
-    rows=16,
-    tokens=32,
-    depth=32,
-    group=2,
-    hidden_rows=16,
-    hidden_width=32,
-    hidden_depth=16,
-    weight_tokens=16,
-    weight_width=32,
-    weight_depth=16,
-    forward=Launch(warps=4),
-    hidden=Launch(warps=4),
-    weight=Launch(warps=4),
-    descriptors=True,
+_SINGLE = Config(
+    forward=Blocks(n=64, v=64, h=32, warps=8, stages=2),
+    dhidden=Blocks(n=64, v=16, h=64, warps=8, stages=2),
+    dweight=Blocks(n=32, v=64, h=64, warps=8, stages=2),
+    repair=replace(_REPAIR, v=32),
+    group_n=8,
+    use_tma=False,
+)
+_BLACKWELL = replace(
+    _HOPPER,
+    forward=Blocks(n=128, v=128, h=64, warps=8, stages=3),
+    dweight=replace(_HOPPER.dweight, stages=3),
+)
+_INTERPRETER = Config(
+    forward=Blocks(n=16, v=32, h=32, warps=4, stages=1),
+    dhidden=Blocks(n=16, v=16, h=32, warps=4, stages=1),
+    dweight=Blocks(n=16, v=16, h=32, warps=4, stages=1),
+    repair=Blocks(n=16, v=16, h=32, warps=4, stages=1),
+    group_n=2,
+    use_tma=True,
 )
 
-TABLE: dict[tuple[str, torch.dtype], Tiles] = {
+TABLE: dict[tuple[str, torch.dtype], Config] = {
     **{("sm_90a", dtype): _HOPPER for dtype in (torch.bfloat16, torch.float16)},
     **{("sm_100", dtype): _BLACKWELL for dtype in (torch.bfloat16, torch.float16)},
     **{("sm_80", dtype): _AMPERE for dtype in (torch.bfloat16, torch.float16)},
@@ -177,16 +172,9 @@ TABLE: dict[tuple[str, torch.dtype], Tiles] = {
 }
 
 
-def tiles(target: str, dtype: torch.dtype, *, described: bool = True) -> Tiles:
-    """The entry of a target, or the small pointer-load tiles that run anywhere.
-
-    Where the operands are not `described`, loads through pointers need registers of their own, and
-    tiles are smaller.
-    """
-    entry = TABLE.get((target, dtype), _ANY)
-    if described or not entry.descriptors:
-        return entry
-    return replace(entry, descriptors=False) if target == "interpreter" else _AMPERE
+def of(target: str, dtype: torch.dtype) -> Config:
+    """The entry of a target, or the small tiles that run anywhere."""
+    return TABLE.get((target, dtype), _ANY)
 
 
 @functools.cache
@@ -196,17 +184,30 @@ def target_of(device: torch.device) -> str:
     """
     if INTERPRETED:
         return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 9:
-        return "sm_90a"
-    if major == 10:
-        return "sm_100"
-    if major == 8:
-        return "sm_80"
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        # ROCm's gfx9 reports capability 9 too, and is no Hopper.
+        what = f"ROCm ({name})"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major == 9:
+            return "sm_90a"
+        if major == 10:
+            return "sm_100"
+        if major == 8:
+            return "sm_80"
+        what = f"compute capability {major}.{minor} ({name})"
     warnings.warn(
-        f"fastdpop has no tile sizes for compute capability {major}.{minor} "
-        f"({torch.cuda.get_device_name(device)}): using the portable kernels, which load through "
+        f"fastdpop has no tile sizes for {what}: using the portable kernels, which load through "
         f"pointers. Tuned targets: {', '.join(TARGETS)}",
         stacklevel=2,
     )
     return "other"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 in the interpreter."""
+    if INTERPRETED:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,716 +1,334 @@
-"""Gradients from the kept softmax.
+"""Gradients from what the forward product kept.
 
-With the share of a tile in a row's softmax, ``share = 2**(m - M - log2 S)``, a probability is
-``p = kept * share`` (and kept has the slope in it already). Let A be that, and at the target
-``-(1 - p) * slope``. Then, slope0 being the constant part of the slope,
+``exp_logits`` is, row by row, the derivative of the log-prob up to a factor (see :mod:`.combine`):
 
-    d logp_i / d u_iv = -slope0 * A[i, v]
-    dHidden_i = -slope0 * c_i * (A @ weight)_i
-    dWeight   = (-slope0 * c * A).T @ hidden
+    d logp_i / d u_iv = -slope * scale_i * exp_logits[i, v]
 
-What was kept is multiplied by shares in float32 while operands are loaded, and rounded to the
-products' dtype again; or A is formed in memory beforehand (:func:`rescale`), and cuBLAS takes the
-products. The target's 1 - p is a number of its own (:mod:`.combine`), or a token near certainty would
-lose its gradient in the rounding of p: :func:`place_targets` writes it, and with it that tile of its
-row as A, whose share is 1 from then on. :func:`weigh` does the same with coefficients, between
-dHidden (c times a product) and dWeight (a product with c under the sum), so that the largest number
-of a row is rounded once in each. It divides them by a power of 2 near the largest, `peak`, which
-dWeight is multiplied by: float16's range does not hold small ones.
+so with ``factor_i = -slope * scale_i * dlogp_i`` the gradients are plain matrix products,
 
-A row's coefficient may be 0. Where rows were sorted so that those come last (`live` counts the
-others on the device), tiles of such rows end at once, and sums over rows stop before them. In the
-tile where they begin, dHidden is set to 0 and shares of dWeight are.
+    dHidden_i = factor_i * (exp_logits @ weight)_i
+    dWeight   = exp_logits.T @ (factor * hidden)
 
-`listed` is gradient filtering: only the listed pieces of the sums are added.
+Nothing is rounded twice: an entry of ``exp_logits`` once, and ``factor * hidden`` once, both to the
+products' dtype; sums are float32. cuBLAS forms them of bfloat16. The kernels here do what it can't:
+
+- float32 in IEEE arithmetic, whatever PyTorch's TF32 settings are;
+- float16, whose exponents do not hold every ``factor * hidden``: it is divided by a power of 2 that
+  only the device knows, and dWeight is multiplied by it before it is added;
+- rows whose ``dlogp`` is 0, sorted to the end: `num_active` counts the others on the device, and
+  tiles of rows from there on end at once, as sums over rows do.
+
+Operands come from shared memory as they are: no product waits for registers to be rewritten.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles as t
-from .combine import Softmax
-from .config import (
-    COMBINE_ROWS,
-    COMBINE_TILES,
-    INTERPRETED,
-    SCALE_ROWS,
-    SMALL,
-    SUM_WIDTH,
-    TARGET_ROWS,
-    Tiles,
-)
-from .forward import Partials
-from .tiles import (
-    aligned,
-    dot,
-    grid,
-    grouped,
-    load_block,
-    narrow,
-    operand,
-    rescaled,
-    store_block,
-)
+from . import tiles
+from .config import BIAS_ROWS, BIAS_TOKENS, INTERPRETED, SMALL, Config
+from .tiles import DTYPES, aligned, grid, jit, operand
 
 
-@dataclass(frozen=True)
-class Listed:
-    """Which pieces of the sum behind each block of a result count: ``(blocks, pieces)`` int32 with
-    the numbers of the pieces in ascending order, and how many there are, ``(blocks,)`` int32.
-    """
-
-    pieces: Tensor
-    counts: Tensor
-
-
-@triton.jit
-def _power_of(peak):
-    """The power of 2 that coefficients are divided by: the largest is near 1 then. 0 for 0."""
-    return tl.where(peak > 0.0, tl.ceil(tl.log2(tl.maximum(peak, 1e-38))), 0.0)
-
-
-@triton.jit
-def _coefficient(coefficients, peak, r, inside):
-    """Coefficients of rows, divided."""
-    return tl.load(coefficients + r, inside, other=0.0) * tl.exp2(-_power_of(tl.load(peak)))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def place_targets_kernel(
-    kept,
-    targets,
-    target_logits,
-    rests,
-    tops,
-    row_tops,
-    logs,
-    coefficients,
-    peak,
-    live,
-    rows,
-    kept_stride,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WEIGH: tl.constexpr,
-    LIVE: tl.constexpr,
-):
-    """A in the tile of each row that holds its target; with WEIGH, c * A there."""
-    first = tl.program_id(0) * ROWS
-    if LIVE:
-        if first >= tl.load(live):
-            return
-    r = first + tl.arange(0, ROWS)
-    inside = r < rows
-    y = tl.load(targets + r, inside, other=0)
-    tile = y // TOKENS
-    v = (tile * TOKENS)[:, None] + tl.arange(0, TOKENS)[None, :]
-    at = r.to(tl.int64)[:, None] * kept_stride + v
-    own = -tl.load(rests + r, inside, other=0.0)
-    if WEIGH:
-        factor = _coefficient(coefficients, peak, r, inside)
-        own = own * factor
-    else:
-        power = tl.load(tops + tile * rows + r, inside, other=0.0)
-        power = power - tl.load(row_tops + r, inside, other=0.0)
-        factor = tl.exp2(power - tl.load(logs + r, inside, other=0.0))
-    a = rescaled(tl.load(kept + at, inside[:, None], other=0.0), factor)
-    if SOFTCAP:
-        own_t = tl.load(target_logits + r, inside, other=0.0)
-        own = own * (1.0 - own_t * own_t)
-    a = tl.where(v == y[:, None], narrow(own, DTYPE)[:, None], a)
-    tl.store(kept + at, a, inside[:, None])
-
-
-@triton.jit(do_not_specialize=["rows", "columns"])
-def shares_kernel(
-    tops,
-    row_tops,
-    logs,
-    targets,
-    coefficients,
-    peak,
-    rows,
-    columns,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    WEIGH: tl.constexpr,
-    RESCALED: tl.constexpr,
-):
-    """The share of each tile in each row's softmax, in the place of the tile's maximum; with WEIGH,
-    c times the share (of 1 where everything is RESCALED) in its place, 0 where c is 0. 1 where the
-    target has been placed.
-    """
-    blocks = tl.cdiv(rows, ROWS)
-    r = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(0) // blocks * TILES + tl.arange(0, TILES)
-    inside = r < rows
-    there = (tile < columns)[:, None] & inside[None, :]
-    at = tops + tile.to(tl.int64)[:, None] * rows + r[None, :]
-    placed = tile[:, None] == (tl.load(targets + r, inside, other=0) // TOKENS)[None, :]
-    before = tl.load(at, there, other=0.0)
-    if WEIGH:
-        c = _coefficient(coefficients, peak, r, inside)[None, :]
-        share = c + tl.zeros_like(before) if RESCALED else c * before
-        share = tl.where(placed, 1.0, share)
-        share = tl.where(c == 0.0, 0.0, share)
-    else:
-        power = before - tl.load(row_tops + r, inside, other=0.0)[None, :]
-        share = tl.exp2(power - tl.load(logs + r, inside, other=0.0)[None, :])
-        share = tl.where(placed, 1.0, share)
-    tl.store(at, share, there)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def rescale_kernel(
-    kept,
-    shares,
-    rows,
-    kept_stride,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """What was kept times its share, in its place: one tile of the vocabulary, ROWS rows."""
-    blocks = tl.cdiv(rows, ROWS)
-    first = tl.program_id(0) % blocks * ROWS
-    tile = tl.program_id(0) // blocks
-    r = first + tl.arange(0, ROWS)
-    inside = r < rows
-    v = tile * TOKENS + tl.arange(0, TOKENS)
-    at = kept + r.to(tl.int64)[:, None] * kept_stride + v[None, :]
-    share = tl.load(shares + tile.to(tl.int64) * rows + r, inside, other=0.0)
-    a = rescaled(tl.load(at, inside[:, None], other=0.0), share)
-    # Rows that were not wanted were not written: 0 times NaN is not 0.
-    tl.store(at, tl.where((share == 0.0)[:, None], 0.0, a).to(a.dtype), inside[:, None])
-
-
-@triton.jit(do_not_specialize=["rows", "vocabulary", "width"])
-def hidden_kernel(
-    kept,
-    weight,
-    out,
-    shares,
-    coefficients,
-    live,
-    pieces,
-    counts,
+@jit
+def dhidden_kernel(
+    exp_logits,  # (n, whole tiles)
+    weight,  # (V, H)
+    out,  # (n, H)
+    factor,  # (n,)
+    num_active,  # () or None
     rows,
     vocabulary,
     width,
     kept_stride,
     weight_stride,
-    gain,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    out_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
     DTYPE: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
-    LIVE: tl.constexpr,
-    LISTED: tl.constexpr,
+    ACTIVE: tl.constexpr,
 ):
-    """A tile of dHidden, or without COEFFICIENTS of the direction d logp / d hidden."""
-    row_block, column = grouped(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(width, WIDTH), GROUP)
-    row = row_block * ROWS
-    if LIVE:
-        if row >= tl.load(live):
+    """A tile of dHidden, BLOCK_N rows by BLOCK_H columns."""
+    tl.assume(vocabulary > 0)
+    block, column = tiles.grouped(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(width, BLOCK_H), GROUP_N
+    )
+    row = block * BLOCK_N
+    if ACTIVE:
+        if row >= tl.load(num_active):
             return
-    r = row + tl.arange(0, ROWS)
-    inside = r < rows
-    first = column * WIDTH
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    STEPS: tl.constexpr = TOKENS // DEPTH
-    if LISTED:
-        steps = tl.load(counts + row_block) * STEPS
-        own_pieces = pieces + row_block.to(tl.int64) * tl.cdiv(vocabulary, TOKENS)
-    else:
-        steps = tl.cdiv(vocabulary, DEPTH)
-    for step in range(0, steps):
-        if LISTED:
-            tile = tl.load(own_pieces + step // STEPS)
-            v = tile * TOKENS + step % STEPS * DEPTH
-        else:
-            tile = step // STEPS
-            v = step * DEPTH
-        a = load_block(kept, row, v, rows, kept_stride, kept_stride, ROWS, DEPTH, DESCRIPTORS)
-        a = rescaled(a, tl.load(shares + tl.cast(tile, tl.int64) * rows + r, inside, other=0.0))
-        w = load_block(
-            weight, v, first, vocabulary, width, weight_stride, DEPTH, WIDTH, DESCRIPTORS
+    first = column * BLOCK_H
+
+    # Product.
+    acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for v in range(0, vocabulary, BLOCK_V):
+        e = tiles.load_block(
+            exp_logits, row, v, rows, kept_stride, kept_stride, BLOCK_N, BLOCK_V, USE_TMA
         )
-        acc = dot(a, w, acc)
-    factor = tl.full((ROWS,), gain, tl.float32)
-    if COEFFICIENTS:
-        factor *= tl.load(coefficients + r, inside, other=0.0)
-    HALF: tl.constexpr = WIDTH // 2
-    left, right = t.halves(acc, ROWS, WIDTH)
-    # A row with coefficient 0 may not have been computed: 0 times NaN is not 0.
-    left = tl.where((factor == 0.0)[:, None], 0.0, left * factor[:, None])
-    store_block(out, row, first, rows, width, narrow(left, DTYPE), ROWS, HALF, DESCRIPTORS)
-    right = tl.where((factor == 0.0)[:, None], 0.0, right * factor[:, None])
-    store_block(out, row, first + HALF, rows, width, narrow(right, DTYPE), ROWS, HALF, DESCRIPTORS)
+        w = tiles.load_block(
+            weight, v, first, vocabulary, width, weight_stride, BLOCK_V, BLOCK_H, USE_TMA
+        )
+        acc = tiles.dot(e, w, acc)
+
+    # Scaled, and stored half by half. Rows that are not wanted may hold anything: 0 times NaN is
+    # not 0.
+    r = row + tl.arange(0, BLOCK_N)
+    f = tl.load(factor + r, r < rows, other=0.0)[:, None]
+    HALF: tl.constexpr = BLOCK_H // 2
+    left, right = tiles.halves(acc, BLOCK_N, BLOCK_H)
+    left = tiles.narrow(tl.where(f == 0.0, 0.0, left * f), DTYPE)
+    right = tiles.narrow(tl.where(f == 0.0, 0.0, right * f), DTYPE)
+    tiles.store_block(out, row, first, rows, width, out_stride, left, BLOCK_N, HALF, USE_TMA)
+    tiles.store_block(
+        out, row, first + HALF, rows, width, out_stride, right, BLOCK_N, HALF, USE_TMA
+    )
 
 
-@triton.jit(do_not_specialize=["rows", "vocabulary", "width"])
-def weight_kernel(
-    kept,
-    hidden,
-    out,
-    shares,
-    peak,
-    live,
-    pieces,
-    counts,
+@jit
+def dweight_kernel(
+    exp_logits,  # (n, whole tiles)
+    scaled,  # (n, H): factor * hidden / unit
+    out,  # (V, H)
+    unit,  # ()
+    num_active,  # () or None
     rows,
     vocabulary,
     width,
     kept_stride,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    ADD: tl.constexpr,
-    LIVE: tl.constexpr,
-    LISTED: tl.constexpr,
+    scaled_stride,
+    out_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    ACTIVE: tl.constexpr,
 ):
-    """A tile of dWeight, ROWS tokens by WIDTH; one program writes it, so with ADD it reads what
-    earlier chunks left there and adds to it: the order of additions is that of the chunks.
+    """A tile of dWeight, BLOCK_V tokens by BLOCK_H columns; one program writes it, so with
+    ACCUMULATE it reads what earlier chunks left there: the order of additions is that of the chunks.
     """
-    block, column = grouped(
-        tl.program_id(0), tl.cdiv(vocabulary, ROWS), tl.cdiv(width, WIDTH), GROUP
+    block, column = tiles.grouped(
+        tl.program_id(0), tl.cdiv(vocabulary, BLOCK_V), tl.cdiv(width, BLOCK_H), GROUP_N
     )
-    token = block * ROWS
-    first = column * WIDTH
-    tile = token // TOKENS
+    token = block * BLOCK_V
+    first = column * BLOCK_H
     stop = rows
-    if LIVE:
-        stop = tl.load(live)
-    if LISTED:
-        steps = tl.load(counts + block)
-        own_pieces = pieces + block.to(tl.int64) * tl.cdiv(rows, DEPTH)
-    else:
-        steps = tl.cdiv(stop, DEPTH)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    for step in range(0, steps):
-        if LISTED:
-            row = tl.load(own_pieces + step) * DEPTH
-        else:
-            row = step * DEPTH
-        a = load_block(kept, row, token, rows, kept_stride, kept_stride, DEPTH, ROWS, DESCRIPTORS)
-        r = row + tl.arange(0, DEPTH)
-        inside = r < stop
-        a = rescaled(a, tl.load(shares + tile.to(tl.int64) * rows + r, inside, other=0.0))
-        h = load_block(hidden, row, first, rows, width, width, DEPTH, WIDTH, DESCRIPTORS)
-        acc = dot(a.T, h, acc)
-    acc = acc * tl.exp2(_power_of(tl.load(peak)))
-    HALF: tl.constexpr = WIDTH // 2
-    left, right = t.halves(acc, ROWS, WIDTH)
-    if ADD:
-        left += load_block(out, token, first, vocabulary, width, width, ROWS, HALF, DESCRIPTORS)
-    store_block(out, token, first, vocabulary, width, left, ROWS, HALF, DESCRIPTORS)
+    if ACTIVE:
+        stop = tl.load(num_active)
+    # At least one step: around a loop that might not run, the compiler waits for each product.
+    steps = tl.maximum(stop, 1)
+    tl.assume(steps > 0)
+
+    # Product.
+    acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
+    for row in range(0, steps, BLOCK_N):
+        e = tiles.load_block(
+            exp_logits, row, token, rows, kept_stride, kept_stride, BLOCK_N, BLOCK_V, USE_TMA
+        )
+        h = tiles.load_block(
+            scaled, row, first, rows, width, scaled_stride, BLOCK_N, BLOCK_H, USE_TMA
+        )
+        acc = tiles.dot(e.T, h, acc)
+
+    # Scaled, added to what is there, and stored half by half.
+    acc = tl.where(stop > 0, acc * tl.load(unit), 0.0)
+    HALF: tl.constexpr = BLOCK_H // 2
+    left, right = tiles.halves(acc, BLOCK_V, BLOCK_H)
+    if ACCUMULATE:
+        left += tiles.load_block(
+            out, token, first, vocabulary, width, out_stride, BLOCK_V, HALF, USE_TMA
+        )
+    tiles.store_block(
+        out, token, first, vocabulary, width, out_stride, left, BLOCK_V, HALF, USE_TMA
+    )
     middle = first + HALF
-    if ADD:
-        right += load_block(out, token, middle, vocabulary, width, width, ROWS, HALF, DESCRIPTORS)
-    store_block(out, token, middle, vocabulary, width, right, ROWS, HALF, DESCRIPTORS)
+    if ACCUMULATE:
+        right += tiles.load_block(
+            out, token, middle, vocabulary, width, out_stride, BLOCK_V, HALF, USE_TMA
+        )
+    tiles.store_block(
+        out, token, middle, vocabulary, width, out_stride, right, BLOCK_V, HALF, USE_TMA
+    )
 
 
-@triton.jit(do_not_specialize=["rows", "vocabulary"])
-def bias_kernel(
-    kept,
-    out,
-    shares,
-    peak,
-    live,
+@jit
+def dbias_kernel(
+    exp_logits,  # (n, whole tiles)
+    factor,  # (n,)
+    out,  # (V,)
     rows,
     vocabulary,
     kept_stride,
-    TOKENS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    RESCALE: tl.constexpr,
-    ADD: tl.constexpr,
-    LIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
-    """dBias of WIDTH tokens: ``sum_i c_i * A[i, v]``, in the order of the rows."""
-    token = tl.program_id(0) * WIDTH
-    v = token + tl.arange(0, WIDTH)
-    tile = token // TOKENS
-    stop = rows
-    if LIVE:
-        stop = tl.load(live)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, stop, ROWS):
-        r = first + tl.arange(0, ROWS)
-        inside = r < stop
-        at = r.to(tl.int64)[:, None] * kept_stride + v[None, :]
-        a = tl.load(kept + at, inside[:, None], other=0.0).to(tl.float32)
-        if RESCALE:
-            a *= tl.load(shares + tile.to(tl.int64) * rows + r, inside, other=0.0)[:, None]
-        total += tl.sum(a, 0)
-    total *= tl.exp2(_power_of(tl.load(peak)))
-    inside = v < vocabulary
-    if ADD:
-        total += tl.load(out + v, inside, other=0.0)
-    tl.store(out + v, total, inside)
+    """dBias of BLOCK_V tokens: the sum of ``factor * exp_logits`` in the order of the rows."""
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    for first in range(0, rows, BLOCK_N):
+        r = first + tl.arange(0, BLOCK_N)
+        f = tl.load(factor + r, r < rows, other=0.0)[:, None]
+        e = tl.load(tiles.pointers(exp_logits, r, v, kept_stride), f != 0.0, other=0.0)
+        total += tl.sum(e.to(tl.float32) * f, 0)
+    if ACCUMULATE:
+        total += tl.load(out + v, v < vocabulary, other=0.0)
+    tl.store(out + v, total, v < vocabulary)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
-def list_kernel(
-    shares,
-    live,
-    pieces,
-    counts,
-    rows,
-    columns,
-    lowest,
-    ROWS: tl.constexpr,
-    PER_TILE: tl.constexpr,
-    BY_TILE: tl.constexpr,
-    LIVE: tl.constexpr,
-):
-    """Which (ROWS rows, vocabulary tile) pieces can hold a probability of at least `lowest`.
-
-    No probability is above its tile's share, and the target's tile has share 1. One program a
-    row block lists its tiles; BY_TILE, one program a dWeight block (PER_TILE of them a tile) lists
-    its row blocks.
-    """
-    own = tl.program_id(0)
-    stop = rows
-    if LIVE:
-        stop = tl.load(live)
-    if BY_TILE:
-        candidates = tl.cdiv(stop, ROWS)
-        width = tl.cdiv(rows, ROWS)
-    else:
-        candidates = columns
-        width = columns
-    count = 0
-    for candidate in range(0, candidates):
-        if BY_TILE:
-            r = candidate * ROWS + tl.arange(0, ROWS)
-            tile = own // PER_TILE
-        else:
-            r = own * ROWS + tl.arange(0, ROWS)
-            tile = candidate
-        inside = r < stop
-        at = tl.cast(tile, tl.int64) * rows + r
-        bound = tl.load(shares + at, inside, other=0.0)
-        # Written so that a NaN, which must show in the result, is never left out.
-        if tl.max(tl.where(bound < lowest, 0, 1) * inside.to(tl.int32), 0) > 0:
-            tl.store(pieces + tl.cast(own, tl.int64) * width + count, candidate)
-            count += 1
-    tl.store(counts + own, count)
+def factors(dlogp: Tensor, scale: Tensor, slope: float) -> Tensor:
+    """``(n,)`` float32 factor of each row, 0 where `dlogp` is, whatever else is known of the row."""
+    return torch.where(dlogp == 0, 0.0, dlogp * scale * -slope)
 
 
-def place_targets(
-    partials: Partials,
-    softmax: Softmax,
-    targets: Tensor,
-    config: Tiles,
-    softcap: bool,
-    live: Tensor | None = None,
-) -> None:
-    """Launch it; changes `kept`, and `tops` into shares: what dHidden is formed of."""
-    _place(partials, softmax, targets, config, softcap, None, live, False)
-
-
-def weigh(
-    partials: Partials,
-    softmax: Softmax,
-    targets: Tensor,
-    config: Tiles,
-    softcap: bool,
-    coefficients: Tensor,
-    live: Tensor | None = None,
-    *,
-    all_rescaled: bool = False,
-) -> Tensor:
-    """Launch it, after :func:`place_targets`; changes `kept` and the shares into what dWeight and
-    dBias are formed of. `coefficients` are those of A: slope0 is theirs. Returns the largest, 0-d.
-
-    With `all_rescaled`, :func:`rescale` has made A of all that was kept.
-    """
-    peak = coefficients.abs().amax()
-    of = (coefficients, peak)
-    _place(partials, softmax, targets, config, softcap, of, live, all_rescaled)
-    return peak
-
-
-def _place(
-    partials: Partials,
-    softmax: Softmax,
-    targets: Tensor,
-    config: Tiles,
-    softcap: bool,
-    coefficients: tuple[Tensor, Tensor] | None,
-    live: Tensor | None,
-    all_rescaled: bool,
-) -> None:
-    assert partials.kept is not None
-    columns, rows = partials.tops.shape
-    c, peak = coefficients or (partials.targets, partials.targets)
-    place_targets_kernel[grid(-(-rows // TARGET_ROWS))](
-        partials.kept,
-        targets,
-        partials.targets,
-        softmax.rests,
-        partials.tops,
-        softmax.tops,
-        softmax.logs,
-        c,
-        peak,
-        targets if live is None else live,
-        rows,
-        partials.kept.stride(0),
-        TOKENS=config.tokens,
-        ROWS=TARGET_ROWS,
-        DTYPE=t.DTYPES[partials.kept.dtype],
-        SOFTCAP=softcap,
-        WEIGH=coefficients is not None,
-        LIVE=live is not None,
-        **SMALL.options(),
-    )
-    blocks = -(-rows // COMBINE_ROWS) * -(-columns // COMBINE_TILES)
-    shares_kernel[grid(blocks)](
-        partials.tops,
-        softmax.tops,
-        softmax.logs,
-        targets,
-        c,
-        peak,
-        rows,
-        columns,
-        TOKENS=config.tokens,
-        ROWS=COMBINE_ROWS,
-        TILES=COMBINE_TILES,
-        WEIGH=coefficients is not None,
-        RESCALED=all_rescaled,
-        **SMALL.options(),
-    )
-
-
-def rescale(partials: Partials, config: Tiles) -> None:
-    """Launch it: for cuBLAS, after :func:`place_targets` and again after :func:`weigh`."""
-    assert partials.kept is not None
-    columns, rows = partials.tops.shape
-    rescale_kernel[grid(-(-rows // SCALE_ROWS) * columns)](
-        partials.kept,
-        partials.tops,
-        rows,
-        partials.kept.stride(0),
-        TOKENS=config.tokens,
-        ROWS=SCALE_ROWS,
-        **SMALL.options(),
-    )
+def by_cublas(dtype: torch.dtype, num_active: Tensor | None) -> bool:
+    """Whether cuBLAS forms the products."""
+    return dtype == torch.bfloat16 and num_active is None
 
 
 def hidden_gradient(
-    partials: Partials,
+    exp_logits: Tensor,
     weight: Tensor,
+    factor: Tensor,
     out: Tensor,
-    config: Tiles,
-    gain: float,
+    of: Config,
     *,
-    coefficients: Tensor | None = None,
-    live: Tensor | None = None,
-    listed: Listed | None = None,
+    num_active: Tensor | None = None,
+    cublas: bool,
 ) -> None:
-    """Launch dHidden, or the direction without coefficients, into `out` ``(n, H)``.
+    """dHidden of n rows into `out` ``(n, H)``, or the derivative of their log-probs where `factor`
+    ``(n,)`` leaves `dlogp` out.
 
-    Rows from `live` on are written only where they share a tile with rows before it.
+    With `num_active`, rows from there on are written only where they share a tile with rows before.
     """
-    kept = partials.kept
-    assert kept is not None
-    rows, (vocabulary, width) = partials.tops.shape[1], weight.shape
-    described = config.descriptors and aligned(kept) and aligned(weight) and aligned(out)
-    programs = -(-rows // config.hidden_rows) * -(-width // config.hidden_width)
-    unused = partials.tops
-    hidden_kernel[grid(programs)](
-        operand(kept, (config.hidden_rows, config.hidden_depth), described),
-        operand(weight, (config.hidden_depth, config.hidden_width), described),
-        operand(out, (config.hidden_rows, config.hidden_width // 2), described),
-        partials.tops,
-        unused if coefficients is None else coefficients,
-        unused if live is None else live,
-        unused if listed is None else listed.pieces,
-        unused if listed is None else listed.counts,
+    rows, (vocabulary, width) = len(factor), weight.shape
+    if rows == 0:
+        return
+    if cublas:
+        product = _mm(exp_logits[:, :vocabulary], weight, out if out.is_contiguous() else None)
+        torch.mul(product, factor[:, None], out=out)
+        return
+    blocks = of.dhidden
+    assert aligned(exp_logits)
+    assert aligned(weight)
+    assert aligned(out)
+    dhidden_kernel[grid(-(-rows // blocks.n) * -(-width // blocks.h))](
+        operand(exp_logits, (blocks.n, blocks.v), of.use_tma),
+        operand(weight, (blocks.v, blocks.h), of.use_tma),
+        operand(out, (blocks.n, blocks.h // 2), of.use_tma),
+        factor,
+        num_active,
         rows,
         vocabulary,
         width,
-        kept.stride(0),
+        exp_logits.stride(0),
         weight.stride(0),
-        gain,
-        TOKENS=config.tokens,
-        ROWS=config.hidden_rows,
-        WIDTH=config.hidden_width,
-        DEPTH=config.hidden_depth,
-        GROUP=config.group,
-        DESCRIPTORS=described,
-        DTYPE=t.DTYPES[out.dtype],
-        COEFFICIENTS=coefficients is not None,
-        LIVE=live is not None,
-        LISTED=listed is not None,
-        **config.hidden.options(),
+        out.stride(0),
+        **blocks.constants,
+        GROUP_N=of.group_n,
+        USE_TMA=of.use_tma,
+        DTYPE=DTYPES[out.dtype],
+        ACTIVE=num_active is not None,
+        **blocks.launch.options(),
     )
 
 
 def weight_gradient(
-    partials: Partials,
+    exp_logits: Tensor,
     hidden: Tensor,
-    peak: Tensor,
+    factor: Tensor,
     out: Tensor,
-    config: Tiles,
+    of: Config,
     *,
-    add: bool,
-    live: Tensor | None = None,
-    listed: Listed | None = None,
+    accumulate: bool,
+    num_active: Tensor | None = None,
+    cublas: bool,
 ) -> None:
-    """Launch dWeight into `out` ``(V, H)`` float32: over what is there, or added to it."""
-    kept = partials.kept
-    assert kept is not None
-    rows, width = hidden.shape
-    vocabulary = out.shape[0]
-    described = config.descriptors and aligned(kept) and aligned(hidden) and aligned(out)
-    programs = -(-vocabulary // config.weight_tokens) * -(-width // config.weight_width)
-    unused = partials.tops
-    weight_kernel[grid(programs)](
-        operand(kept, (config.weight_depth, config.weight_tokens), described),
-        operand(hidden, (config.weight_depth, config.weight_width), described),
-        operand(out, (config.weight_tokens, config.weight_width // 2), described),
-        partials.tops,
-        peak,
-        unused if live is None else live,
-        unused if listed is None else listed.pieces,
-        unused if listed is None else listed.counts,
+    """dWeight of n rows over `out` ``(V, H)`` float32, or added to it."""
+    vocabulary, width = out.shape
+    rows = len(hidden)
+    unit = factor.new_ones(())
+    if hidden.dtype == torch.float16:
+        peak = factor.abs().amax()
+        power = torch.where(peak > 0, peak.clamp_min(2.0**-126).log2().ceil(), 0.0)
+        unit = torch.exp2(power)
+        # A division by a power of 2 rounds nothing, and this one is the multiplication's inverse.
+        factor = factor / unit
+    scaled = torch.mul(hidden, factor[:, None], out=torch.empty_like(hidden))
+    if cublas:
+        assert hidden.dtype == torch.bfloat16, "nothing would multiply by the unit"
+        _addmm(exp_logits[:, :vocabulary].T, scaled, out, accumulate)
+        return
+    blocks = of.dweight
+    assert aligned(exp_logits)
+    assert aligned(scaled)
+    assert aligned(out)
+    dweight_kernel[grid(-(-vocabulary // blocks.v) * -(-width // blocks.h))](
+        operand(exp_logits, (blocks.n, blocks.v), of.use_tma),
+        operand(scaled, (blocks.n, blocks.h), of.use_tma),
+        operand(out, (blocks.v, blocks.h // 2), of.use_tma),
+        unit,
+        num_active,
         rows,
         vocabulary,
         width,
-        kept.stride(0),
-        TOKENS=config.tokens,
-        ROWS=config.weight_tokens,
-        WIDTH=config.weight_width,
-        DEPTH=config.weight_depth,
-        GROUP=config.group,
-        DESCRIPTORS=described,
-        ADD=add,
-        LIVE=live is not None,
-        LISTED=listed is not None,
-        **config.weight.options(),
+        exp_logits.stride(0),
+        scaled.stride(0),
+        out.stride(0),
+        **blocks.constants,
+        GROUP_N=of.group_n,
+        USE_TMA=of.use_tma,
+        ACCUMULATE=accumulate,
+        ACTIVE=num_active is not None,
+        **blocks.launch.options(),
     )
 
 
-def bias_gradient(
-    partials: Partials,
-    peak: Tensor,
-    out: Tensor,
-    config: Tiles,
-    *,
-    add: bool,
-    live: Tensor | None = None,
-    rescaled: bool = False,
-) -> None:
-    """Launch dBias into `out` ``(V,)`` float32."""
-    assert partials.kept is not None
-    rows, vocabulary = partials.tops.shape[1], len(out)
-    width = min(SUM_WIDTH, config.tokens)
-    bias_kernel[grid(-(-vocabulary // width))](
-        partials.kept,
+def bias_gradient(exp_logits: Tensor, factor: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """dBias of n rows over `out` ``(V,)`` float32, or added to it; rows of factor 0 are not read."""
+    dbias_kernel[grid(-(-len(out) // BIAS_TOKENS))](
+        exp_logits,
+        factor,
         out,
-        partials.tops,
-        peak,
-        peak if live is None else live,
-        rows,
-        vocabulary,
-        partials.kept.stride(0),
-        TOKENS=config.tokens,
-        WIDTH=width,
-        ROWS=SCALE_ROWS,
-        RESCALE=not rescaled,
-        ADD=add,
-        LIVE=live is not None,
+        len(factor),
+        len(out),
+        exp_logits.stride(0),
+        BLOCK_N=BIAS_ROWS,
+        BLOCK_V=BIAS_TOKENS,
+        ACCUMULATE=accumulate,
         **SMALL.options(),
     )
 
 
-def list_pieces(
-    partials: Partials,
-    config: Tiles,
-    vocabulary: int,
-    lowest: float,
-    live: Tensor | None = None,
-) -> tuple[Listed, Listed]:
-    """Launch the listing for dHidden and for dWeight, after :func:`place_targets`: pieces that can
-    hold a probability of at least `lowest`.
-    """
-    columns, rows = partials.tops.shape
-
-    def listed(blocks: int, pieces: int, size: int, by_tile: bool) -> Listed:
-        new = partials.tops.new_empty
-        result = Listed(new((blocks, pieces), dtype=torch.int32), new(blocks, dtype=torch.int32))
-        list_kernel[grid(blocks)](
-            partials.tops,
-            partials.tops if live is None else live,
-            result.pieces,
-            result.counts,
-            rows,
-            columns,
-            lowest,
-            ROWS=size,
-            PER_TILE=config.tokens // config.weight_tokens,
-            BY_TILE=by_tile,
-            LIVE=live is not None,
-            **SMALL.options(),
-        )
-        return result
-
-    of_hidden = listed(-(-rows // config.hidden_rows), columns, config.hidden_rows, False)
-    blocks = -(-vocabulary // config.weight_tokens)
-    of_weight = listed(blocks, -(-rows // config.weight_depth), config.weight_depth, True)
-    return of_hidden, of_weight
-
-
-def softmax_twin(
-    partials: Partials, softmax: Softmax, targets: Tensor, config: Tiles, softcap: bool
-) -> Tensor:
-    """A in plain torch and float64, ``(n, whole tiles)``, of what :func:`.forward.forward` left."""
-    assert partials.kept is not None
-    kept = partials.kept.double().view(len(targets), -1, config.tokens)
-    power = partials.tops.double() - softmax.tops.double() - softmax.logs.double()
-    a = (kept * torch.exp2(power).T[..., None]).view(len(targets), -1)
-    own = -softmax.rests.double()
-    if softcap:
-        own = own * (1 - partials.targets.double() ** 2)
-    return a.scatter_(1, targets[:, None], own[:, None])
-
-
-def gradients_twin(
-    a: Tensor, hidden: Tensor, weight: Tensor, c: Tensor, gain: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dHidden, dWeight and dBias in plain torch and float64, from A."""
-    a = a[:, : weight.shape[0]].double()
-    factor = (gain * c.double())[:, None]
-    return factor * (a @ weight.double()), a.T @ (factor * hidden.double()), (factor * a).sum(0)
-
-
-def unscaled(value: Tensor, peak: Tensor) -> Tensor:
-    """A product of cuBLAS times what dWeight is multiplied by, in place."""
-    power = torch.where(peak > 0, peak.clamp_min(1e-38).log2().ceil(), 0.0)
-    return value.mul_(torch.exp2(power))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 by cuBLAS, of 16-bit operands; in the interpreter by plain torch."""
+def _mm(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """``a @ b`` in float32, into `out` if that is float32; in the interpreter by plain torch."""
     if INTERPRETED:
         return a.float() @ b.float()
+    if out is not None and out.dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _addmm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``a @ b`` over `out` float32 or added to it, without a temporary."""
+    if INTERPRETED:
+        product = a.float() @ b.float()
+        out.copy_(out + product if accumulate else product)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def gradients_naive(
+    exp_logits: Tensor, hidden: Tensor, weight: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dHidden, dWeight and dBias in plain torch and float64."""
+    e, f = exp_logits[:, : len(weight)].double(), factor.double()[:, None]
+    return f * (e @ weight.double()), e.T @ (f * hidden.double()), (f * e).sum(0)

@@ -1,4 +1,4 @@
-"""Losses of a pair for :func:`.combine.pair_loss_kernel`: values with their derivatives.
+"""Losses of a pair for :func:`.pair_loss.pair_loss_kernel`: values with their derivatives.
 
 The formulas, their papers and their options stand in :mod:`fastdpop.losses`; these are those of its
 losses that need the two log-ratios of a pair, their lengths and at most three numbers, written for

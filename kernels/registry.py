@@ -1,25 +1,28 @@
-"""Every shipped configuration of every kernel, for compiling ahead of time.
+"""Every variant of every kernel that a launch can ask for, for compiling ahead of time.
 
     for variant in variants("sm_90a"):
         source = triton.compiler.ASTSource(variant.kernel, variant.signature, variant.constants, variant.attrs)
         triton.compile(source, target=.., options={"num_warps": variant.num_warps, ..})
 
-Tile sizes and launches come from the table that the launchers read.
+Tile sizes and launches come from the table that the launchers read, and no argument specialises
+(:func:`.tiles.jit`), so what is compiled here is what runs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton.language as tl
 
-from . import combine, config, forward, gradients, losses
-from .config import Launch, Tiles
-from .tiles import DTYPES
+from . import combine, config, forward, gluon_forward, gradients, losses, pair_loss
+from .config import Blocks, Config, Launch
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Triton's names of the dtypes."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,17 @@ class Variant:
     """One kernel in one configuration.
 
     Attributes:
-        name: kernel, options, target, dtype and tile, joined by slashes.
+        name: kernel and options, target, dtype and tile, joined by slashes.
         kernel: the jitted function.
         signature: Triton's type of every argument, "constexpr" for constants.
-        constants: their values.
-        attrs: what the launcher guarantees of arguments, as Triton's compiler takes it: 16-byte
-            alignment of the tensors that it makes itself or has checked.
+        constants: their values; None for arguments that this variant does without.
+        attrs: what is known of arguments, as Triton's compiler takes it: nothing.
         num_warps, num_stages: launch options.
         target: one of :data:`.config.TARGETS`.
         default: whether a call without options beyond the common ones gets it.
+        float64: whether it computes in float64 on purpose.
+        warpgroup: whether its 16-bit products should be those of warpgroups on sm_90a.
+        gluon: whether it is written in Gluon.
         options: further launch options.
     """
 
@@ -48,71 +53,64 @@ class Variant:
     num_stages: int
     target: str
     default: bool
+    float64: bool = False
+    warpgroup: bool = False
+    gluon: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Types of arguments whose type does not depend on the variant. Sizes fit 32 bits, or 64 where a
-# size is multiplied by another before it reaches the kernel.
+# Types of arguments that are the same in every variant. Sizes fit 32 bits; where one is multiplied
+# by another, the kernels widen it first.
 _TYPES = {
     **dict.fromkeys(
         (
-            "tops",
-            "totals",
-            "target_logits",
-            "moments",
+            "reference",
+            "tile_sumexp",
+            "tile_maximum",
+            "target_logit",
+            "statistics",
+            "tile_statistics",
+            "sumexp",
             "logps",
             "lse",
-            "rests",
-            "row_tops",
-            "logs",
-            "shares",
-            "statistics",
-            "coefficients",
-            "peak",
-            "reference",
+            "rest",
+            "row_scale",
+            "factor",
+            "unit",
+            "ref_logps",
             "losses",
-            "sums",
+            "sequence_logps",
+            "dlogp",
+            "out",
         ),
         "*fp32",
     ),
-    **dict.fromkeys(("offsets", "order"), "*i64"),
-    **dict.fromkeys(("live", "pieces", "counts"), "*i32"),
+    **dict.fromkeys(("targets", "offsets", "order"), "*i64"),
+    "num_active": "*i32",
     **dict.fromkeys(
         (
             "rows",
-            "columns",
+            "tile_count",
             "vocabulary",
             "width",
             "hidden_stride",
             "weight_stride",
             "kept_stride",
+            "scaled_stride",
+            "out_stride",
             "first_row",
             "first_pair",
             "pairs",
+            "stage",
+            "again",
+            "keep",
+            "has_bias",
+            "has_softcap",
+            "has_statistics",
         ),
         "i32",
     ),
-    **dict.fromkeys(
-        ("scale", "cap", "gain", "share", "lowest", "number0", "number1", "number2"), "fp32"
-    ),
-}
-# Made by a launcher, or checked by it before descriptors are used.
-_ALIGNED = {
-    "tops",
-    "totals",
-    "target_logits",
-    "moments",
-    "logps",
-    "lse",
-    "rests",
-    "row_tops",
-    "logs",
-    "shares",
-    "statistics",
-    "peak",
-    "pieces",
-    "counts",
-    "kept",
+    **dict.fromkeys(("scale", "cap", "share", "number0", "number1", "number2"), "fp32"),
 }
 
 
@@ -124,261 +122,267 @@ def variants(target: str) -> list[Variant]:
     """
     if target not in config.TARGETS:
         raise ValueError(f"target is {target!r}, expected one of {', '.join(config.TARGETS)}")
-    result = [v for dtype in _NAMES for v in _of_dtype(target, dtype)]
-    return result + list(_of_sums(target))
+    found: list[Variant] = []
+    for dtype, name in NAMES.items():
+        of = config.of(target, dtype)
+        for part in (_forward, _repair, _combine, _gradients):
+            found += part(target, name, of)
+    found += _pair_losses(target)
+    if target == "sm_90a":
+        found += _gluon(target)
+    return found
 
 
 def _make(
-    target: str,
     label: str,
+    target: str,
     kernel: Any,
     launch: Launch,
-    default: bool,
     constants: dict[str, Any],
     types: dict[str, str] | None = None,
+    **facts: bool,
 ) -> Variant:
+    """A variant; `constants` has the arguments that it does without as None."""
     types = types or {}
-    signature = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = types.get(name) or _TYPES[name]
-            if name in _ALIGNED and signature[name].startswith("*"):
-                attrs[(i,)] = [["tt.divisibility", 16]]
+    signature = {
+        name: "constexpr" if name in constants else types.get(name) or _TYPES[name]
+        for name in kernel.arg_names
+    }
     options = launch.options()
     return Variant(
         name=label,
         kernel=kernel,
         signature=signature,
         constants={name: constants[name] for name in kernel.arg_names if name in constants},
-        attrs=attrs,
+        attrs={},
         num_warps=options.pop("num_warps"),
         num_stages=options.pop("num_stages"),
         target=target,
-        default=default,
+        default=facts.pop("default", True),
         options=options,
+        **facts,
     )
 
 
-def _of_dtype(target: str, dtype: torch.dtype) -> Iterator[Variant]:
-    """The products of a dtype and what is between them."""
-    best, name = config.tiles(target, dtype), _NAMES[dtype]
-    usual = dtype == torch.bfloat16
-    described = (True, False) if best.descriptors else (False,)
-
-    def label(kernel: str, tile: str) -> str:
-        return f"{kernel}/{target}/{name}/{tile}"
-
-    for descriptors in described:
-        tiles = config.tiles(target, dtype, described=descriptors)
-        main = tiles == best
-        how = "" if main else "-pointers"
-        for keep, extra in _forward_options(usual and main):
-            kernel = "forward" + ("_keep" if keep else "") + "".join(f"_{e.lower()}" for e in extra)
-            yield _make(
-                target,
-                label(kernel + how, tiles.name),
-                forward.forward_kernel,
-                tiles.forward,
-                main and not extra,
-                {
-                    "ROWS": tiles.rows,
-                    "TOKENS": tiles.tokens,
-                    "DEPTH": tiles.depth,
-                    "GROUP": tiles.group,
-                    "DESCRIPTORS": descriptors,
-                    "DTYPE": DTYPES[dtype],
-                    "KEEP": keep,
-                    **{flag: flag in extra for flag in ("BIAS", "SOFTCAP", "MOMENTS", "LIVE")},
-                },
-                {
-                    "hidden": _operand(name, tiles.rows, tiles.depth, descriptors),
-                    "weight": _operand(name, tiles.tokens, tiles.depth, descriptors),
-                    "kept": _operand(name, tiles.rows, tiles.tokens // 2, descriptors and keep),
-                    "bias": f"*{name}",
-                    "targets": "*i64",
-                },
-            )
-        yield from _gradients(target, dtype, tiles, main, how)
-        yield from _between(target, dtype, tiles, main, how)
+def _label(kernel: str, flags: dict[str, bool], target: str, name: str, tile: str) -> str:
+    chosen = "".join(f"_{flag.lower()}" for flag, on in flags.items() if on)
+    return f"{kernel}{chosen}/{target}/{name}/{tile}"
 
 
-def _forward_options(all_of_them: bool) -> Iterator[tuple[bool, tuple[str, ...]]]:
-    extras: tuple[tuple[str, ...], ...] = ((),)
-    if all_of_them:
-        extras = ((), ("BIAS",), ("SOFTCAP",), ("MOMENTS",), ("BIAS", "SOFTCAP", "MOMENTS"))
-    for keep in (False, True):
-        yield from ((keep, extra) for extra in extras)
-    yield True, ("LIVE",)
+def _flags(*names: str) -> Iterator[dict[str, bool]]:
+    """Every choice of these."""
+    for values in itertools.product((False, True), repeat=len(names)):
+        yield dict(zip(names, values, strict=True))
 
 
-def _operand(dtype: str, rows: int, columns: int, descriptors: bool) -> str:
-    return f"tensordesc<{dtype}[{rows}, {columns}]>" if descriptors else f"*{dtype}"
+def _absent(**present: bool) -> dict[str, None]:
+    """Arguments that a variant does without, as constants."""
+    return {name: None for name, there in present.items() if not there}
 
 
-def _gradients(
-    target: str, dtype: torch.dtype, tiles: Tiles, main: bool, how: str
-) -> Iterator[Variant]:
-    name = _NAMES[dtype]
-    descriptors = tiles.descriptors
-    shared = {"TOKENS": tiles.tokens, "GROUP": tiles.group, "DESCRIPTORS": descriptors}
-    # (label, result's dtype, coefficients, live rows first, listed)
-    for kernel, out, coefficients, live, listed in (
-        ("hidden", torch.float32, True, False, False),
-        ("direction", dtype, False, False, False),
-        ("hidden_live", torch.float32, True, True, False),
-        ("hidden_listed", torch.float32, True, False, True),
-    ):
+def _operand(name: str, rows: int, columns: int, use_tma: bool) -> str:
+    return f"tensordesc<{name}[{rows}, {columns}]>" if use_tma else f"*{name}"
+
+
+def forward_flags() -> Iterator[dict[str, bool]]:
+    """The forward product's options that go together: rows are skipped only in recomputing what is
+    kept, and statistics are never computed twice.
+    """
+    for flags in _flags("KEEP", "BIAS", "SOFTCAP", "STATISTICS", "ACTIVE"):
+        if not flags["ACTIVE"] or (flags["KEEP"] and not flags["STATISTICS"]):
+            yield flags
+
+
+def _forward(target: str, name: str, of: Config) -> Iterator[Variant]:
+    """Targets' logits and the forward product."""
+    pointers = {"hidden": f"*{name}", "weight": f"*{name}", "bias": f"*{name}"}
+    for flags in _flags("ROUNDED", "BIAS", "SOFTCAP"):
+        # Unrounded only where the dtype asks for more than a reference.
+        if not flags["ROUNDED"] and name != "fp16":
+            continue
         yield _make(
+            _label("target_logit", flags, target, name, f"{config.TARGET_ROWS}"),
             target,
-            f"{kernel}{how}/{target}/{name}/{tiles.hidden_name()}",
-            gradients.hidden_kernel,
-            tiles.hidden,
-            main and not listed and not live,
+            forward.target_logit_kernel,
+            config.SMALL,
             {
-                **shared,
-                "ROWS": tiles.hidden_rows,
-                "WIDTH": tiles.hidden_width,
-                "DEPTH": tiles.hidden_depth,
-                "DTYPE": DTYPES[out],
-                "COEFFICIENTS": coefficients,
-                "LIVE": live,
-                "LISTED": listed,
+                "BLOCK_N": config.TARGET_ROWS,
+                "BLOCK_H": config.TARGET_WIDTH,
+                **flags,
+                **_absent(bias=flags["BIAS"]),
             },
+            pointers,
+            default=not flags["BIAS"] and not flags["SOFTCAP"],
+        )
+    blocks, tma = of.forward, of.use_tma
+    types = {
+        **pointers,
+        "hidden": _operand(name, blocks.n, blocks.h, tma),
+        "weight": _operand(name, blocks.v, blocks.h, tma),
+        "exp_logits": _operand(name, blocks.n, blocks.v // 4, tma),
+    }
+    for flags in forward_flags():
+        yield _make(
+            _label("forward", flags, target, name, blocks.name),
+            target,
+            forward.forward_kernel,
+            blocks.launch,
             {
-                "kept": _operand(name, tiles.hidden_rows, tiles.hidden_depth, descriptors),
-                "weight": _operand(name, tiles.hidden_depth, tiles.hidden_width, descriptors),
-                "out": _operand(
-                    _NAMES[out], tiles.hidden_rows, tiles.hidden_width // 2, descriptors
+                **blocks.constants,
+                "GROUP_N": of.group_n,
+                "USE_TMA": tma,
+                **flags,
+                **_absent(
+                    exp_logits=flags["KEEP"],
+                    bias=flags["BIAS"],
+                    statistics=flags["STATISTICS"],
+                    num_active=flags["ACTIVE"],
                 ),
             },
-        )
-    for kernel, add, live, listed in (
-        ("weight_first", False, False, False),
-        ("weight_add", True, False, False),
-        ("weight_add_live", True, True, False),
-        ("weight_add_listed", True, False, True),
-    ):
-        yield _make(
-            target,
-            f"{kernel}{how}/{target}/{name}/{tiles.weight_name()}",
-            gradients.weight_kernel,
-            tiles.weight,
-            main and not listed,
-            {
-                **shared,
-                "ROWS": tiles.weight_tokens,
-                "WIDTH": tiles.weight_width,
-                "DEPTH": tiles.weight_depth,
-                "ADD": add,
-                "LIVE": live,
-                "LISTED": listed,
-            },
-            {
-                "kept": _operand(name, tiles.weight_depth, tiles.weight_tokens, descriptors),
-                "hidden": _operand(name, tiles.weight_depth, tiles.weight_width, descriptors),
-                "out": _operand("fp32", tiles.weight_tokens, tiles.weight_width // 2, descriptors),
-            },
+            types,
+            default=not any(on for flag, on in flags.items() if flag != "KEEP"),
+            warpgroup=name != "fp32",
         )
 
 
-def _between(
-    target: str, dtype: torch.dtype, tiles: Tiles, main: bool, how: str
-) -> Iterator[Variant]:
-    """The kernels that move memory only."""
-    name = _NAMES[dtype]
-    pointers = {"kept": f"*{name}", "hidden": f"*{name}", "targets": "*i64"}
-    plain = {"LIVE": False}
-    for kernel, function, constants in (
-        (
-            "place_targets",
-            gradients.place_targets_kernel,
-            {"TOKENS": tiles.tokens, "ROWS": config.TARGET_ROWS, "DTYPE": DTYPES[dtype]}
-            | {"SOFTCAP": False, "WEIGH": True}
-            | plain,
-        ),
-        (
-            "shares",
-            gradients.shares_kernel,
-            {
-                "TOKENS": tiles.tokens,
-                "ROWS": config.COMBINE_ROWS,
-                "TILES": config.COMBINE_TILES,
-                "WEIGH": True,
-                "RESCALED": False,
-            },
-        ),
-        (
-            "rescale",
-            gradients.rescale_kernel,
-            {"TOKENS": tiles.tokens, "ROWS": config.SCALE_ROWS},
-        ),
-        (
-            "bias",
-            gradients.bias_kernel,
-            {
-                "TOKENS": tiles.tokens,
-                "WIDTH": min(config.SUM_WIDTH, tiles.tokens),
-                "ROWS": config.SCALE_ROWS,
-                "RESCALE": True,
-                "ADD": True,
-            }
-            | plain,
-        ),
-    ):
-        out = {"out": "*fp32"}
-        yield _make(
-            target,
-            f"{kernel}{how}/{target}/{name}/{tiles.name}",
-            function,
-            config.SMALL,
-            main and kernel != "bias",
-            constants,
-            pointers | out,
-        )
+def _repair(target: str, name: str, of: Config) -> Iterator[Variant]:
+    blocks = of.repair
+    yield _make(
+        f"repair/{target}/{name}/{blocks.name}",
+        target,
+        forward.repair_kernel,
+        blocks.launch,
+        {"TILE": of.forward.v, **blocks.constants, "SCAN": config.SCAN_ROWS},
+        dict.fromkeys(("hidden", "weight", "exp_logits", "bias"), f"*{name}"),
+    )
 
 
-def _of_sums(target: str) -> Iterator[Variant]:
-    """Combination of partial sums, the pairs' losses and the lists: float32 all of them."""
-    tiles = config.tiles(target, torch.bfloat16)
-    sizes = {"ROWS": config.COMBINE_ROWS, "TILES": config.COMBINE_TILES}
-    targets = {"targets": "*fp32"}
-    block = f"{config.COMBINE_ROWS}x{config.COMBINE_TILES}"
-    for moments in (False, True):
+def _combine(target: str, name: str, of: Config) -> Iterator[Variant]:
+    for flags in _flags("KEEP", "SOFTCAP", "STATISTICS"):
+        # Without what is kept there is neither a dtype nor a slope.
+        if not flags["KEEP"] and (flags["SOFTCAP"] or name != "fp32"):
+            continue
         yield _make(
+            _label("combine", flags, target, name, f"{config.COMBINE_ROWS}"),
             target,
-            f"combine{'_moments' if moments else ''}/{target}/fp32/{block}",
             combine.combine_kernel,
             config.SMALL,
-            not moments,
-            {**sizes, "MOMENTS": moments, "LIVE": False},
-            targets,
-        )
-    for function in losses.ALL:
-        name = function.__name__
-        yield _make(
-            target,
-            f"pair_loss_{name}/{target}/fp32/{block}",
-            combine.pair_loss_kernel,
-            config.SMALL,
-            name in ("dpop_inside", "dpo"),
-            {**sizes, "LOSS": function},
-            targets,
-        )
-    for by_tile in (False, True):
-        size = tiles.weight_depth if by_tile else tiles.hidden_rows
-        yield _make(
-            target,
-            f"list_{'weight' if by_tile else 'hidden'}/{target}/fp32/{size}",
-            gradients.list_kernel,
-            config.SMALL,
-            False,
             {
-                "ROWS": size,
-                "PER_TILE": tiles.tokens // tiles.weight_tokens,
-                "BY_TILE": by_tile,
-                "LIVE": False,
+                "BLOCK_N": config.COMBINE_ROWS,
+                "BLOCK_TILES": config.COMBINE_TILES,
+                **flags,
+                **_absent(
+                    exp_logits=flags["KEEP"],
+                    tile_statistics=flags["STATISTICS"],
+                    statistics=flags["STATISTICS"],
+                ),
             },
+            {"exp_logits": f"*{name}"},
+            default=not flags["SOFTCAP"] and not flags["STATISTICS"],
+            float64=True,
         )
+
+
+def _gradients(target: str, name: str, of: Config) -> Iterator[Variant]:
+    yield from _dhidden(target, name, of, of.dhidden)
+    yield from _dweight(target, name, of, of.dweight)
+    for flags in _flags("ACCUMULATE"):
+        yield _make(
+            _label("dbias", flags, target, name, f"{config.BIAS_TOKENS}"),
+            target,
+            gradients.dbias_kernel,
+            config.SMALL,
+            {"BLOCK_N": config.BIAS_ROWS, "BLOCK_V": config.BIAS_TOKENS, **flags},
+            {"exp_logits": f"*{name}"},
+            default=False,
+        )
+
+
+def _dhidden(target: str, name: str, of: Config, blocks: Blocks) -> Iterator[Variant]:
+    tma = of.use_tma
+    for out, active in dict.fromkeys((("fp32", False), ("fp32", True), (name, False))):
+        kernel = "dhidden" if out == "fp32" else "direction"
+        yield _make(
+            _label(kernel, {"ACTIVE": active}, target, name, blocks.name),
+            target,
+            gradients.dhidden_kernel,
+            blocks.launch,
+            {
+                **blocks.constants,
+                "GROUP_N": of.group_n,
+                "USE_TMA": tma,
+                "DTYPE": {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[out],
+                "ACTIVE": active,
+                **_absent(num_active=active),
+            },
+            {
+                "exp_logits": _operand(name, blocks.n, blocks.v, tma),
+                "weight": _operand(name, blocks.v, blocks.h, tma),
+                "out": _operand(out, blocks.n, blocks.h // 2, tma),
+            },
+            warpgroup=name != "fp32",
+        )
+
+
+def _dweight(target: str, name: str, of: Config, blocks: Blocks) -> Iterator[Variant]:
+    tma = of.use_tma
+    for flags in _flags("ACCUMULATE", "ACTIVE"):
+        yield _make(
+            _label("dweight", flags, target, name, blocks.name),
+            target,
+            gradients.dweight_kernel,
+            blocks.launch,
+            {
+                **blocks.constants,
+                "GROUP_N": of.group_n,
+                "USE_TMA": tma,
+                **flags,
+                **_absent(num_active=flags["ACTIVE"]),
+            },
+            {
+                "exp_logits": _operand(name, blocks.n, blocks.v, tma),
+                "scaled": _operand(name, blocks.n, blocks.h, tma),
+                "out": _operand("fp32", blocks.v, blocks.h // 2, tma),
+            },
+            warpgroup=name != "fp32",
+        )
+
+
+def _pair_losses(target: str) -> Iterator[Variant]:
+    for function in losses.ALL:
+        yield _make(
+            f"pair_loss_{function.__name__}/{target}/fp32/{config.PAIR_ROWS}",
+            target,
+            pair_loss.pair_loss_kernel,
+            config.SMALL,
+            {"LOSS": function, "BLOCK_N": config.PAIR_ROWS},
+            default=function.__name__ in ("dpop_inside", "dpo"),
+            float64=True,
+        )
+
+
+def _gluon(target: str) -> Iterator[Variant]:
+    """The warp-specialised forward product, which softcap always gives a bias."""
+    for name in ("bf16", "fp16"):
+        for flags in forward_flags():
+            if flags["SOFTCAP"] and not flags["BIAS"]:
+                continue
+            signature, constants, options = gluon_forward.variants_signature(
+                name, **{flag.lower(): on for flag, on in flags.items()}
+            )
+            launch = dict(options)
+            sizes = "x".join(str(constants[f"BLOCK_{size}"]) for size in "NVH")
+            yield Variant(
+                name=_label("gluon_forward", flags, target, name, sizes),
+                kernel=gluon_forward.forward_kernel,
+                signature=signature,
+                constants=constants,
+                attrs={},
+                num_warps=launch.pop("num_warps"),
+                num_stages=launch.pop("num_stages", 1),
+                target=target,
+                default=False,
+                warpgroup=True,
+                gluon=True,
+                options=launch,
+            )

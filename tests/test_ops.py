@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -179,3 +181,40 @@ def test_scale(shape: tuple[int, int], by_row: bool, dtype: torch.dtype) -> None
     assert torch.equal(got, (gradient * factor).to(dtype))
     if gradient.numel() < 100:
         opcheck(ops.scale, (gradient, factor, dtype))
+
+
+def test_engines_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is launched on the current device, whatever the tensors' own is."""
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(own: torch.device) -> Iterator[None]:
+        entered.append(own)
+        yield
+        entered.append(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second = torch.device("cuda", 1)
+    with ops._engine_context(second):
+        assert entered == [second]
+    assert entered == [second, torch.device("cpu")]
+    with ops._engine_context(torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
+        assert len(entered) == 2
+
+
+def test_every_operator_with_an_engine_sets_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def context(own: torch.device) -> Iterator[None]:
+        entered.append(own)
+        yield
+
+    monkeypatch.setattr(ops, "_engine_context", context)
+    example = batch(2, trained=True)
+    fused(example, LOSSES["dpo"])
+    assert len(entered) == 1, "pair_loss"
+    logps = fused_logps(example.hidden, example.weight, example.labels)
+    assert len(entered) == 2, "row_logps"
+    logps.sum().backward()
+    assert len(entered) == 3, "row_logps_backward"

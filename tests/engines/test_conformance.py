@@ -31,7 +31,7 @@ ENGINES: dict[str, Engine] = {"eager": EagerEngine()}
 ENGINES |= {f"cpu-{name}": CPUEngine(name) for name in instruction_sets()}
 if TritonEngine().unavailable(torch.device("cpu"), torch.float32) is None:
     # Under TRITON_INTERPRET=1 (`make test` runs the suite a second time): the others had their turn.
-    ENGINES = {"triton": TritonEngine(products="kernels")}
+    ENGINES = {"triton": TritonEngine()}
 
 
 @pytest.fixture(params=ENGINES)
@@ -89,15 +89,21 @@ def autograd(
     return logps.detach(), list(torch.autograd.grad((c.to(dtype) * logps).sum(), leaves))
 
 
-def rounded_gradients(p: Problem, c: Tensor) -> list[Tensor]:
-    """Gradients by 16-bit products: that of the logits is rounded once, sums are float32."""
+def rounded_gradients(p: Problem, c: Tensor, *, by_hidden: bool = False) -> list[Tensor]:
+    """Gradients by 16-bit products of float32 sums, operands rounded once: the gradient of the
+    logits with its coefficient; or, for dWeight `by_hidden`, without it, and the hidden states with
+    it.
+    """
     logits = p.hidden.float() @ p.weight.float().T + (0.0 if p.bias is None else p.bias.float())
     z = p.head.transform_(logits)
     g = torch.zeros_like(z).scatter_(1, p.targets[:, None], 1.0) - z.softmax(1)
     direction = p.head.scale_by_slope_(g.clone(), z).to(p.hidden.dtype).float()
     scaled = p.head.scale_by_slope_(g * c[:, None].float(), z).to(p.hidden.dtype).float()
     hidden = (direction @ p.weight.float()) * c[:, None].float()
-    return [hidden, scaled.T @ p.hidden.float(), *([] if p.bias is None else [scaled.sum(0)])]
+    weight = scaled.T @ p.hidden.float()
+    if by_hidden:
+        weight = direction.T @ (c[:, None].float() * p.hidden.float()).to(p.hidden.dtype).float()
+    return [hidden, weight, *([] if p.bias is None else [scaled.sum(0)])]
 
 
 def compare(engine: Engine, p: Problem) -> None:
@@ -106,7 +112,7 @@ def compare(engine: Engine, p: Problem) -> None:
     plain = torch.float64 if p.result_dtype == torch.float64 else torch.float32
     torchs, torch_gradients = autograd(p, c, plain)
     if p.compute_dtype in (torch.bfloat16, torch.float16) and engine.name != "eager":
-        torch_gradients = rounded_gradients(p, c)
+        torch_gradients = rounded_gradients(p, c, by_hidden=isinstance(engine, TritonEngine))
     own_c = c.to(p.result_dtype)
 
     def coefficients(first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
