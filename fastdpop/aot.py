@@ -2,7 +2,9 @@
 
 No GPU is needed: triton compiles for a target that is not there, and brings the tools that take the
 result apart. What a launch would only find out on the chip is found here: registers that spill,
-matrix products that miss the tensor cores, more shared memory than a multiprocessor has.
+matrix products that miss the tensor cores or wait for one another, operands that change under a
+product, arithmetic in float64, more shared memory than a multiprocessor has. Whatever is found must
+not be shipped, in any configuration.
 
 The registry of the kernels says what to compile, with the signatures, constants and alignment that
 the launchers guarantee; :mod:`fastdpop.sass` reads what comes out.
@@ -11,8 +13,10 @@ the launchers guarantee; :mod:`fastdpop.sass` reads what comes out.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -20,7 +24,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,6 +78,10 @@ class Variant(Protocol):
         attrs: what is known of arguments, by path, as triton's ``ASTSource`` takes it.
         default: whether launches on this target choose it by themselves.
         options: further keyword arguments of a launch.
+        gluon: whether the kernel is written in Gluon.
+        float64: whether it means to compute in float64.
+        warpgroup: whether its 16-bit products must be those of warpgroups where there are such
+            (sm_90a); not in small kernels that are rarely used.
     """
 
     @property
@@ -96,6 +104,12 @@ class Variant(Protocol):
     def default(self) -> bool: ...
     @property
     def options(self) -> Mapping[str, Any]: ...
+    @property
+    def gluon(self) -> bool: ...
+    @property
+    def float64(self) -> bool: ...
+    @property
+    def warpgroup(self) -> bool: ...
 
 
 Entry = dict[str, Any]
@@ -137,16 +151,17 @@ def finish(entries: list[Entry], out: Path) -> int:
     """Write ``report.json``, print the table and what is wrong; the exit code."""
     entries = sorted(entries, key=lambda entry: (entry["target"], entry["name"]))
     versions = {"fastdpop": fastdpop.__version__, "triton": importlib.metadata.version("triton")}
-    report = {**versions, "variants": entries}
+    # A triton may bring several, and choose by target.
+    assemblers = {entry["target"]: entry["ptxas"] for entry in entries}
+    report = {**versions, "ptxas": assemblers, "variants": entries}
     path = out / "report.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"triton {versions['triton']}")
+    said = ", ".join(f"ptxas {version} for {target}" for target, version in assemblers.items())
+    print(f"triton {versions['triton']}, {said}")
     print(table(entries))
-    for kind in ("notes", "errors"):
-        for entry in entries:
-            for text in entry[kind]:
-                line = f"{kind[:-1]}: {entry['name']} ({entry['target']}): {text}"
-                print(line, file=sys.stderr if kind == "errors" else sys.stdout)
+    for entry in entries:
+        for text in entry["errors"]:
+            print(f"error: {entry['name']} ({entry['target']}): {text}", file=sys.stderr)
     bad = sum(bool(entry["errors"]) for entry in entries)
     print(f"{len(entries)} variants, {bad} with errors; {path}")
     return int(bad > 0)
@@ -188,23 +203,28 @@ def compile_variant(variant: Variant, out: Path) -> Entry:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastdpop.engines.self_check import ptxas_version
+
     known = chip(variant.target)
     begin = time.perf_counter()
-    source = ASTSource(
+    source_of: Any = ASTSource
+    if variant.gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_of = GluonASTSource
+    source = source_of(
         fn=variant.kernel,
         signature=dict(variant.signature),
         constexprs=dict(variant.constants),
         attrs=dict(variant.attrs),
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", known.capability, 32),
-        options={
-            "num_warps": variant.num_warps,
-            "num_stages": variant.num_stages,
-            **variant.options,
-        },
-    )
+    target = GPUTarget("cuda", known.capability, 32)
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        **variant.options,
+    }
+    compiled = triton.compile(source, target=target, options=options)
     seconds = time.perf_counter() - begin
     folder = out / variant.target
     folder.mkdir(exist_ok=True)
@@ -213,6 +233,7 @@ def compile_variant(variant: Variant, out: Path) -> Entry:
     kernel = compiled.metadata.name
     usage = sass.resources(_tool("cuobjdump", "-res-usage", str(cubin)), kernel)
     code = sass.read(_tool("nvdisasm", "-c", str(cubin)), kernel)
+    said = sass.messages(_ptxas_log(compiled.asm["ptx"], source, target, options))
     entry: Entry = {
         "name": variant.name,
         "target": variant.target,
@@ -223,17 +244,42 @@ def compile_variant(variant: Variant, out: Path) -> Entry:
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
         "options": {k: _plain(v) for k, v in variant.options.items()},
-        "products": products(compiled.asm["ttir"]),
+        "gluon": variant.gluon,
+        "float64": variant.float64,
+        "warpgroup": variant.warpgroup,
+        "products": products(compiled.asm["ttgir" if variant.gluon else "ttir"]),
+        "ptxas": ptxas_version(known.capability),
         "cubin": str(cubin.relative_to(out)),
         "seconds": round(seconds, 2),
         **usage._asdict(),
+        "spill_stores": said.spill_stores,
+        "spill_loads": said.spill_loads,
+        "losses": list(said.losses),
         "shared": compiled.metadata.shared,
+        # Of a specialised kernel the metadata count the warps of all roles.
         "programs_per_sm": known.programs_per_sm(
-            usage.registers, compiled.metadata.shared, variant.num_warps
+            usage.registers, compiled.metadata.shared, compiled.metadata.num_warps
         ),
         **read_code(code),
     }
     return judge(entry)
+
+
+def _ptxas_log(ptx: str, source: Any, target: Any, options: Mapping[str, Any]) -> str:
+    """What ptxas says of a kernel: triton's own last step once more, which is not kept with what it
+    compiles; so with the assembler and the options that this version of triton uses.
+    """
+    from triton import knobs
+    from triton.compiler import make_backend
+
+    backend = make_backend(target)
+    stages: dict[str, Any] = {}
+    parsed = backend.parse_options({**options, **source.parse_options()})
+    backend.add_stages(stages, parsed, source.language)
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        stages["cubin"](ptx, {})
+    return log.getvalue()
 
 
 def read_code(code: sass.Code) -> Entry:
@@ -243,7 +289,10 @@ def read_code(code: sass.Code) -> Entry:
     return {
         "instructions": len(steps),
         **{name.lower(): sass.count(steps, name) for name in ("HGMMA", "UTMALDG", "UTMASTG")},
+        "handed_on_early": _names(code.handed_on_early()),
+        "from_registers": sum(bool(step.multiplied) for step in steps),
         "mix": sass.mix(steps),
+        "float64_names": _names([step for step in steps if step.kind == "float64"]),
         "main_loops": [_main_loop(code, loop) for loop in loops],
         "beside": sass.mix(code.beside_the_main_loops()),
         "beside_least": sass.mix(code.beside_the_main_loops(longest=False)),
@@ -253,14 +302,14 @@ def read_code(code: sass.Code) -> Entry:
 
 def _main_loop(code: sass.Code, loop: sass.Loop) -> Entry:
     steps = code.once_an_iteration(loop)
-    # After DEPBAR.LE gsb0, 1 a warpgroup goes on with one batch of its products under way.
-    waits = [i.operands.split(",")[-1] for i in steps if i.name == "WARPGROUP.DEPBAR.LE"]
     return {
         "mix": sass.mix(steps),
         "names": _names(steps),
         "tensor": sorted({i.name for i in steps if sass.TENSOR.match(i.name)}),
         "hgmma": sass.count(steps, "HGMMA"),
-        "in_flight": min((int(wait, 0) for wait in waits), default=0),
+        "in_flight": code.in_flight(loop) or 0,
+        "never_waits": code.never_waits(loop),
+        "rewritten": len(code.rewritten_in_flight(loop)),
     }
 
 
@@ -271,20 +320,32 @@ def _names(steps: Sequence[sass.Instruction]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
+def _listed(names: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in names.items())
+
+
 _DOT = re.compile(r"tt\.dot ([^:]*): tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>", re.ASCII)
 _PRECISION = re.compile(r"inputPrecision = (\w+)")
+_GLUON_DOT = re.compile(
+    r"ttng\.warp_group_dot .*? : (?:!ttg\.memdesc|tensor)<(\d+)x(\d+)x(\w+)\b[^>]*>"
+    r" \* !ttg\.memdesc<\d+x(\d+)x\w+\b",
+    re.ASCII,
+)
 
 
-def products(ttir: str) -> list[Entry]:
-    """The matrix products of a kernel before it is compiled: their sizes, the dtype they read, and
-    the precision of fp32 products, ieee, tf32 or tf32x3.
+def products(code: str) -> list[Entry]:
+    """The matrix products of a kernel before it is compiled (in ttir, of Gluon in ttgir): their
+    sizes, the dtype they read, and the precision of fp32 products, ieee, tf32 or tf32x3.
     """
     found = []
-    for operands, m, k, dtype, n in _DOT.findall(ttir):
+    for operands, m, k, dtype, n in _DOT.findall(code):
         precision = _PRECISION.search(operands)
         size = {"m": int(m), "n": int(n), "k": int(k)}
         entry = {**size, "dtype": dtype, "precision": precision[1] if precision else "ieee"}
         found.append(entry)
+    for m, k, dtype, n in _GLUON_DOT.findall(code):
+        size = {"m": int(m), "n": int(n), "k": int(k)}
+        found.append({**size, "dtype": dtype, "precision": "tf32" if dtype == "f32" else "ieee"})
     return found
 
 
@@ -295,35 +356,70 @@ def _on_tensor_cores(product: Entry) -> bool:
 
 
 def judge(entry: Entry) -> Entry:
-    """Add what is wrong with an entry: `errors`, that must not be shipped, and `notes`.
+    """Add what is wrong with an entry: `errors`, for any of which it must not be shipped."""
+    hopper = entry["target"] == "sm_90a"
+    errors = [*_of_any_target(entry), *(_of_warpgroups(entry) if hopper else ())]
+    return {**entry, "errors": errors}
 
-    A program beyond the shared memory cannot be launched anywhere. Spills, and matrix products that
-    miss the tensor cores, are errors in defaults for sm_90a and notes elsewhere.
-    """
-    errors: list[str] = []
-    doubts: list[str] = []
+
+def _of_any_target(entry: Entry) -> Iterator[str]:
     known = chip(entry["target"])
     if entry["shared"] > known.shared_of_a_program:
-        errors.append(
+        yield (
             f"needs {entry['shared']:,} bytes of shared memory, a program may have "
             f"{known.shared_of_a_program:,}"
         )
-    spills = entry["mix"].get("spill", 0)
-    if entry["stack"] or entry["local"] or spills:
-        doubts.append(
+    instructions = entry["mix"].get("spill", 0)
+    spilled = ("stack", "local", "spill_stores", "spill_loads")
+    if instructions or any(entry[kind] for kind in spilled):
+        yield (
             f"spills: {entry['stack']} bytes of stack, {entry['local']} of local memory, "
-            f"{spills} instructions that access them, at {entry['registers']} registers"
+            f"{entry['spill_stores']} stored and {entry['spill_loads']} loaded by "
+            f"{instructions} instructions, at {entry['registers']} registers"
         )
-    if entry["target"] == "sm_90a" and any(map(_on_tensor_cores, entry["products"])):
-        in_loops = sum(loop["hgmma"] for loop in entry["main_loops"])
-        if not in_loops:
-            doubts.append(
-                f"multiplies matrices without HGMMA in its main loop ({entry['hgmma']} elsewhere)"
+    for loss in entry["losses"]:
+        yield f"ptxas says {loss}"
+    if entry["float64_names"] and not entry["float64"]:
+        yield f"computes in float64, which it does not mean to: {_listed(entry['float64_names'])}"
+
+
+def _of_warpgroups(entry: Entry) -> Iterator[str]:
+    loops = entry["main_loops"]
+    for loop in loops:
+        if loop["never_waits"]:
+            yield (
+                "a main loop hands on shared memory and never waits for the products that read it "
+                f"({loop['hgmma']} HGMMA)"
             )
-    if entry["default"] and entry["target"] == "sm_90a":
-        errors += doubts
-        doubts = []
-    return {**entry, "errors": errors, "notes": doubts}
+        elif loop["hgmma"] and not loop["in_flight"]:
+            yield (
+                "keeps nothing in flight: every wait of a main loop is for all of its products "
+                f"({loop['hgmma']} HGMMA)"
+            )
+    if entry["handed_on_early"]:
+        yield (
+            "hands on shared memory after a wait for products, before a barrier of the warps that "
+            f"may not have waited yet: {_listed(entry['handed_on_early'])}"
+        )
+    if entry["from_registers"]:
+        rewritten = max((loop["rewritten"] for loop in loops), default=0)
+        yield (
+            f"{entry['from_registers']} of {entry['hgmma']} HGMMA take their left operand from "
+            + (
+                f"registers, {rewritten} of which are written again while the products that read "
+                "them may be in flight"
+                if rewritten
+                else "registers (none is seen to be written while products are in flight)"
+            )
+        )
+    # Those of Gluon need not show in the source as this reads it: the declaration counts.
+    meant = entry["gluon"] or any(map(_on_tensor_cores, entry["products"]))
+    if entry["warpgroup"] and meant:
+        others = {name for loop in loops for name in loop["tensor"] if not name.startswith("HGMMA")}
+        if not sum(loop["hgmma"] for loop in loops):
+            yield f"multiplies matrices without HGMMA in its main loop ({entry['hgmma']} elsewhere)"
+        elif others:
+            yield f"multiplies matrices in a main loop with {', '.join(sorted(others))} too"
 
 
 _HEADER = ("variant", "", "warps", "stages", "regs", "stack", "local", "shared")
@@ -346,7 +442,7 @@ def table(entries: Sequence[Entry]) -> str:
                 str(e["utmaldg"]),
                 "/".join(str(loop["in_flight"]) for loop in loops if loop["hgmma"]) or "-",
                 str(e["programs_per_sm"]),
-                "ERROR" if e["errors"] else "note" if e["notes"] else "ok",
+                "ERROR" if e["errors"] else "ok",
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

@@ -1,9 +1,10 @@
 """What a compiled kernel costs, read from the disassembly of its cubin.
 
-``cuobjdump -res-usage`` says what a program occupies, ``nvdisasm -c`` what it executes. From the
-latter's branches come the blocks, from dominators the loops (A. V. Aho, M. S. Lam, R. Sethi, J. D.
-Ullman, *Compilers*, 2nd edition, section 9.6): an edge to a block that dominates its source closes
-one. The *main loop* of a kernel is the innermost one around its matrix instructions.
+``cuobjdump -res-usage`` says what a program occupies, ``nvdisasm -c`` what it executes, ``ptxas -v``
+what it thinks of it. From the disassembly's branches come the blocks, from dominators the loops (A.
+V. Aho, M. S. Lam, R. Sethi, J. D. Ullman, *Compilers*, 2nd edition, section 9.6): an edge to a block
+that dominates its source closes one. The *main loop* of a kernel is the innermost one around its
+matrix instructions; a kernel whose warps have several roles has several.
 
 Nothing here needs a GPU, CUDA or triton: it reads text.
 """
@@ -18,7 +19,18 @@ from typing import NamedTuple
 
 TENSOR = re.compile(r"(?:HGMMA|QGMMA|IGMMA|BGMMA|HMMA|IMMA|DMMA|UTC[A-Z]+MMA)\b")
 """Matrix instructions: of warpgroups (sm_90), of warps (sm_80), of tensor memory (sm_100)."""
+WARPGROUP = re.compile(r"(?:HGMMA|QGMMA|IGMMA|BGMMA)\b")
+"""Those of warpgroups. They run on by themselves, in batches, until a wait for their batch."""
+_WAIT = "WARPGROUP.DEPBAR"
 
+# What gives shared memory away: a load by the memory accelerator, an arrival at a barrier that one
+# waits for (those that announce bytes are no A1T0).
+_HANDS_ON = re.compile(r"UTMALDG|UBLKCP|SYNCS\.ARRIVE\S*\.A1T0$")
+_ALL_WAIT = ("BAR.SYNC", "BAR.RED", "UCGABAR_WAIT")
+_FILLS = re.compile(rf"{_HANDS_ON.pattern}|LDGSTS|STS")
+
+_FLOAT64 = re.compile(r"D(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b|\w.*\.F64\b|MUFU\.\w+64H\b")
+# By opcode, the first that fits; float64 comes before, as it shows in modifiers too.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("tensor", TENSOR.pattern),
     ("tma load", r"UTMALDG|UBLKCP"),
@@ -31,11 +43,11 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("convert", r"F2FP|F2F|F2I|I2F|I2FP|F2IP|FRND"),
     ("fma", r"FFMA|FADD|FMUL|FFMA2|FADD2|FMUL2|HFMA2|HADD2|HMUL2|IMAD|IMUL"),
     ("wait", r"BAR|SYNCS|WARPGROUP|DEPBAR|LDGDEPBAR|MEMBAR|FENCE|WARPSYNC|ERRBAR|CCTL|NANOSLEEP"),
-    ("branch", r"BRA|BRX|JMP|EXIT|RET|CALL|BSSY|BSYNC|BREAK|BMOV|YIELD|NOP"),
+    ("branch", r"BRA|BRXU?|JMP|JMXU?|EXIT|RET|CALL|BSSY|BSYNC|BREAK|BMOV|YIELD|NOP"),
     ("uniform", r"U[A-Z0-9]+|R2UR|VOTEU|S2UR|REDUX"),
 )
 _OF_KIND = [(kind, re.compile(rf"(?:{names})$")) for kind, names in _KINDS]
-KINDS = (*(kind for kind, _ in _KINDS), "alu")
+KINDS = ("float64", *(kind for kind, _ in _KINDS), "alu")
 """Kinds of instructions; ``alu`` is what is left: integers, comparisons, selections, moves."""
 
 
@@ -47,6 +59,11 @@ class Resources(NamedTuple):
     registers: int
     stack: int
     local: int
+
+
+# HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR20], R24, gsb0: after the accumulator
+_LEFT = re.compile(r"R\d+, *R(\d+)\b")
+_RESULT = re.compile(r"(?:PT, *)?R(\d+)\b")
 
 
 class Instruction(NamedTuple):
@@ -64,8 +81,35 @@ class Instruction(NamedTuple):
     @property
     def kind(self) -> str:
         """One of :data:`KINDS`."""
+        if _FLOAT64.match(self.name):
+            return "float64"
         opcode = self.opcode
         return next((kind for kind, names in _OF_KIND if names.match(opcode)), "alu")
+
+    @property
+    def waits_for(self) -> int | None:
+        """Of a wait for products: how many batches may be under way when it is over."""
+        if not self.name.startswith(_WAIT):
+            return None
+        return int(self.operands.split(",")[-1], 0)
+
+    @property
+    def multiplied(self) -> frozenset[int]:
+        """The registers from which a product of warpgroups reads its left operand: none if that is
+        in shared memory, otherwise four (64 rows by 32 bytes, shared by 128 threads).
+        """
+        found = _LEFT.match(self.operands) if WARPGROUP.match(self.name) else None
+        return frozenset(range(int(found[1]), int(found[1]) + 4)) if found else frozenset()
+
+    @property
+    def written(self) -> frozenset[int]:
+        """The registers that get a result, products excepted."""
+        found = _RESULT.match(self.operands)
+        if found is None or self.kind in ("tensor", "wait", "branch"):
+            return frozenset()
+        modifiers = self.name.split(".")
+        wide = 4 if {"128", "4"} & {*modifiers} else 2 if {"64", "2", "WIDE"} & {*modifiers} else 1
+        return frozenset(range(int(found[1]), int(found[1]) + wide))
 
 
 @dataclass(frozen=True)
@@ -85,7 +129,9 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's reachable blocks, in order of address; where each may go on; and its loops."""
+    """A kernel's reachable blocks, subroutines included, in order of address; where each may go on;
+    and its loops.
+    """
 
     blocks: tuple[tuple[Instruction, ...], ...]
     edges: tuple[tuple[int, ...], ...]
@@ -113,6 +159,73 @@ class Code:
         a barrier).
         """
         return self.instructions(loop.always - self._inner(loop))
+
+    def in_flight(self, loop: Loop) -> int | None:
+        """How many batches of warpgroup products are still under way after the most patient wait
+        of a loop; 0 if all waits are for everything. Of a loop that waits for none: those that an
+        iteration starts, or None if it has no such products.
+        """
+        steps = self.instructions(loop.blocks)
+        products = [i for i in steps if WARPGROUP.match(i.name)]
+        if not products:
+            return None
+        waits = [i.waits_for for i in steps if i.waits_for is not None]
+        return max(waits) if waits else max(1, sum("gsb" in i.operands for i in products))
+
+    def never_waits(self, loop: Loop) -> bool:
+        """Whether a loop hands on shared memory, by filling it or telling another warp to, with
+        products under way for which it never waits: nothing keeps these from reading the new.
+        """
+        steps = self.instructions(loop.blocks)
+        return (
+            any(WARPGROUP.match(i.name) for i in steps)
+            and all(i.waits_for is None for i in steps)
+            and any(_FILLS.match(i.name) for i in steps)
+        )
+
+    def handed_on_early(self) -> list[Instruction]:
+        """What gives shared memory away, by the memory accelerator or a barrier in memory, where
+        some way leads to it from a wait for products without a barrier of the warps: the others may
+        not have waited yet, and their products still read it.
+
+        Stores to shared memory by the warps themselves are left out: which buffer they write to
+        does not show, and it often is none that products read.
+        """
+        found: dict[tuple[int, int], Instruction] = {}
+        for i, block in enumerate(self.blocks):
+            waits = [k for k, step in enumerate(block) if step.waits_for is not None]
+            left = [(i, k + 1) for k in waits]
+            seen: set[int] = set()
+            while left:
+                j, begin = left.pop()
+                for k in range(begin, len(self.blocks[j])):
+                    step = self.blocks[j][k]
+                    if step.name.startswith(_ALL_WAIT):
+                        break
+                    if _HANDS_ON.match(step.name):
+                        found[j, k] = step
+                else:
+                    onward = set(self.edges[j]) - seen
+                    seen |= onward
+                    left += [(o, 0) for o in onward]
+        return [found[place] for place in sorted(found)]
+
+    def rewritten_in_flight(self, loop: Loop) -> frozenset[int]:
+        """The registers that a loop writes while products that read them may be under way."""
+        found: set[int] = set()
+        # Batches that are not known to be over; the last is not complete yet.
+        batches: list[set[int]] = [set()]
+        once = self.instructions(loop.blocks - self._inner(loop))
+        for step in (*once, *once):  # again: what is in flight at the end meets the next beginning
+            if WARPGROUP.match(step.name):
+                batches[-1] |= step.multiplied
+                if "gsb" in step.operands:
+                    batches.append(set())
+            elif (left := step.waits_for) is not None:
+                batches = batches[-left - 1 :]
+            else:
+                found |= step.written.intersection(set().union(*batches))
+        return frozenset(found)
 
     def beside_the_main_loops(self, *, longest: bool = True) -> list[Instruction]:
         """Prologue and epilogue of a tile: everything else, once, on the longest or the shortest
@@ -179,10 +292,39 @@ def resources(text: str, kernel: str) -> Resources:
     return Resources(*map(int, found.groups()))
 
 
+class Messages(NamedTuple):
+    """What ptxas says of a kernel: bytes of a thread that it spills and loads again, and what it
+    calls a potential loss of performance, such as serialised products, in its own words.
+    """
+
+    spill_stores: int
+    spill_loads: int
+    losses: tuple[str, ...]
+
+
+_SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_LOSS = re.compile(r"^.*?((?:\(C\d+\) *)?Potential Performance Loss: .*?)\s*$", re.M)
+
+
+def messages(log: str) -> Messages:
+    """Of ``ptxas -v``; of all functions together.
+
+    Raises:
+        ValueError: it does not speak of spills.
+    """
+    spilled = _SPILLED.findall(log)
+    if not spilled:
+        raise ValueError(f"ptxas says nothing of spills: {log.strip()[:200]!r}")
+    stores, loads = (sum(map(int, each)) for each in zip(*spilled, strict=True))
+    return Messages(stores, loads, tuple(dict.fromkeys(_LOSS.findall(log))))
+
+
 _SECTION = re.compile(r"^\.text\.(\S+):$")
-_LABEL = re.compile(r"^(\.L_\w+):$")
+_LABEL = re.compile(r"^(\.L_\w+|\$[\w$.]+):$")
 _STEP = re.compile(r"^/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*[\w.]*)\s*(.*?)\s*;")
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
+_TARGET = re.compile(r"`\((\.L_\w+|\$[\w$.]+)\)")
+# BRX R4 -0x190 (*"BRANCH_TARGETS .L_x_2,.L_x_29"*): a table of the roles of a specialised kernel
+_TABLE = re.compile(r"\.L_\w+")
 
 
 def read(text: str, kernel: str) -> Code:
@@ -223,7 +365,19 @@ def _code(steps: list[Instruction], labels: dict[str, int]) -> Code:
     number = {begin: i for i, begin in enumerate(begins)}
     edges = [[number[s] for s in nexts[end - 1] if s in number] for end in ends]
 
-    order = sorted(_reachable(edges))
+    # Subroutines (divisions that leave the fast path) are kept, but stand apart: a call goes on
+    # behind itself, so that one that is called twice does not look like a loop.
+    called = [
+        [
+            number[labels[name]]
+            for step in steps[begin:end]
+            if step.opcode == "CALL"
+            for name in _TARGET.findall(step.operands)
+            if name in labels
+        ]
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+    order = sorted(_reachable([[*on, *away] for on, away in zip(edges, called, strict=True)]))
     place = {old: new for new, old in enumerate(order)}
     blocks = tuple(tuple(steps[begins[old] : ends[old]]) for old in order)
     followers = [[place[e] for e in edges[old]] for old in order]
@@ -236,17 +390,29 @@ def _next(steps: list[Instruction], labels: dict[str, int], i: int) -> list[int]
     targets = [labels[name] for name in _TARGET.findall(step.operands) if name in labels]
     # A branch may carry its condition among its operands instead: BRA.DIV UR4, `(.L_x_1)
     always = not step.predicate and step.operands.startswith("`(")
-    if step.opcode in ("BRX", "JMX", "JMP"):
-        raise ValueError(f"{step.name} {step.operands} jumps to a place known at run time only")
-    if step.opcode == "BRA":
+    if step.opcode == "BRA" or (step.opcode == "JMP" and targets):
         return targets if always else [*targets, i + 1]
-    if step.opcode == "CALL":
-        return [*targets, i + 1]
+    if step.opcode in ("BRX", "BRXU", "JMX", "JMXU", "JMP"):
+        table = _table(steps, labels, step)
+        return [*table, i + 1] if step.predicate else table
     if step.opcode in ("EXIT", "RET"):
         return [i + 1] if step.predicate else []
     if step.opcode == "BSYNC":
         return _joins(steps, labels, i)
     return [i + 1]
+
+
+def _table(steps: list[Instruction], labels: dict[str, int], step: Instruction) -> list[int]:
+    """Where an indirect branch may go: to the labels that the disassembler lists with it, or else
+    to those that nothing else names.
+    """
+    listed = {name for name in _TABLE.findall(step.operands) if name in labels}
+    if not listed:
+        named = {name for other in steps for name in _TARGET.findall(other.operands)}
+        listed = {name for name in labels if name.startswith(".L") and name not in named}
+    if not listed:
+        raise ValueError(f"{step.name} {step.operands} jumps to a place known at run time only")
+    return sorted({labels[name] for name in listed})
 
 
 def _joins(steps: list[Instruction], labels: dict[str, int], i: int) -> list[int]:
@@ -304,7 +470,9 @@ def _loops(edges: list[list[int]]) -> tuple[Loop, ...]:
     while changed:
         changed = False
         for i in range(1, count):
-            new = {i} | set.intersection(*(dominators[j] for j in befores[i]))
+            new = {i}
+            if befores[i]:  # not the beginning of a subroutine
+                new |= set.intersection(*(dominators[j] for j in befores[i]))
             changed |= new != dominators[i]
             dominators[i] = new
 

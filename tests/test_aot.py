@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fastdpop import aot
+from fastdpop import aot, sass
 from fastdpop.cli import main
+from tests.test_sass import disassembly
 
 pytest.importorskip("triton")
 
@@ -33,6 +34,7 @@ def report(out: Path, only: str, *more: str) -> tuple[int, dict[str, dict[str, A
     code = main(["kernels", "--out", str(out), "--only", only, "--jobs", "1", *more])
     written = json.loads((out / "report.json").read_text())
     assert written["triton"]
+    assert all(version[0].isdigit() for version in written["ptxas"].values())
     return code, {entry["name"]: entry for entry in written["variants"]}
 
 
@@ -40,6 +42,11 @@ def report(out: Path, only: str, *more: str) -> tuple[int, dict[str, dict[str, A
 def test_good_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, entries = report(tmp_path, "[gc]o[op]*")
     assert code == 0
+    for entry in entries.values():
+        assert entry["errors"] == entry["losses"] == []
+        assert entry["spill_stores"] == entry["spill_loads"] == entry["from_registers"] == 0
+        assert "float64" not in entry["mix"]
+        assert all(loop["in_flight"] == 1 for loop in entry["main_loops"])
     good = entries["good/128x128"]
     assert good["products"] == [
         {
@@ -50,7 +57,7 @@ def test_good_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             "precision": good["products"][0]["precision"],
         }
     ]
-    assert (good["stack"], good["local"], good["errors"], good["notes"]) == (0, 0, [], [])
+    assert (good["stack"], good["local"]) == (0, 0)
     assert 0 < good["registers"] <= 255
     # Three stages of 128 + 128 rows of 64 bf16, and their barriers.
     assert 0 <= good["shared"] - 3 * (128 + 128) * 64 * 2 < 1024
@@ -65,44 +72,167 @@ def test_good_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (tmp_path / good["cubin"]).read_bytes().startswith(b"\x7fELF")
     assert entries["copy"]["main_loops"] == entries["copy"]["products"] == []
     said = capsys.readouterr().out
-    assert "2 variants, 0 with errors" in said
+    assert "3 variants, 0 with errors" in said
+    assert said.splitlines()[0].endswith(f", ptxas {good['ptxas']} for sm_90a")
     line = next(line for line in said.splitlines() if line.startswith("good/128x128"))
     assert line.split()[1] == "default"
     assert line.endswith("ok")
 
 
 @pytest.mark.usefixtures("toys")
+def test_warps_in_roles(tmp_path: Path) -> None:
+    """A Gluon kernel: its roles are reached by an indirect branch, and each has a main loop."""
+    _, entries = report(tmp_path, "*roles*")
+    good, bad = entries["good/roles"], entries["roles/in step"]
+    half = {"m": 64, "n": 128, "k": 64, "dtype": "bf16", "precision": "ieee"}
+    assert good["products"] == [half, half]
+    assert [loop["hgmma"] for loop in good["main_loops"]] == [4, 4]
+    assert good["utmaldg"] == 2
+    assert good["programs_per_sm"] == 1, "12 warps of 128 registers"
+    assert sorted(loop["in_flight"] for loop in bad["main_loops"]) == [0, 1]
+
+
+FLIGHT = "keeps nothing in flight: every wait of a main loop is for all of its products"
+REGISTERS = "4 of 4 HGMMA take their left operand from registers"
+
+
+@pytest.mark.usefixtures("toys")
 @pytest.mark.parametrize(
-    ("only", "message"),
+    ("only", "messages"),
     [
-        ("spills/128x256", "bytes of stack"),
-        ("thin*", "without HGMMA in its main loop"),
-        ("greedy*", "of shared memory, a program may have 232,448"),
+        ("spills/*", ["bytes of stack", "insufficient register resources", FLIGHT]),
+        ("thin*", ["without HGMMA in its main loop"]),
+        ("greedy*", ["of shared memory, a program may have 232,448"]),
+        ("decaying*", [FLIGHT]),
+        ("roles*", [FLIGHT]),
+        ("scaled*", ["wgmma.mma_async instructions are serialized", FLIGHT, REGISTERS]),
+        ("turned*", [REGISTERS]),
+        ("precise", ["computes in float64, which it does not mean to: "]),
     ],
 )
 def test_bad_variants_fail(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], only: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], only: str, messages: list[str]
 ) -> None:
     code, entries = report(tmp_path, only)
     assert code == 1
     (entry,) = entries.values()
-    assert message in entry["errors"][0]
     said = capsys.readouterr()
-    assert f"error: {entry['name']} (sm_90a): {entry['errors'][0]}" in said.err
+    for error, message in zip(entry["errors"], messages, strict=True):
+        assert message in error
+        assert f"error: {entry['name']} (sm_90a): {error}" in said.err
     assert "1 variants, 1 with errors" in said.out
 
 
 @pytest.mark.usefixtures("toys")
-def test_what_is_no_default_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, entries = report(tmp_path, "*[/]*[yx]*64*", "--target", "sm_80")
-    assert code == 0
-    (ampere,) = entries.values()
-    assert ampere["hgmma"] == 0
-    assert ampere["mix"]["tensor"] > 0
-    code, entries = report(tmp_path, "spills/by choice")
-    assert code == 0
-    assert "bytes of stack" in entries["spills/by choice"]["notes"][0]
-    assert "note: spills/by choice" in capsys.readouterr().out
+def test_what_a_variant_declares(tmp_path: Path) -> None:
+    code, entries = report(tmp_path, "allowed*")
+    assert code == 0, {name: entry["errors"] for name, entry in entries.items()}
+    rare, precise = entries["allowed/16x64"], entries["allowed/float64"]
+    assert rare["hgmma"] == 0
+    assert rare["mix"]["tensor"] > 0
+    assert precise["mix"]["float64"] > 50
+    assert precise["float64_names"]["DFMA"] > 8, "with those of its subroutine"
+
+
+@pytest.mark.usefixtures("toys")
+def test_other_targets(tmp_path: Path) -> None:
+    code, entries = report(tmp_path, "ampere*", "--target", "sm_80")
+    assert code == 1
+    fine, spills = entries["ampere/64x64"], entries["ampere spills/64x64"]
+    assert fine["errors"] == []
+    assert fine["hgmma"] == 0
+    assert fine["mix"]["tensor"] > 0
+    (error,) = spills["errors"]
+    assert f"{spills['spill_stores']} stored" in error
+    assert spills["spill_stores"] > 0, "what is no default must not spill either"
+
+
+@pytest.mark.usefixtures("toys")
+def test_barriers_and_waits_that_are_missing(tmp_path: Path) -> None:
+    """Taken out of good code, they are missed."""
+    _, entries = report(tmp_path, "good*")
+    for entry in entries.values():
+        text = aot._tool("nvdisasm", "-c", str(tmp_path / entry["cubin"]))
+
+        def judged(without: str, text: str = text, entry: dict[str, Any] = entry) -> list[str]:
+            kept = "\n".join(line for line in text.splitlines() if without not in line)
+            return errors(entry, sass.read(kept, entry["kernel"]))
+
+        assert judged("nothing") == []
+        (early,) = judged(" BAR.SYNC")
+        assert "before a barrier of the warps that may not have waited yet: " in early
+        endless = judged("WARPGROUP.DEPBAR")
+        assert all("never waits for the products that read it (4 HGMMA)" in e for e in endless)
+        assert len(endless) == len(entry["main_loops"])
+
+
+def errors(entry: dict[str, Any], code: sass.Code) -> list[str]:
+    """Of a variant, if this were its code."""
+    found: list[str] = aot.judge({**entry, **aot.read_code(code)})["errors"]
+    return found
+
+
+FINE = {
+    "target": "sm_90a",
+    "gluon": False,
+    "float64": False,
+    "warpgroup": True,
+    "products": [{"m": 128, "n": 128, "k": 64, "dtype": "bf16", "precision": "ieee"}],
+    "losses": [],
+    "registers": 128,
+    "shared": 1_024,
+    **dict.fromkeys(("stack", "local", "spill_stores", "spill_loads"), 0),
+}
+
+
+def loop(*steps: str) -> sass.Code:
+    return sass.read(disassembly(".L_x_0:", *steps, "@P0 BRA `(.L_x_0)", "EXIT"), "pipelined")
+
+
+SHARED = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0"
+HELD = "HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR20], R24, gsb0"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+
+
+@pytest.mark.parametrize(
+    ("steps", "messages"),
+    [
+        ((SHARED, WAIT), []),
+        ((SHARED, WAIT, SHARED, "WARPGROUP.DEPBAR.LE gsb0, 0x0"), []),
+        ((SHARED, SHARED), []),
+        (
+            (HELD, WAIT, "F2FP.BF16.F32.PACK_AB R153, R5, R6"),
+            ["1 of 1 HGMMA take their left operand from registers, 1 of which are written again"],
+        ),
+        (
+            (HELD, WAIT, "F2FP.BF16.F32.PACK_AB R156, R5, R6"),
+            ["1 of 1 HGMMA take their left operand from registers (none is seen to be written"],
+        ),
+        (
+            (SHARED, WAIT, "HMMA.16816.F32.BF16 R4, R8, R2, R4"),
+            ["multiplies matrices in a main loop with HMMA.16816.F32.BF16 too"],
+        ),
+        (("HMMA.16816.F32.BF16 R4, R8, R2, R4",), ["without HGMMA in its main loop"]),
+        ((SHARED, WAIT, "DMUL R4, R4, R6"), ["computes in float64, which it does not mean to"]),
+        ((SHARED, WAIT, "STL [R1], R7"), ["1 instructions, at 128 registers"]),
+    ],
+)
+def test_verdicts(steps: tuple[str, ...], messages: list[str]) -> None:
+    found = errors(FINE, loop(*steps))
+    for error, message in zip(found, messages, strict=True):
+        assert message in error
+    ampere = errors({**FINE, "target": "sm_80"}, loop(*steps))
+    assert ampere == [e for e in found if "float64" in e or "spills" in e]
+
+
+def test_what_ptxas_says_is_judged() -> None:
+    loss = "(C7508) Potential Performance Loss: 'setmaxnreg' ignored"
+    spills = {**FINE, "losses": [loss], "spill_loads": 4}
+    assert errors(spills, loop(SHARED, WAIT)) == [
+        "spills: 0 bytes of stack, 0 of local memory, 0 stored and 4 loaded by 0 instructions, at "
+        "128 registers",
+        f"ptxas says {loss}",
+    ]
 
 
 def test_programs_per_sm() -> None:
@@ -125,6 +255,16 @@ def test_products() -> None:
     assert aot.products(ttir) == [
         {"m": 64, "n": 16, "k": 32, "dtype": "f32", "precision": "tf32x3"},
         {"m": 128, "n": 256, "k": 64, "dtype": "bf16", "precision": "ieee"},
+    ]
+    ttgir = """
+    %c = ttng.warp_group_dot %a, %b, %z, %p {inputPrecision = 0 : i32, isAsync = true} : \\
+!ttg.memdesc<64x32xbf16, #shared, #smem, mutable> * !ttg.memdesc<32x256xbf16, #shared2, #smem> -> ...
+    %d = ttng.warp_group_dot %x, %y, %z : tensor<64x8xf32, #dot> * !ttg.memdesc<8x16xf32, #s> -> ...
+    %e = ttng.warp_group_dot_wait %d {pendings = 1 : i32} : tensor<64x16xf32, #mma>
+    """
+    assert aot.products(ttgir.replace("\\\n", "")) == [
+        {"m": 64, "n": 256, "k": 32, "dtype": "bf16", "precision": "ieee"},
+        {"m": 64, "n": 16, "k": 8, "dtype": "f32", "precision": "tf32"},
     ]
 
 

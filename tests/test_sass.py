@@ -190,6 +190,19 @@ def test_branches_with_a_condition_among_their_operands() -> None:
         ("HGMMA.64x256x16.F32.BF16", "tensor"),
         ("UTCHMMA", "tensor"),
         ("HMMA.16816.F32", "tensor"),
+        ("DMMA.884", "float64"),
+        ("DFMA", "float64"),
+        ("DEPBAR.LE", "wait"),
+        ("F2F.F64.F32", "float64"),
+        ("F2F.F32.F64", "float64"),
+        ("F2F.BF16.F32", "convert"),
+        ("I2F.F64.U32", "float64"),
+        ("F2I.F64.TRUNC", "float64"),
+        ("F2I.S64.TRUNC", "convert"),
+        ("MUFU.RCP64H", "float64"),
+        ("MUFU.RCP", "mufu"),
+        ("RED.E.ADD.F64.RN.STRONG.GPU", "float64"),
+        ("BRXU", "branch"),
         ("HADD2.BF16_V2", "fma"),
         ("IMAD.MOV.U32", "fma"),
         ("UIMAD", "uniform"),
@@ -206,6 +219,174 @@ def test_branches_with_a_condition_among_their_operands() -> None:
 )
 def test_kinds(name: str, kind: str) -> None:
     assert sass.Instruction(name, "", "").kind == kind
+
+
+def products(*steps: str) -> tuple[sass.Code, sass.Loop]:
+    """A loop of these, 128 rows by 128 columns."""
+    lines = [
+        step.replace("HGMMA", "HGMMA.64x128x16.F32.BF16").replace(
+            "WAIT", "WARPGROUP.DEPBAR.LE gsb0,"
+        )
+        for step in steps
+    ]
+    code = sass.read(disassembly(".L_x_0:", *lines, "@P1 BRA `(.L_x_0)", "EXIT"), "pipelined")
+    return code, code.main_loops()[0]
+
+
+LAST = "HGMMA R24, gdesc[UR20], R24, gsb0"
+GIVEN = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x8], RZ"
+
+
+def test_products_in_flight() -> None:
+    code = sass.read(PIPELINED, "pipelined")
+    assert code.in_flight(code.main_loops()[0]) == 1
+    for waits, most in ((("WAIT 0x0",), 0), (("WAIT 0x0", "WAIT 0x2"), 2), (("WAIT 0x0",) * 2, 0)):
+        code, loop = products(LAST, *waits)
+        assert code.in_flight(loop) == most
+        assert not code.never_waits(loop)
+    code, loop = products("HMMA.16816.F32.BF16 R4, R8, R2, R4")
+    assert code.in_flight(loop) is None
+    assert not code.never_waits(loop)
+
+
+def test_loops_that_never_wait() -> None:
+    """They may pile up products, unless these lose what they read."""
+    code, loop = products(LAST, LAST, "SYNCS.ARRIVE.TRANS64 RZ, [UR4+0x8], R3")
+    assert code.in_flight(loop) == 2
+    assert not code.never_waits(loop)
+    for gives in (GIVEN, "UTMALDG.2D [UR4], [UR38]", "STS.128 [R3], R4", "LDGSTS.E [R3], [R4]"):
+        code, loop = products(LAST, gives)
+        assert code.never_waits(loop)
+
+
+def test_shared_memory_that_is_handed_on_early() -> None:
+    fence = "BAR.SYNC.DEFER_BLOCKING 0x0"
+    code, _ = products(LAST, "WAIT 0x1", fence, GIVEN)
+    assert code.handed_on_early() == []
+    code, _ = products(LAST, "WAIT 0x1", "@P0 BRA `(.L_x_1)", fence, ".L_x_1:", GIVEN)
+    assert [step.name for step in code.handed_on_early()] == ["SYNCS.ARRIVE.TRANS64.A1T0"]
+    # Around the loop, to what stands before the wait.
+    code, _ = products("UTMALDG.2D [UR4], [UR38]", LAST, "WAIT 0x0")
+    assert [step.name for step in code.handed_on_early()] == ["UTMALDG.2D"]
+    # An announcement of bytes, and stores by the warps, which may be to any other place.
+    code, _ = products(LAST, "WAIT 0x1", "SYNCS.ARRIVE.TRANS64 RZ, [UR4], R3", "STS [R3], R4")
+    assert code.handed_on_early() == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "rewritten"),
+    [
+        # The next step writes what the last one reads.
+        (("LDSM.16.MT88.4 R152, [R3]", "HGMMA R24, R152, gdesc[UR20], R24, gsb0", "WAIT 0x1"), 4),
+        (("LDSM.16.MT88.4 R152, [R3]", "HGMMA R24, R152, gdesc[UR20], R24, gsb0", "WAIT 0x0"), 0),
+        # Two batches that take turns.
+        (
+            (
+                "LDS.64 R152, [R3]",
+                "HGMMA R24, R152, gdesc[UR20], R24, gsb0",
+                "WAIT 0x1",
+                "LDS.64 R156, [R3]",
+                "HGMMA R24, R156, gdesc[UR20], R24, gsb0",
+                "WAIT 0x1",
+            ),
+            0,
+        ),
+        # A batch is under way as soon as it begins.
+        (
+            (
+                "HGMMA R24, R152, gdesc[UR20], R24",
+                "SHFL.BFLY PT, R155, R3, 0x1, 0x1f",
+                "STS [R153], R154",
+                "HGMMA R24, R156, gdesc[UR20], R24, gsb0",
+                "WAIT 0x0",
+                "IMAD.WIDE R152, R3, R4, R5",
+            ),
+            1,
+        ),
+        (("HGMMA R24, gdesc[UR20], R24, gsb0", "WAIT 0x1", "FADD R152, R3, R4"), 0),
+    ],
+)
+def test_operands_that_change_under_a_product(steps: tuple[str, ...], rewritten: int) -> None:
+    code, loop = products(*steps)
+    assert len(code.rewritten_in_flight(loop)) == rewritten
+
+
+ROLES = (
+    "@P0 BRA `(.L_x_1)",
+    "EXIT",
+    ".L_x_1:",  # warps come back here for another role
+    "LDS.U8 R4, [UR4+0x1]",
+    'BRX R4 -0x190                            (*"BRANCH_TARGETS .L_x_2,.L_x_4"*)',
+    ".L_x_2:",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+    "@P1 BRA `(.L_x_2)",
+    "BRA `(.L_x_1)",
+    ".L_x_4:",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
+    "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    "@P1 BRA `(.L_x_4)",
+    "BRA `(.L_x_1)",
+)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_roles_behind_an_indirect_branch(listed: bool) -> None:
+    """Without a list of them, they are the labels that no other branch names."""
+    lines = [line if listed else line.split("   ")[0] for line in ROLES]
+    if not listed:
+        lines = [line.replace("@P1 BRA `(.L_x_2)", "NOP") for line in lines]
+        lines = [line.replace("@P1 BRA `(.L_x_4)", "NOP") for line in lines]
+    code = sass.read(disassembly(*lines), "pipelined")
+    assert sass.count(code.instructions(), "HGMMA") == 2
+    if listed:
+        assert [code.in_flight(loop) for loop in code.main_loops()] == [1, 0]
+        assert sass.mix(code.beside_the_main_loops(longest=False))["branch"] == 3
+
+
+def test_subroutines_are_counted_and_are_no_loops() -> None:
+    code = sass.read(
+        disassembly(
+            "CALL.REL.NOINC `($pipelined$__internal_0_$__cuda_sm20_div_rn_f64_full)",
+            "MUFU.EX2 R6, R5",
+            "CALL.REL.NOINC `($pipelined$__internal_0_$__cuda_sm20_div_rn_f64_full)",
+            "EXIT",
+            "$pipelined$__internal_0_$__cuda_sm20_div_rn_f64_full:",
+            "DFMA R4, R4, R6, R8",
+            "CALL.REL.NOINC `($pipelined$__internal_1_$another)",
+            "RET.REL.NODEC R4 `(pipelined)",
+            "$pipelined$__internal_1_$another:",
+            "DADD R4, R4, R6",
+            "RET.REL.NODEC R4 `(pipelined)",
+        ),
+        "pipelined",
+    )
+    assert sass.mix(code.instructions()) == {"float64": 2, "mufu": 1, "branch": 6}
+    assert not code.loops
+    assert sass.mix(code.beside_the_main_loops()) == {"mufu": 1, "branch": 3}
+
+
+LOG = """
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to X
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'pipelined' for 'sm_90a'
+ptxas info    : Function properties for pipelined
+    16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size
+ptxas info    : Function properties for another
+    0 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+"""
+
+
+def test_messages_of_ptxas() -> None:
+    found = sass.messages(LOG)
+    assert (found.spill_stores, found.spill_loads) == (24, 24)
+    assert found.losses == (
+        "(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to X",
+    )
+    assert sass.messages(LOG.replace("Potential", "No")).losses == ()
+    with pytest.raises(ValueError, match="ptxas says nothing of spills: 'gone'"):
+        sass.messages("gone")
 
 
 def test_what_cannot_be_read() -> None:
