@@ -1,0 +1,110 @@
+"""What ``fastdpop doctor`` says of compilers and chips, with and without either."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastdpop import doctor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+H100 = SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
+
+
+def plant_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def forget_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else real(name, *a)
+    )
+
+
+@needs_triton
+def test_a_gpu_and_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdpop.engines import self_check
+
+    plant_gpu(monkeypatch)
+    self_check.combination.cache_clear()
+    said = doctor.report()
+    target, ptxas = self_check.combination(torch.device("cuda", 0))
+    assert target == "sm_90a"
+    assert "GPU 0: H100\n  80 GiB, compute 9.0\n  triton " in said
+    assert f"compiles for sm_90a with ptxas {ptxas}: not verified, so kernels are checked" in said
+    monkeypatch.setenv(self_check.VARIABLE, "0")
+    assert "not verified, and FASTDPOP_SELF_CHECK=0 turns the check off" in doctor.report()
+    monkeypatch.setattr(self_check, "VERIFIED", frozenset({(target, ptxas)}))
+    assert f"with ptxas {ptxas}: verified\n" in doctor.report()
+    self_check.combination.cache_clear()
+
+
+@needs_triton
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    said = doctor.report()
+    assert "GPU: none that this torch can use\n  triton " in said
+    assert "would compile with ptxas " in said
+    assert "sm_90a" in said
+
+
+@needs_triton
+def test_a_triton_without_assemblers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdpop.engines import self_check
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(self_check, "ptxas_version", broken)
+    assert "triton cannot compile for one: Cannot find ptxas" in doctor.report()
+    plant_gpu(monkeypatch)
+    monkeypatch.setattr(self_check, "combination", broken)
+    assert "triton cannot compile for it: Cannot find ptxas" in doctor.report()
+
+
+def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_triton(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "  without triton, there are no kernels for one\n" in doctor.report()
+    plant_gpu(monkeypatch)
+    assert "  without triton, no kernels are compiled for it\n" in doctor.report()
+
+
+MODULE = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\n"
+
+
+@pytest.mark.parametrize(("text", "version"), [(MODULE, "550.54.15"), (OPEN, "570.124.06")])
+def test_the_driver_by_its_module(monkeypatch: pytest.MonkeyPatch, text: str, version: str) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: text + "GCC version:  gcc 12.2.0\n")
+    assert doctor.driver() == version
+
+
+def test_the_driver_by_its_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert doctor.driver() is None
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: SimpleNamespace(stdout="551.23\n551.23\n")
+    )
+    assert doctor.driver() == "551.23"
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 5)
+
+    monkeypatch.setattr(subprocess, "run", broken)
+    assert doctor.driver() is None
