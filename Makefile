@@ -109,8 +109,8 @@ build/triton-3.%/triton: | setup
 test-interpreter-36: setup build/triton-3.6/triton ## the kernels' tests in the interpreter of triton 3.6
 	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS)
 
-estimate: kernels ## what the compiled kernels should take on an H100, into bench/results
-	@$(BIN)/python bench/h100_estimate.py build/kernels/report.json --output bench/results
+estimate: kernels-36 ## what the kernels should take on an H100 as triton 3.6 compiles them, into bench/results
+	@$(BIN)/python bench/h100_estimate.py build/kernels-3.6/report.json --output bench/results
 
 sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 	mkdir -p build/sanitize

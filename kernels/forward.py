@@ -231,6 +231,12 @@ def forward_kernel(
         if row >= tl.load(num_active):
             return
 
+    # What the rows have beside their logits is on its way while the product is formed.
+    r = row + tl.arange(0, BLOCK_N)
+    inside = r < rows
+    ref = tl.load(reference + r, inside, other=0.0)
+    target = tl.load(targets + r, inside, other=-1)
+
     # Product.
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for k in range(0, width, BLOCK_H):
@@ -240,13 +246,9 @@ def forward_kernel(
         )
         acc = tiles.dot(h, w.T, acc)
 
-    # What the rows of the tile have beside their logits.
-    r = row + tl.arange(0, BLOCK_N)
-    inside = r < rows
-    ref = tl.load(reference + r, inside, other=0.0)
-    y = tl.load(targets + r, inside, other=-1).to(tl.int32)
-    here = (y >= token) & (y < token + BLOCK_V)
     # How many rows have their target in each quarter, a byte a quarter: BLOCK_N is at most 128.
+    y = target.to(tl.int32)
+    here = (y >= token) & (y < token + BLOCK_V)
     COLUMNS: tl.constexpr = BLOCK_V // 4
     found = tl.sum(tl.where(here, 1 << (tl.where(here, y - token, 0) // COLUMNS * 8), 0), 0)
 

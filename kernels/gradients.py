@@ -63,6 +63,8 @@ def dhidden_kernel(
         if row >= tl.load(num_active):
             return
     first = column * BLOCK_H
+    r = row + tl.arange(0, BLOCK_N)
+    f = tl.load(factor + r, r < rows, other=0.0)[:, None]
 
     # Product.
     acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
@@ -77,8 +79,6 @@ def dhidden_kernel(
 
     # Scaled, and stored half by half. Rows that are not wanted may hold anything: 0 times NaN is
     # not 0.
-    r = row + tl.arange(0, BLOCK_N)
-    f = tl.load(factor + r, r < rows, other=0.0)[:, None]
     HALF: tl.constexpr = BLOCK_H // 2
     left, right = tiles.halves(acc, BLOCK_N, BLOCK_H)
     left = tiles.narrow(tl.where(f == 0.0, 0.0, left * f), DTYPE)
@@ -124,6 +124,7 @@ def dweight_kernel(
     # At least one step: around a loop that might not run, the compiler waits for each product.
     steps = tl.maximum(stop, 1)
     tl.assume(steps > 0)
+    gain = tl.load(unit)
 
     # Product.
     acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
@@ -137,7 +138,7 @@ def dweight_kernel(
         acc = tiles.dot(e.T, h, acc)
 
     # Scaled, added to what is there, and stored half by half.
-    acc = tl.where(stop > 0, acc * tl.load(unit), 0.0)
+    acc = tl.where(stop > 0, acc * gain, 0.0)
     HALF: tl.constexpr = BLOCK_H // 2
     left, right = tiles.halves(acc, BLOCK_V, BLOCK_H)
     if ACCUMULATE:
