@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 ARGS ?=
+# One thread: the interpreter has nothing for a second one to do but wait.
+INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 INTERPRETED := tests/kernels tests/engines/test_conformance.py tests/gpu
 
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
 test: lint docs ## all checks: lint, types, docs, tests, compiled kernels (ARGS: a part of the tests alone)
 	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED))
+	$(if $(ARGS),,$(INTERPRET) $(BIN)/python -m pytest $(INTERPRETED))
 	$(if $(ARGS),,@$(MAKE) --no-print-directory kernels)
 
 test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
@@ -107,7 +109,7 @@ build/triton-3.%/triton: | setup
 	  triton==3.$*.0 numpy==2.3.5
 
 test-interpreter-36: setup build/triton-3.6/triton ## the kernels' tests in the interpreter of triton 3.6
-	TRITON_INTERPRET=1 PYTHONPATH=build/triton-3.6 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS)
+	$(INTERPRET) PYTHONPATH=build/triton-3.6 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS)
 
 estimate: kernels-36 ## what the kernels should take on an H100 as triton 3.6 compiles them, into bench/results
 	@$(BIN)/python bench/h100_estimate.py build/kernels-3.6/report.json --output bench/results

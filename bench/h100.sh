@@ -1,42 +1,73 @@
 #!/usr/bin/env bash
-# All that only a GPU can answer, in one call of less than 9 minutes: tests/gpu, compute-sanitizer, time and memory.
-# Needs no installation and no network: this checkout, and a Python with torch, triton and pytest. TRL and Liger are
-# measured beside it where they are installed, compute-sanitizer runs where there is one.
+# All that only a GPU can answer, in one call of less than 9 minutes. Needs no installation and no network: this
+# checkout, and a Python with torch, triton and pytest.
 #
-#   bench/h100.sh                          # .venv, else python3; writes build/h100
-#   OUT=results PYTHON=/path/to/python bench/h100.sh
+#   bench/h100.sh                # both parts; .venv, else python3; writes build/h100
+#   bench/h100.sh first          # small checks, time of Llama 3's head with 8,192 rows, tests/gpu
+#   bench/h100.sh rest           # other heads, memory, compute-sanitizer
+#   bench/h100.sh --plan         # without a GPU: what would be launched and compiled, and how long it takes
+#   OUT=results PYTHON=/path/to/python CARRY=/path/to/wheels bench/h100.sh
 #
-# Writes summary.md, tests.json, chip.json, chip.md and logs to $OUT. The exit code is 0 when every part passed;
-# a part that fails does not keep the next one from running.
+# CARRY names a folder with unpacked wheels (Liger, TRL), which are measured beside it. OUT gets h100.json, h100.md
+# (both whole after every case, so that a run which is cut off keeps what it has), tests.json, log.txt and
+# sanitizer.txt; the first two can go to bench/results as they are. `rest` with another OUT: bench/chip.py --report
+# puts the two together. The last lines printed are a short table and a verdict. The exit code is 0 when every part
+# passed; a part that fails does not keep the next one from running.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-OUT=${OUT:-build/h100}
-mkdir -p "$OUT"
+WHAT=${1:-both}
+case $WHAT in first | rest | both | --plan) ;; *)
+  echo "usage: bench/h100.sh [first | rest | --plan]" >&2
+  exit 2
+  ;;
+esac
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
   [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH="$PWD${CARRY:+:$CARRY}${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 unset TRITON_INTERPRET
-START=$SECONDS
-LIMIT=${LIMIT:-520} # seconds for everything
-SHARDS=${SHARDS:-6} # most of the tests' time is the compiler's
-FAILED=()
+if [[ $WHAT == --plan ]]; then exec "$PYTHON" bench/plan.py; fi
 
-left() { echo $((LIMIT - (SECONDS - START))); }
-note() { echo "$*" >>"$OUT/summary.md"; }
+OUT=${OUT:-build/h100}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/log.txt
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+# What is compiled once serves every process, and no part waits for a compiler.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton} TORCHINDUCTOR_CACHE_DIR=$SCRATCH/inductor
+FAILED=()
+START=$SECONDS
+
+# Seconds of each part: CHECK, COMPILE, SMOKE, MAIN, TESTS, HEADS, MEMORY, SANITIZER; and LIMIT, SHARDS.
+if ! numbers=$("$PYTHON" bench/plan.py --budgets); then exit 1; fi
+eval "$numbers"
+
 atmost() { # the smaller of a wish and what is left
-  local rest
-  rest=$(left)
-  echo $((rest < $1 ? (rest > 5 ? rest : 5) : $1))
+  local left=$((LIMIT - (SECONDS - START)))
+  echo $((left < $1 ? (left > 5 ? left : 5) : $1))
+}
+say() { echo "[$((SECONDS - START)) s] $*" | tee -a "$LOG"; }
+attempt() { # attempt NAME SECONDS COMMAND...: with its output in the log, and its failure in the verdict
+  local name=$1 seconds code
+  seconds=$(atmost "$2")
+  shift 2
+  say "$name, at most $seconds s"
+  timeout --kill-after=5 "$seconds" "$@" >>"$LOG" 2>&1
+  code=$?
+  if [[ $code -ne 0 ]]; then
+    FAILED+=("$name: exit code $code$([[ $code -eq 124 || $code -eq 137 ]] && echo ', not finished in time')")
+    tail -n 12 "$LOG"
+  fi
+  return $code
 }
 
-: >"$OUT/summary.md"
-"$PYTHON" - >"$OUT/machine.txt" 2>&1 <<'CHECK'
-import importlib.util, subprocess, sys
-import torch
+: >"$LOG"
+if ! attempt "looking for a GPU" "$CHECK" "$PYTHON" -c '
+import importlib.util, torch
 if not torch.cuda.is_available():
     raise SystemExit(f"torch {torch.__version__} sees no CUDA GPU")
 for package in ("triton", "pytest"):
@@ -44,84 +75,72 @@ for package in ("triton", "pytest"):
         raise SystemExit(f"{package} is not installed")
 import triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda, "triton", triton.__version__)
-query = "--query-gpu=name,driver_version,power.limit,clocks.max.sm,clocks.max.mem"
-print(subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True).stdout)
-CHECK
-if [[ $? -ne 0 ]]; then
-  cat "$OUT/machine.txt" >&2
-  exit 1
-fi
-note "# fastdpop on a GPU"
-note ""
-note "$(head -1 "$OUT/machine.txt")"
-note ""
+'; then exit 1; fi
+(nvidia-smi; free -g; nproc) >>"$LOG" 2>&1
 
-# Tests, in shards beside each other. They do without the project's other plugins and fixtures.
-pids=()
-for ((i = 1; i <= SHARDS; i++)); do
-  FASTDPOP_SHARD="$i/$SHARDS" timeout "$(atmost 230)" "$PYTHON" -m pytest tests/gpu --confcutdir=tests/gpu -W default \
-    -q -p no:cacheprovider --junitxml="$OUT/tests-$i.xml" >"$OUT/tests-$i.log" 2>&1 &
-  pids+=($!)
-done
-for ((i = 1; i <= SHARDS; i++)); do
-  wait "${pids[$((i - 1))]}"
-  code=$?
-  if [[ $code -ne 0 ]]; then FAILED+=("tests, shard $i: exit code $code"); fi
-done
-"$PYTHON" - "$OUT" >>"$OUT/summary.md" <<'COUNT'
-import json, sys
-from pathlib import Path
-from xml.etree import ElementTree
-out = Path(sys.argv[1])
-found = {"passed": [], "failed": [], "skipped": []}
-for path in sorted(out.glob("tests-*.xml")):
-    for case in ElementTree.parse(path).iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        kinds = {child.tag for child in case}
-        key = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found[key].append(name)
-(out / "tests.json").write_text(json.dumps(found, indent=1))
-print("## Tests\n\n" + ", ".join(f"{len(names)} {key}" for key, names in found.items()) + "\n")
-print("".join(f"- failed: {name}\n" for name in found["failed"]))
-COUNT
+attempt "compiling" "$COMPILE" "$PYTHON" bench/plan.py --compile "$(($(nproc) > 2 ? $(nproc) - 1 : 2))"
 
-# Memory and races, on a small step of every kernel.
-SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
-note "## compute-sanitizer"
-note ""
-if [[ -z "$SANITIZER" ]]; then
-  note "not found"
-else
-  for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(atmost 60)" "$SANITIZER" --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" bench/chip.py --smoke >"$OUT/$tool.log" 2>&1
-    code=$?
-    case $code in
-    0) note "- $tool: clean" ;;
-    124) note "- $tool: not finished in time" ;;
-    *)
-      note "- $tool: exit code $code"
-      FAILED+=("$tool: exit code $code")
-      ;;
-    esac
+# chip PART SECONDS: it starts no case in the last 25 seconds, which includes its own start.
+chip() { attempt "$1" "$2" "$PYTHON" bench/chip.py "$1" --output "$OUT" --seconds $(($(atmost "$2") - 25)); }
+
+run_tests() { # in shards beside each other; without the project's other plugins and fixtures
+  local pids=() i code seconds
+  seconds=$(atmost "$TESTS")
+  say "tests/gpu, $SHARDS processes, at most $seconds s"
+  for ((i = 1; i <= SHARDS; i++)); do
+    FASTDPOP_SHARD="$i/$SHARDS" FASTDPOP_SELF_CHECK=0 timeout --kill-after=5 "$seconds" "$PYTHON" -m pytest tests/gpu \
+      --confcutdir=tests/gpu -W default -v --tb=short -p no:cacheprovider \
+      >"$SCRATCH/tests-$i.log" 2>&1 &
+    pids+=($!)
   done
-fi
-note ""
+  for ((i = 1; i <= SHARDS; i++)); do
+    wait "${pids[$((i - 1))]}"
+    code=$?
+    if [[ $code -ne 0 ]]; then FAILED+=("tests, shard $i: exit code $code"); fi
+  done
+  cat "$SCRATCH"/tests-*.log >>"$LOG"
+  # From the logs, not from XML that is written at the end: a shard that is cut off keeps what it has.
+  "$PYTHON" bench/plan.py --count "$SCRATCH"/tests-*.log --output "$OUT/tests.json" 2>&1 | tee -a "$LOG"
+  if [[ ${PIPESTATUS[0]} -ne 0 ]]; then FAILED+=("tests/gpu: see tests.json and log.txt"); fi
+}
 
-# Time and memory, with whatever time is left.
-rest=$(($(left) - 40))
-timeout $((rest > 30 ? rest + 35 : 65)) "$PYTHON" bench/chip.py --output "$OUT" \
-  --seconds $((rest > 30 ? rest : 30)) >"$OUT/chip.log" 2>&1
-code=$?
-if [[ $code -ne 0 ]]; then FAILED+=("timing: exit code $code"); fi
-[[ -f "$OUT/chip.md" ]] && sed 's/^# /## /' "$OUT/chip.md" >>"$OUT/summary.md"
+sanitize() { # memory and races, on a small step of every kernel
+  local tool found seconds
+  found=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  if [[ -z "$found" ]]; then
+    say "no compute-sanitizer here"
+    return
+  fi
+  for tool in memcheck racecheck; do
+    seconds=$(atmost $((SANITIZER / 2)))
+    say "$tool, at most $seconds s"
+    FASTDPOP_SELF_CHECK=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$seconds" "$found" --tool "$tool" \
+      --error-exitcode 9 "$PYTHON" bench/chip.py smoke --tiny >"$SCRATCH/$tool.txt" 2>&1
+    case $? in
+    0) say "$tool: clean" ;;
+    124 | 137) say "$tool: not finished in time" ;;
+    *) FAILED+=("$tool: $(grep -m1 -E '=========|Error' "$SCRATCH/$tool.txt")") ;;
+    esac
+    (echo "== $tool"; tail -c 200000 "$SCRATCH/$tool.txt") >>"$OUT/sanitizer.txt"
+  done
+}
 
-note ""
-note "## Verdict"
-note ""
-if [[ ${#FAILED[@]} -eq 0 ]]; then note "everything passed, in $((SECONDS - START)) s"; else
-  for line in "${FAILED[@]}"; do note "- FAILED $line"; done
-  note "in $((SECONDS - START)) s"
+if [[ $WHAT != rest ]]; then
+  attempt "smoke" "$SMOKE" "$PYTHON" bench/chip.py smoke --output "$OUT"
+  chip main "$MAIN"
+  run_tests
 fi
-cat "$OUT/summary.md"
+if [[ $WHAT != first ]]; then
+  chip heads "$HEADS"
+  chip memory "$MEMORY"
+  sanitize
+fi
+
+echo
+[[ -f "$OUT/h100.json" ]] && "$PYTHON" bench/chip.py --report "$OUT/h100.json" --output "$OUT" | tail -c 9000
+echo
+for line in "${FAILED[@]}"; do echo "FAILED $line" | tee -a "$LOG"; done
+if [[ ${#FAILED[@]} -eq 0 ]]; then say "everything passed"; else say "${#FAILED[@]} parts failed"; fi
+# Files that come back should be small.
+[[ $(wc -c <"$LOG") -gt 8000000 ]] && tail -c 8000000 "$LOG" >"$SCRATCH/log" && cp "$SCRATCH/log" "$LOG"
 exit $((${#FAILED[@]} > 0))

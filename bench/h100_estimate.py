@@ -269,7 +269,7 @@ class Kernels:
 
     def hidden(self, rows: int, vocabulary: int, width: int, rate: float, direction: bool) -> Range:
         work = Product(rows, width, vocabulary, self.group, 2.0 if direction else 4.0)
-        return product_time(self["direction" if direction else "dhidden"], work, rate)
+        return product_time(self["dlogp_dhidden" if direction else "dhidden"], work, rate)
 
     def weight(self, rows: int, vocabulary: int, width: int, rate: float, add: bool) -> Range:
         work = Product(vocabulary, width, rows, self.group, 4.0, 4.0 if add else 0.0)
@@ -380,7 +380,7 @@ def estimate(report: Entry) -> Entry:
         "forward_keep",
         "forward_keep_bias_softcap",
         "dhidden",
-        "direction",
+        "dlogp_dhidden",
         "dweight",
         "dweight_accumulate",
     )

@@ -15,7 +15,7 @@ far, becomes ``-rest * (1 - t**2)``, so that with ``p = exp_logits / sumexp``
 
 holds in every column. ``1 - p`` of a token near certainty keeps all its bits that way, where
 rounding p would leave none. That entry is the row's largest, so its rounding would be the largest
-error; the row's `scale` makes up for it. It is ``1 / sumexp`` times what the entry should be over
+error; the row's `row_scale` makes up for it. It is ``1 / sumexp`` times what the entry should be over
 what it was rounded to, so the target's part is exact, and the others', which has the same sum but
 is spread over the vocabulary, carries the relative error instead.
 """
@@ -43,14 +43,14 @@ class Softmax:
     Attributes:
         logps, lse: ``(n,)``, in nats.
         rest: ``(n,)`` sum of E over all tokens but the target.
-        scale: ``(n,)``: what was kept, times this, is a probability; 1 / sumexp where nothing was.
+        row_scale: ``(n,)``: what was kept, times this, is a probability; 1 / sumexp where nothing was.
         statistics: ``(4, n)``, the lines of :data:`fastdpop.engines.STATISTICS`, or None.
     """
 
     logps: Tensor
     lse: Tensor
     rest: Tensor
-    scale: Tensor
+    row_scale: Tensor
     statistics: Tensor | None
 
 
@@ -197,7 +197,7 @@ def combine(
         result.logps,
         result.lse,
         result.rest,
-        result.scale,
+        result.row_scale,
         result.statistics,
         rows,
         tile_count,
@@ -247,6 +247,6 @@ def combine_naive(done: Forward, targets: Tensor, transform: Transform, vocabula
         logps=logp.float(),
         lse=(ref * ln2 + s.log()).float(),
         rest=others.float(),
-        scale=scale.float(),
+        row_scale=scale.float(),
         statistics=statistics,
     )

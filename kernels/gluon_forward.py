@@ -419,7 +419,12 @@ def _constants(
 
 def _options() -> dict[str, Any]:
     """Options of a launch. Sums and products are never contracted, as in the plain kernel."""
-    return {"num_warps": WARPS, "maxnreg": REGISTERS, "enable_fp_fusion": False}
+    return {
+        "num_warps": WARPS,
+        "num_stages": 1,
+        "maxnreg": REGISTERS,
+        "enable_fp_fusion": False,
+    }
 
 
 def variants_signature(

@@ -2,9 +2,9 @@
 
 ``exp_logits`` is, row by row, the derivative of the log-prob up to a factor (see :mod:`.combine`):
 
-    d logp_i / d u_iv = -slope * scale_i * exp_logits[i, v]
+    d logp_i / d u_iv = -slope * row_scale_i * exp_logits[i, v]
 
-so with ``factor_i = -slope * scale_i * dlogp_i`` the gradients are plain matrix products,
+so with ``factor_i = -slope * row_scale_i * dlogp_i`` the gradients are plain matrix products,
 
     dHidden_i = factor_i * (exp_logits @ weight)_i
     dWeight   = exp_logits.T @ (factor * hidden)
@@ -183,9 +183,9 @@ def dbias_kernel(
     tl.store(out + v, total, v < vocabulary)
 
 
-def factors(dlogp: Tensor, scale: Tensor, slope: float) -> Tensor:
+def factors(dlogp: Tensor, row_scale: Tensor, slope: float) -> Tensor:
     """``(n,)`` float32 factor of each row, 0 where `dlogp` is, whatever else is known of the row."""
-    return torch.where(dlogp == 0, 0.0, dlogp * scale * -slope)
+    return torch.where(dlogp == 0, 0.0, dlogp * row_scale * -slope)
 
 
 def by_cublas(dtype: torch.dtype, num_active: Tensor | None) -> bool:

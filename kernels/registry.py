@@ -184,13 +184,16 @@ def _operand(name: str, rows: int, columns: int, use_tma: bool) -> str:
     return f"tensordesc<{name}[{rows}, {columns}]>" if use_tma else f"*{name}"
 
 
-def forward_flags() -> Iterator[dict[str, bool]]:
+def forward_flags(name: str) -> Iterator[dict[str, bool]]:
     """The forward product's options that go together: rows are skipped only in recomputing what is
-    kept, and statistics are never computed twice.
+    kept, statistics are never computed twice, and float16 keeps only in its second pass.
     """
     for flags in _flags("KEEP", "BIAS", "SOFTCAP", "STATISTICS", "ACTIVE"):
-        if not flags["ACTIVE"] or (flags["KEEP"] and not flags["STATISTICS"]):
-            yield flags
+        if flags["ACTIVE"] and (flags["STATISTICS"] or not flags["KEEP"]):
+            continue
+        if name == "fp16" and flags["KEEP"] and flags["STATISTICS"]:
+            continue
+        yield flags
 
 
 def _forward(target: str, name: str, of: Config) -> Iterator[Variant]:
@@ -221,7 +224,7 @@ def _forward(target: str, name: str, of: Config) -> Iterator[Variant]:
         "weight": _operand(name, blocks.v, blocks.h, tma),
         "exp_logits": _operand(name, blocks.n, blocks.v // 4, tma),
     }
-    for flags in forward_flags():
+    for flags in forward_flags(name):
         yield _make(
             _label("forward", flags, target, name, blocks.name),
             target,
@@ -262,6 +265,8 @@ def _combine(target: str, name: str, of: Config) -> Iterator[Variant]:
         # Without what is kept there is neither a dtype nor a slope.
         if not flags["KEEP"] and (flags["SOFTCAP"] or name != "fp32"):
             continue
+        if name == "fp16" and flags["STATISTICS"]:
+            continue
         yield _make(
             _label("combine", flags, target, name, f"{config.COMBINE_ROWS}"),
             target,
@@ -301,7 +306,7 @@ def _gradients(target: str, name: str, of: Config) -> Iterator[Variant]:
 def _dhidden(target: str, name: str, of: Config, blocks: Blocks) -> Iterator[Variant]:
     tma = of.use_tma
     for out, active in dict.fromkeys((("fp32", False), ("fp32", True), (name, False))):
-        kernel = "dhidden" if out == "fp32" else "direction"
+        kernel = "dhidden" if out == "fp32" else "dlogp_dhidden"
         yield _make(
             _label(kernel, {"ACTIVE": active}, target, name, blocks.name),
             target,
@@ -327,6 +332,9 @@ def _dhidden(target: str, name: str, of: Config, blocks: Blocks) -> Iterator[Var
 def _dweight(target: str, name: str, of: Config, blocks: Blocks) -> Iterator[Variant]:
     tma = of.use_tma
     for flags in _flags("ACCUMULATE", "ACTIVE"):
+        # In float16 gradients are recomputed always, and rows without a coefficient are skipped.
+        if name == "fp16" and not flags["ACTIVE"]:
+            continue
         yield _make(
             _label("dweight", flags, target, name, blocks.name),
             target,
@@ -364,7 +372,7 @@ def _pair_losses(target: str) -> Iterator[Variant]:
 def _gluon(target: str) -> Iterator[Variant]:
     """The warp-specialised forward product, which softcap always gives a bias."""
     for name in ("bf16", "fp16"):
-        for flags in forward_flags():
+        for flags in forward_flags(name):
             if flags["SOFTCAP"] and not flags["BIAS"]:
                 continue
             signature, constants, options = gluon_forward.variants_signature(
@@ -379,7 +387,7 @@ def _gluon(target: str) -> Iterator[Variant]:
                 constants=constants,
                 attrs={},
                 num_warps=launch.pop("num_warps"),
-                num_stages=launch.pop("num_stages", 1),
+                num_stages=launch.pop("num_stages"),
                 target=target,
                 default=False,
                 warpgroup=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bars, chip, report
+from bench import bars, chip, plan, report
 from bench.cases import Case, loss_cases
 from bench.contenders import FLOOR, FP32_THROUGHOUT, PEERS, Floor, contender, ours
 from bench.memory import peak_extra_bytes
 from bench.workloads import LOSSES, MODES, SHAPES, Batch, small
+from fastdpop import engines
 
 NAMES = [FP32_THROUGHOUT, *(n for n, c in PEERS.items() if not c.compiles), *ours("cpu")]
 
@@ -129,38 +131,198 @@ def test_a_workspace_in_a_name(batch: Batch) -> None:
         contender("fastdpop warp").run(batch, MODES[0], LOSSES["dpop"])
 
 
-@pytest.mark.filterwarnings("default")
-def test_the_chips_bench_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cases, order and tables, tiny: an error of one contender is named, the others go on."""
+@pytest.fixture
+def tiny_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chip's bench on a CPU."""
     monkeypatch.setattr(chip, "DEVICE", "cpu")
-    monkeypatch.setattr(chip, "HEADS", {"a tiny head": (16, 300)})
-    monkeypatch.setattr(chip, "ROWS", (64, 32_768))
+    monkeypatch.setattr(chip, "HEADS", {"a tiny head": (16, 300), "another": (8, 200)})
+    monkeypatch.setattr(chip, "MAIN", ("a tiny head", 64))
+    monkeypatch.setattr(chip, "ROWS", (64, 128))
     monkeypatch.setattr(chip, "COMPLETION", 16)
     monkeypatch.setattr(chip, "SECONDS_A_CASE", 0.0)
-    monkeypatch.setattr(chip, "PEERS", ("gather, 16-bit logits", "nobody"))
-    names = [FLOOR, "fastdpop eager"]
-    monkeypatch.setattr(chip, "names_of_ours", lambda: names[1:])
+    monkeypatch.setattr(chip, "REPEATED", 2)
+    monkeypatch.setattr(chip, "PEERS", ("gather, 16-bit logits", "checkpointed chunks"))
+    monkeypatch.setattr(chip, "names_of_ours", lambda: ["fastdpop eager"])
     monkeypatch.setattr(
         chip, "launches", lambda *_: [{"kernel": "one", "launches": 2, "seconds": 1e-3}]
     )
-    everything = list(chip.cases())
-    assert [case[1] for case in everything] == sorted(case[1] for case in everything)
-    monkeypatch.setattr(chip, "cases", lambda: [c for c in everything if c[3] != "nobody"][:8])
-    results = chip.run(60.0)
-    measured = {(row["mode"], row["contender"]) for row in results["rows"]}
-    assert measured == {
-        *((mode, name) for mode in MODES for name in names),
-        *((mode, "gather, 16-bit logits") for mode in MODES[:2]),
-    }
-    assert all(row["seconds"] > 0 and row["scored_rows"] == 64 for row in results["rows"])
-    assert not results["left_out"]
-    text = chip.text(results)
-    assert "### a tiny head, 64 rows, bf16, trained head" in text
-    assert "| one | 2 | 1.000 |" in text
+    monkeypatch.setattr(chip, "settings", lambda *_: iter([("as shipped", lambda: None)]))
 
-    def fail(*_: object) -> Any:
-        raise torch.OutOfMemoryError("all of it")
+
+def measured(results: dict[str, Any]) -> set[tuple[str, str, str]]:
+    return {(r["workload"], r["mode"], r["contender"]) for r in results["rows"] if "workload" in r}
+
+
+@pytest.mark.usefixtures("tiny_chip")
+@pytest.mark.filterwarnings("default")
+def test_the_chips_bench_on_a_cpu(tmp_path: Path) -> None:
+    """Its parts, tables and files, tiny."""
+    for part in ("smoke", "main", "heads", "memory"):
+        chip.PARTS[part](chip.Results(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"h100.json", "h100.md"}
+    results = json.loads((tmp_path / "h100.json").read_text())
+    assert not results["left_out"]
+    own = (FLOOR, "fastdpop eager")
+    peers = ("gather, 16-bit logits", "checkpointed chunks")
+    main = "a tiny head, 64 rows"
+    assert {case[1:] for case in measured(results) if case[0] == main} == {
+        *((mode, name) for mode in MODES for name in own),
+        *((mode, name) for mode in MODES[:2] for name in peers),
+    }
+    others = {"another, 64 rows", "another, 128 rows", "a tiny head, 128 rows"}
+    assert {case[0] for case in measured(results)} == {main, *others}
+    steps = [row for row in results["rows"] if row["kind"] == "step"]
+    assert all(row["seconds"] > 0 and row["tflops"] > 0 for row in steps)
+    errors = [r["logp_error_relative"] for r in steps if r["contender"] == own[1]]
+    assert max(errors) < 1e-5
+    text = (tmp_path / "h100.md").read_text()
+    for part in (
+        "### a tiny head, 64 rows, bf16, trained head",
+        "|    one |        2 | 1.000 |",
+        "### Peak extra memory, MiB, over scored rows, bf16",
+        "logits.T, contiguous, @ rows",
+        "as shipped",
+        "smoke: every engine, dtype and mode agrees with float64",
+        "fastdpop eager: the same gradients in 2 runs, bit for bit",
+    ):
+        assert part in text, part
+    assert "x floor" in chip.summary(results)
+
+
+@pytest.mark.usefixtures("tiny_chip")
+@pytest.mark.filterwarnings("default")
+def test_the_chips_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one contender is named, the others go on; so is what there was no time for."""
+    real = chip.measure
+
+    def fail(batch: Batch, floor: Any, mode: str, name: str) -> Any:
+        if name == "fastdpop eager":
+            raise torch.OutOfMemoryError("all of it")
+        return real(batch, floor, mode, name)
 
     monkeypatch.setattr(chip, "measure", fail)
-    assert all("out of memory" in line for line in chip.run(60.0)["left_out"])
-    assert all("no time left" in line for line in chip.run(-1.0)["left_out"])
+    chip.part_main(chip.Results(tmp_path))
+    first = json.loads((tmp_path / "h100.json").read_text())
+    assert len(first["left_out"]) == len(MODES)
+    assert all(line.endswith("fastdpop eager: out of memory") for line in first["left_out"])
+    assert (main := measured(first)) >= {("a tiny head, 64 rows", mode, FLOOR) for mode in MODES}
+    chip.part_heads(chip.Results(tmp_path / "rest", seconds=-1.0))
+    rest = json.loads((tmp_path / "rest" / "h100.json").read_text())
+    assert all(line.endswith("no time left") for line in rest["left_out"])
+    whole = chip.merged([first, rest])
+    assert measured(whole) == main
+    assert whole["left_out"] == first["left_out"] + rest["left_out"]
+
+
+@pytest.mark.usefixtures("tiny_chip")
+@pytest.mark.filterwarnings("default")
+def test_the_smoke_test_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Batch.errors
+    monkeypatch.setattr(
+        Batch, "errors", lambda *args: right(*args) | {"logp_error_relative": math.nan}
+    )
+    with pytest.raises(AssertionError):
+        chip.part_smoke(None, tiny=True)
+
+
+@pytest.mark.usefixtures("tiny_chip")
+def test_the_bare_products_of_a_chip(batch: Batch) -> None:
+    """Each way forms its product, and the floor takes the fastest."""
+    floor = chip.Products(batch)
+    assert {name: len(ways) for name, ways in floor.seconds.items()} == {
+        "logits": 2,
+        "dHidden": 2,
+        "dWeight": 2,
+    }
+    assert floor.flop == 2 * len(batch.rows) * batch.weight.numel()
+    floor.run(MODES[0])
+
+
+def test_launches_by_kernel() -> None:
+    assert chip._product_of("forward_kernel_0d1d") == "forward_kernel"
+    assert chip._product_of("nvjet_tst_256x128") is None
+    assert chip._is_cublas("nvjet_tst_256x128_64x4_2x1_v_bz_TNT")
+    assert chip._is_cublas("sm90_xmma_gemm_bf16f32_bf16f32_f32_nt_n")
+    assert not chip._is_cublas("combine_kernel")
+
+
+KERNELS = [("forward_kernel", 2.0)] * 40 + [("combine_kernel", 0.5)] * 10
+
+
+def test_the_plan_fits() -> None:
+    tests = [
+        {"name": "a", "seconds": 8.0, "ended": "", "compiled": ["forward/x", "combine/x"]}
+    ] * 20
+    said, fits = plan.text(KERNELS, tests)
+    assert fits, said
+    assert sum(plan.BUDGETS.values()) <= plan.LIMIT < 9 * 60 + 1
+    assert set(plan.FIRST) | {"heads", "memory", "sanitizer"} == set(plan.BUDGETS)
+    assert "forward_kernel                 40          2.00    80.0" in said
+    assert said.splitlines()[-1].endswith("of 540 s: fits")
+    # Each of what may be too long is.
+    for compiling, own in (
+        ([("forward_kernel", 60.0)] * 20, tests),
+        (KERNELS, tests * 20),
+        (KERNELS, [{**tests[0], "ended": "NameError()"}]),
+    ):
+        said, fits = plan.text(compiling, own)
+        assert not fits
+        assert said.splitlines()[-1].endswith("DOES NOT FIT")
+
+
+def test_the_script_reads_its_budgets_from_the_plan() -> None:
+    script = Path(plan.__file__).with_name("h100.sh").read_text()
+    told = subprocess.run(
+        [sys.executable, plan.__file__, "--budgets"], check=True, capture_output=True, text=True
+    ).stdout
+    names = dict(pair.split("=") for pair in told.split())
+    assert int(names["LIMIT"]) == plan.LIMIT
+    for name in names:
+        assert f"${name}" in script.replace("${", "$").replace("$(", "$") or f"({name}" in script
+    assert (
+        subprocess.run(["bash", "-n", str(Path(plan.__file__).with_name("h100.sh"))]).returncode
+        == 0
+    )
+
+
+def test_tests_are_counted_in_logs_that_are_cut_off(tmp_path: Path) -> None:
+    one, two = tmp_path / "1.log", tmp_path / "2.log"
+    one.write_text(
+        "tests/gpu/test_a.py::test_x[a b-c] PASSED   [ 10%]\n"
+        "tests/gpu/test_a.py::test_y FAILED          [ 20%]\n"
+        "FAILED tests/gpu/test_a.py::test_y - assert 0\n"
+    )
+    two.write_text("tests/gpu/test_a.py::test_z SKIPPED (no)\ntests/gpu/test_a.py::test_w ")
+    said = plan.count([one, two], tmp_path / "tests.json")
+    assert said.splitlines()[0] == "tests/gpu: 1 passed, 1 failed, 1 skipped, 1 not finished"
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert found["passed"] == ["tests/gpu/test_a.py::test_x[a b-c]"]
+    assert found["not finished"] == ["tests/gpu/test_a.py::test_w"]
+
+
+def test_what_is_compiled_beforehand_is_what_launches_look_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the key of Triton's cache."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from tests import launches
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_, engine = JITFunction._do_compile, engines.get("triton")
+    with launches.recorded() as recording:
+        engine.logps(launches.problem(torch.bfloat16, rows=4, groups=[0, 4]), ())
+    (own,) = (one for one in recording.compiled if one.kernel == "target_logit_kernel")
+    assert plan.compile_one(own) > 0
+    before = {path.name for path in tmp_path.iterdir()}
+    assert before
+    kernel, signature, constants, attrs, options = own.source
+    with launches.recorded():
+        device = driver.active.get_current_device()
+        backend = kernel.device_caches[device][3]
+        compile_(
+            kernel, "key", signature, device, constants, backend.parse_options(options), attrs, True
+        )
+    assert {path.name for path in tmp_path.iterdir()} == before

@@ -110,7 +110,7 @@ NAMES = (
     "forward_keep",
     "forward_keep_bias_softcap",
     "dhidden",
-    "direction",
+    "dlogp_dhidden",
     "dweight",
     "dweight_accumulate",
 )
@@ -139,8 +139,8 @@ def test_more_work_takes_longer(report: est.Entry) -> None:
 
 def test_missing_variants_are_named(report: est.Entry) -> None:
     report["variants"] = report["variants"][:3]
-    with pytest.raises(ValueError, match=r"0 variants of 'direction', of \['forward', "):
-        est.Kernels(report)["direction"]
+    with pytest.raises(ValueError, match=r"0 variants of 'dlogp_dhidden', of \['forward', "):
+        est.Kernels(report)["dlogp_dhidden"]
 
 
 def test_goals() -> None:

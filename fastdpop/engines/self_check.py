@@ -73,7 +73,7 @@ class Step:
     """A way through the kernels, with all that chooses variants of them.
 
     Attributes:
-        route: a method of the pass: "forward_only", "directions", "recompute", or "one_pass" of a
+        route: a method of the pass: "forward_only", "dlogp_dhidden", "recompute", or "one_pass" of a
             group that fits the workspace; or "pair_loss".
         dtype: of the products; hidden: of the hidden states.
         loss: the pair loss's function.
@@ -306,9 +306,9 @@ class _Rows:
             run.forward_only(run.everything)
         else:
             run.kept(len(p.targets)).fill_(torch.nan)
-        if step.route == "directions":
+        if step.route == "dlogp_dhidden":
             found[DIRECTION] = torch.full_like(p.hidden, torch.nan)
-            run.directions(found[DIRECTION])
+            run.dlogp_dhidden(found[DIRECTION])
         elif step.route in ("one_pass", "recompute"):
             sums = run.new_gradients(step.wanted)
             for total in (sums.weight, sums.bias):
@@ -356,7 +356,7 @@ class _Rows:
         bounds = (g.abs() + 1e-6 * rest[:, None]) * (3 * unit + 4 * error[:, None])
         c = self.c.double()[:, None]
         dhidden = g @ self.weight, bounds @ self.weight.abs()
-        if step.route == "directions":
+        if step.route == "dlogp_dhidden":
             out = torch.finfo(step.hidden).eps
             found[DIRECTION] = dhidden[0], dhidden[1] + out * dhidden[0].abs() + 1e-7
         if step.wanted.hidden:

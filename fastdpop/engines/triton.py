@@ -122,9 +122,9 @@ class TritonEngine:
         self, problem: Problem, statistics: tuple[str, ...]
     ) -> tuple[Logps, Tensor]:
         """Log-probs and d logp / d hidden: 4 units, whatever the workspace; 6 in float16."""
-        run = self._begin(problem, statistics, "directions")
+        run = self._begin(problem, statistics, "dlogp_dhidden")
         direction = torch.empty_like(problem.hidden)
-        run.directions(direction)
+        run.dlogp_dhidden(direction)
         return run.result(), direction
 
     def gradients(

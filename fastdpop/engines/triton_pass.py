@@ -187,7 +187,7 @@ class Pass:
             _, softmax = self.chunk(piece).forward(keep=False)
             self.fill_in(piece, softmax)
 
-    def directions(self, out: Tensor) -> None:
+    def dlogp_dhidden(self, out: Tensor) -> None:
         """Log-probs and the derivative of each with respect to its hidden states, into `out`."""
         for rows in pieces(self.everything, self.kept_rows):
             chunk = self.chunk(rows)
@@ -197,7 +197,7 @@ class Pass:
             else:
                 done, softmax = chunk.forward(keep=True)
                 self.fill_in(rows, softmax)
-            chunk.add_hidden(done, softmax.scale * -self.transform.slope, out)
+            chunk.add_hidden(done, softmax.row_scale * -self.transform.slope, out)
 
     def one_pass(self, coefficients: Coefficients, sums: Gradients) -> None:
         """Log-probs, and gradients of a loss that is known once a group's log-probs are."""
@@ -343,7 +343,7 @@ class _Chunk:
         """Add what these rows contribute to each wanted gradient."""
         run, kept = self.run, done.exp_logits
         assert kept is not None
-        factor = gradients.factors(dlogp, softmax.scale, run.transform.slope)
+        factor = gradients.factors(dlogp, softmax.row_scale, run.transform.slope)
         if sums.hidden is not None:
             self.add_hidden(done, factor, sums.hidden)
         if sums.bias is not None:

@@ -156,12 +156,12 @@ def test_kernels_agree_with_plain_torch(dtype: torch.dtype, use_tma: bool, trans
     torch.testing.assert_close(
         got.exp_logits.float(), want.exp_logits.float(), rtol=2 * eps + 1e-5, atol=1e-5
     )
-    for name in ("logps", "lse", "rest", "scale", "statistics"):
+    for name in ("logps", "lse", "rest", "row_scale", "statistics"):
         torch.testing.assert_close(
             getattr(softmax, name), getattr(naive, name), rtol=2e-6, atol=2e-6, msg=name
         )
 
-    factor = gradients.factors(torch.randn(ROWS), softmax.scale, of.slope)
+    factor = gradients.factors(torch.randn(ROWS), softmax.row_scale, of.slope)
     of_hidden, of_weight, of_bias = gradients.gradients_naive(
         got.exp_logits, case.hidden, case.weight, factor
     )
@@ -204,7 +204,7 @@ def test_rows_that_are_not_wanted(active: int, use_tma: bool) -> None:
     done, softmax = case.run(num_active=count)
     assert done.exp_logits is not None
     dlogp = torch.where(torch.arange(ROWS) < active, torch.randn(ROWS), 0.0)
-    factor = gradients.factors(dlogp, softmax.scale, 1.0)
+    factor = gradients.factors(dlogp, softmax.row_scale, 1.0)
     hidden = poisoned(ROWS, WIDTH)
     gradients.hidden_gradient(
         done.exp_logits, case.weight, factor, hidden, case.of, num_active=count, cublas=False
@@ -236,9 +236,9 @@ def test_float16_holds_what_its_exponents_do_not() -> None:
     done, softmax = case.run()
     assert done.exp_logits is not None
     for peak in (2.0**-40, 1.0, 2.0**20 * (1 + 2.0**-23)):
-        dlogp = torch.rand(ROWS) * peak / softmax.scale
-        dlogp[0] = peak / softmax.scale[0]
-        factor = gradients.factors(dlogp, softmax.scale, 1.0)
+        dlogp = torch.rand(ROWS) * peak / softmax.row_scale
+        dlogp[0] = peak / softmax.row_scale[0]
+        factor = gradients.factors(dlogp, softmax.row_scale, 1.0)
         out = poisoned(VOCABULARY, WIDTH)
         gradients.weight_gradient(
             done.exp_logits, case.hidden, factor, out, case.of, accumulate=False, cublas=False
@@ -262,8 +262,8 @@ def test_rows_apart_by_more_than_32_bits() -> None:
         )
         softmax = combine.combine(done, targets, case.transform, 32)
         out, of_bias = poisoned(3, 16), poisoned(32)
-        gradients.hidden_gradient(room, weight, softmax.scale, out, case.of, cublas=False)
-        gradients.bias_gradient(room, softmax.scale, of_bias, accumulate=False)
+        gradients.hidden_gradient(room, weight, softmax.row_scale, out, case.of, cublas=False)
+        gradients.bias_gradient(room, softmax.row_scale, of_bias, accumulate=False)
         results.append((room, out, of_bias))
     for there, near in zip(*results, strict=True):
         assert torch.equal(there, near)
@@ -318,8 +318,8 @@ def test_rows_that_overflow_their_reference_are_repaired(dtype: torch.dtype, kee
     torch.testing.assert_close(softmax.statistics, naive.statistics, rtol=1e-5, atol=1e-4)
     if done.exp_logits is not None and want.exp_logits is not None:
         torch.testing.assert_close(
-            done.exp_logits.float() * softmax.scale[:, None],
-            want.exp_logits.float() * naive.scale[:, None],
+            done.exp_logits.float() * softmax.row_scale[:, None],
+            want.exp_logits.float() * naive.row_scale[:, None],
             rtol=2 * torch.finfo(dtype).eps,
             atol=1e-6,
         )

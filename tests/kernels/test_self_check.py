@@ -79,8 +79,8 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         Step("one_pass", CPU, BF16, BF16, True, True, True, Wanted(True, True, True)),
         Step("one_pass", CPU, FP16, FP16, bias=True, wanted=Wanted(False, True, True)),
         Step("recompute", CPU, BF16, FP32, softcap=True, wanted=ALL),
-        Step("directions", CPU, FP16, FP32, softcap=True),
-        Step("directions", CPU, BF16, BF16, bias=True, products="kernels"),
+        Step("dlogp_dhidden", CPU, FP16, FP32, softcap=True),
+        Step("dlogp_dhidden", CPU, BF16, BF16, bias=True, products="kernels"),
         Step("forward_only", CPU, FP16, FP16, True, True, True),
         LOGPS,
     ],
@@ -246,7 +246,7 @@ def test_once_a_process_for_each_set(checks: list[Step]) -> None:
     self_check.ensure(a_pass(dtype=BF16), "forward_only")
     self_check.ensure(a_pass(softcap=30.0), "forward_only")
     self_check.ensure(a_pass(statistics=("entropy",)), "forward_only")
-    self_check.ensure(a_pass(), "directions")
+    self_check.ensure(a_pass(), "dlogp_dhidden")
     self_check.ensure(a_pass(), "recompute", ALL)
     assert len({*checks}) == len(checks) == 6
 
