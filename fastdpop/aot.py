@@ -12,6 +12,7 @@ the launchers guarantee; :mod:`fastdpop.sass` reads what comes out.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import importlib
@@ -127,7 +128,7 @@ def run(targets: Sequence[str], out: Path, only: str = "*", jobs: int = 2) -> in
         ImportError: there is no triton.
         ValueError: a target is unknown or has no variant of such a name, or TRITON_INTERPRET is set.
     """
-    registry = _registry()
+    registry = _registry(REGISTRY)
     names: list[tuple[str, str]] = []
     for target in targets:
         chip(target)
@@ -136,15 +137,26 @@ def run(targets: Sequence[str], out: Path, only: str = "*", jobs: int = 2) -> in
             raise ValueError(f"no kernel variant for target {target!r} matches {only!r}")
         names += [(target, name) for name in found]
     out.mkdir(parents=True, exist_ok=True)
-    tasks = [(target, name, str(out)) for target, name in names]
-    if jobs > 1 and len(tasks) > 1:
-        # Not forked: torch and triton have threads by now.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(jobs, len(tasks)), context) as pool:
+    tasks = [(REGISTRY, target, name, str(out)) for target, name in names]
+    if jobs > 1:
+        with processes(min(jobs, len(tasks))) as pool:
             entries = list(pool.map(_compile_by_name, tasks))
     else:
         entries = [_compile_by_name(task) for task in tasks]
     return finish(entries, out)
+
+
+def processes(count: int) -> concurrent.futures.ProcessPoolExecutor:
+    """A pool to compile in. Its processes end without tearing themselves down: triton 3.9 reports at
+    length then what Gluon's compiler leaves behind.
+    """
+    # Not forked: torch and triton have threads by now.
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(count, context, initializer=_end_at_once)
+
+
+def _end_at_once() -> None:
+    atexit.register(os._exit, 0)
 
 
 def finish(entries: list[Entry], out: Path) -> int:
@@ -178,7 +190,7 @@ def chip(target: str) -> Chip:
     return CHIPS[target]
 
 
-def _registry() -> Any:
+def _registry(name: str) -> Any:
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -187,13 +199,13 @@ def _registry() -> Any:
         raise ValueError(
             "TRITON_INTERPRET is set: the interpreter has nothing to compile; unset it"
         )
-    return importlib.import_module(REGISTRY)
+    return importlib.import_module(name)
 
 
-def _compile_by_name(task: tuple[str, str, str]) -> Entry:
+def _compile_by_name(task: tuple[str, str, str, str]) -> Entry:
     """In a process of its own: kernels do not travel between processes, their names do."""
-    target, name, out = task
-    found = {variant.name: variant for variant in _registry().variants(target)}
+    registry, target, name, out = task
+    found = {variant.name: variant for variant in _registry(registry).variants(target)}
     return compile_variant(found[name], Path(out))
 
 
