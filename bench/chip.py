@@ -115,6 +115,7 @@ class Results:
         path = folder / "h100.json"
         self.data: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.data |= machine()
+        self.failed: list[str] = []
         for name in ("rows", "products", "settings", "launches", "checks", "left_out"):
             self.data.setdefault(name, [])
 
@@ -124,7 +125,10 @@ class Results:
         write(self.data, self.folder)
 
     def case(self, name: str, measure: Callable[[], object]) -> bool:
-        """Measure, if there is time, and whatever becomes of it go on; whether it went well."""
+        """Measure, if there is time, and whatever becomes of it go on; whether it went well.
+
+        What is ours must work, unless memory does not suffice: its failures are remembered.
+        """
         if time.monotonic() > self.stop:
             self.add("left_out", f"{name}: no time left")
             return False
@@ -134,6 +138,10 @@ class Results:
         except Exception as error:  # one that fails must not take the others' results with it
             kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error)
             self.add("left_out", f"{name}: {kind[:500]}")
+            if not isinstance(error, torch.OutOfMemoryError) and (
+                "fastdpop" in name or "bare" in name
+            ):
+                self.failed.append(f"{name}: {kind[:500]}")
             _free()
             return False
         return True
@@ -372,7 +380,7 @@ def repeated(batch: Batch, name: str) -> str:
             first = found
         for one, two in zip(first, found, strict=True):
             if not torch.equal(one, two):
-                return f"{name}: gradients DIFFER in run {i + 1} of {REPEATED}"
+                raise AssertionError(f"gradients DIFFER in run {i + 1} of {REPEATED}")
     batch.start(TRAINED)
     return f"{name}: the same gradients in {REPEATED} runs, bit for bit"
 
@@ -644,17 +652,26 @@ def part_smoke(results: Results | None, tiny: bool = False) -> None:
 PARTS = {"main": part_main, "heads": part_heads, "memory": part_memory, "smoke": part_smoke}
 
 
+def ptxas_version() -> str:
+    """Of the assembler that triton uses for this chip."""
+    from fastdpop.engines import self_check
+
+    return self_check.combination(torch.device(DEVICE, torch.cuda.current_device()))[1]
+
+
 def machine() -> Row:
     """Where, with what and when."""
     versions = {"fastdpop": fastdpop.__version__, "torch": torch.__version__}
     for package in ("triton", "trl", "liger_kernel"):
         if importlib.util.find_spec(package) is not None:
-            found = importlib.import_module(package)
-            versions[package] = getattr(found, "__version__", "unknown")
+            try:
+                found = importlib.import_module(package)
+            except Exception as error:  # a broken peer is no reason to measure nothing
+                versions[package] = f"broken: {error!r}"[:200]
+            else:
+                versions[package] = getattr(found, "__version__", "unknown")
     if "triton" in versions and DEVICE == "cuda":
-        from fastdpop import aot
-
-        versions["ptxas"] = aot._ptxas_version(10 * torch.cuda.get_device_capability()[0])
+        versions["ptxas"] = ptxas_version()
     query = [
         "nvidia-smi",
         "--query-gpu=driver_version,power.limit,clocks.max.sm",
@@ -793,6 +810,8 @@ def main() -> None:
     results = Results(options.output, options.seconds)
     for part in options.parts:
         PARTS[part](results)
+    if results.failed:
+        raise SystemExit("\n".join(["failed:", *results.failed]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that only a GPU can answer, in one call of less than 9 minutes. Needs no installation and no network: this
-# checkout, and a Python with torch, triton and pytest.
+# checkout, and a Python with torch, triton, transformers, pytest and hypothesis.
 #
 #   bench/h100.sh                # both parts; .venv, else python3; writes build/h100
 #   bench/h100.sh first          # small checks, time of Llama 3's head with 8,192 rows, tests/gpu
@@ -66,6 +66,9 @@ attempt() { # attempt NAME SECONDS COMMAND...: with its output in the log, and i
 }
 
 : >"$LOG"
+# Another run begins; the second part goes on with the first one's results.
+[[ $WHAT == rest ]] || rm -f "$OUT"/{h100.json,h100.md,tests.json}
+rm -f "$OUT/sanitizer.txt"
 if ! attempt "looking for a GPU" "$CHECK" "$PYTHON" -c '
 import importlib.util, torch
 if not torch.cuda.is_available():

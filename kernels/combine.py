@@ -136,7 +136,9 @@ def combine_kernel(
         rounded = tiles.narrow(entry.to(tl.float32), exp_logits.dtype.element_ty)
         tl.store(place, rounded, inside)
         rounded = rounded.to(tl.float32).to(tl.float64)
-        factor *= tl.where(rounded == 0.0, 1.0, entry / rounded)
+        # Only where it was rounded: beyond the dtype's range, an infinity has to show.
+        usual = (rounded != 0.0) & (tl.abs(rounded) < float("inf"))
+        factor *= tl.where(usual, entry / rounded, 1.0)
     tl.store(row_scale + r, factor.to(tl.float32), inside)
 
     if STATISTICS:
@@ -229,7 +231,8 @@ def combine_naive(done: Forward, targets: Tensor, transform: Transform, vocabula
         rounded = entry.to(done.exp_logits.dtype)
         rows = torch.arange(len(t), device=t.device)
         done.exp_logits[rows, targets] = rounded
-        scale *= torch.where(rounded == 0, 1.0, entry / rounded.double())
+        usual = (rounded != 0) & rounded.isfinite()
+        scale *= torch.where(usual, entry / rounded.double(), 1.0)
     statistics = None
     if done.statistics is not None:
         weighted, plain, squares, highest = done.statistics.double()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,10 +203,12 @@ def test_the_chips_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.M
         return real(batch, floor, mode, name)
 
     monkeypatch.setattr(chip, "measure", fail)
-    chip.part_main(chip.Results(tmp_path))
+    results = chip.Results(tmp_path)
+    chip.part_main(results)
     first = json.loads((tmp_path / "h100.json").read_text())
     assert len(first["left_out"]) == len(MODES)
     assert all(line.endswith("fastdpop eager: out of memory") for line in first["left_out"])
+    assert not results.failed, "where memory does not suffice, nothing is wrong"
     assert (main := measured(first)) >= {("a tiny head, 64 rows", mode, FLOOR) for mode in MODES}
     chip.part_heads(chip.Results(tmp_path / "rest", seconds=-1.0))
     rest = json.loads((tmp_path / "rest" / "h100.json").read_text())
@@ -326,3 +330,62 @@ def test_what_is_compiled_beforehand_is_what_launches_look_for(
             kernel, "key", signature, device, constants, backend.parse_options(options), attrs, True
         )
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.usefixtures("tiny_chip")
+@pytest.mark.filterwarnings("default")
+def test_what_is_wrong_with_us_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in one of our own cases, or gradients that differ, end in an exit code; a peer's
+    error does not.
+    """
+    real, runs, contender = chip.measure, [], chip.contender
+
+    def fail(batch: Batch, floor: Any, mode: str, name: str) -> Any:
+        if name != FLOOR:
+            raise RuntimeError("an illegal memory access")
+        return real(batch, floor, mode, name)
+
+    def vary(name: str) -> Any:
+        who = contender(name)
+
+        def run(batch: Batch, mode: str, loss: Any) -> Any:
+            logps = who.run(batch, mode, loss)
+            runs.append(name)
+            batch.weight.grad.mul_(len(runs))
+            return logps
+
+        return dataclasses.replace(who, run=run)
+
+    monkeypatch.setattr(chip, "measure", fail)
+    monkeypatch.setattr(chip, "contender", vary)
+    results = chip.Results(tmp_path)
+    chip.part_main(results)
+    assert sum("illegal memory access" in line for line in results.failed) == len(MODES)
+    assert sum("gradients DIFFER in run 2 of 2" in line for line in results.failed) == 1
+    assert all("fastdpop eager" in line for line in results.failed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(chip.contenders, "ours", lambda _: ["fastdpop eager"])
+    monkeypatch.setattr(sys, "argv", ["chip.py", "main", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="failed:"):
+        chip.main()
+
+
+def test_the_chips_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions, ptxas's among them, as on a GPU; a peer that cannot be imported is no obstacle."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(chip, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a chip")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    real = importlib.import_module
+
+    def fail(name: str) -> Any:
+        if name == "liger_kernel":
+            raise OSError("built for something else")
+        return real(name)
+
+    monkeypatch.setattr(chip.importlib, "import_module", fail)
+    found = chip.machine()
+    assert found["device"] == "a chip"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["versions"]["ptxas"])
+    assert found["versions"]["liger_kernel"].startswith("broken: ")

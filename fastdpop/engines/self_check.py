@@ -19,7 +19,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -391,7 +391,7 @@ class _Pairs:
 
     def __init__(self, step: Step, plan: PairLossPlan, seed: int) -> None:
         draw = torch.Generator("cpu").manual_seed(seed)
-        self.plan, self.device = plan, step.device
+        self.device = step.device
         lengths = torch.tensor(self.lengths, device="cpu")
         self.count = len(lengths) // 2
         drawn = torch.randint(-512, 0, (int(lengths.sum()),), generator=draw, device="cpu")
@@ -399,8 +399,16 @@ class _Pairs:
         self.sums = torch.stack([part.sum() for part in logps.split(self.lengths)]).view(-1, 2)
         drawn = torch.randint(-512, 512, self.sums.shape, generator=draw, device="cpu")
         self.ratios = (drawn.double() + 0.25) / 256  # at no kink of a loss
-        found = losses.jitted(plan.loss, plan.options)
+        # With ordinary numbers: at extreme ones a loss saturates, and what is left of it is rounding.
+        from fastdpop import losses as family  # which engines know nothing of
+
+        kind = getattr(family, plan.loss)
+        choices = {k: v for k, v in plan.options.items() if v is None or isinstance(v, (bool, str))}
+        self.loss = kind(**choices)
+        options = {f.name: getattr(self.loss, f.name) for f in fields(kind)}
+        found = losses.jitted(plan.loss, options)
         assert found is not None
+        assert found[0] is step.loss
         self.logps = logps.to(self.device)
         self.pairs = pair_loss.Pairs(
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(self.device),
@@ -423,9 +431,9 @@ class _Pairs:
 
     def exact(self) -> Bounded:
         """By the package's own loss in float64; its derivatives by differences."""
-        from fastdpop import losses as family  # which engines know nothing of
+        from fastdpop import losses as family
 
-        loss, tiny = getattr(family, self.plan.loss)(**self.plan.options), 1e-5
+        tiny = 1e-5
         n = torch.tensor(self.lengths, dtype=torch.float64, device="cpu").view(-1, 2)
         zero, total = torch.zeros_like(n[:, 0]), n.new_tensor(len(n))
         there = zero == 0
@@ -435,7 +443,7 @@ class _Pairs:
                 self.ratios[:, 0] + w, self.ratios[:, 1] + l, n[:, 0], n[:, 1], zero, zero, None,
                 None, there, there, None, total, 2 * total, n[:, 0].sum(),
             )  # fmt: skip
-            result: Tensor = loss(pairs)
+            result: Tensor = self.loss(pairs)
             return result
 
         d_w, d_l = value(tiny, 0) - value(-tiny, 0), value(0, tiny) - value(0, -tiny)

@@ -26,6 +26,10 @@ from fastdpop.kernels.forward import Forward, Transform
 
 LOG2E = math.log2(math.e)
 
+NOISE = 2.0**-14
+"""Bound on a 16-bit product's error, relative to the logit: its order of summation may be another,
+and tensor cores cut what they add."""
+
 _ROOM = 13
 """In float16, the largest number that is kept of a row is about 2**13, of at most 65,504."""
 
@@ -108,14 +112,15 @@ class Pass:
         return rows if rows < whole else rows - rows % whole
 
     def chunks(self, limit: int) -> Iterator[tuple[int, int, slice]]:
-        """Whole groups (first, last, rows) of at most so many rows; a larger group by itself."""
+        """Whole groups (first, last, rows) of at most so many rows, or none; a larger group by
+        itself.
+        """
         groups, first = self.problem.groups, 0
         while first < len(groups) - 1:
             last = first + 1
             while last < len(groups) - 1 and groups[last + 1] - groups[first] <= limit:
                 last += 1
-            if groups[last] > groups[first]:
-                yield first, last, slice(groups[first], groups[last])
+            yield first, last, slice(groups[first], groups[last])
             first = last
 
     def result(self) -> Logps:
@@ -211,7 +216,11 @@ class Pass:
             return coefficients(first, last, self.logps[rows], self.statistics[:, rows]).float()
 
         for first, last, rows in self.chunks(limit):
-            if twice or rows.stop - rows.start > self.kept_rows:
+            if rows.start == rows.stop:
+                # Nothing to differentiate, but pairs without scored tokens have a loss.
+                if pairs is not None:
+                    pairs.dlogp(first, last, rows)
+            elif twice or rows.stop - rows.start > self.kept_rows:
                 self.forward_only(rows)
                 self.recompute(rows, dlogp_of(first, last, rows), sums)
             else:
@@ -286,14 +295,18 @@ class _Chunk:
     def forward_again(self, lse: Tensor) -> tuple[Forward, combining.Softmax]:
         """The same with references that are known from `lse` ``(n,)``: nothing overflows.
 
-        In float16 the other tokens' part of the softmax is brought to the upper end of its range.
+        In float16 the other tokens' part of the softmax is brought to the upper end of its range, as
+        far as that part is known: `NOISE` is what the difference of two logits leaves open.
         """
         run = self.run
         reference = lse * LOG2E
         if run.dtype == torch.float16:
             target = forwarding.target_logit(*self.operands, run.transform, rounded=False)
+            noise = NOISE * (1.0 + lse.abs())
             others = -torch.expm1((target - reference) / LOG2E)
-            reference = reference + others.clamp_min(2.0**-20).log2() - _ROOM
+            # At most 1, so that nothing exceeds the range even if the noise is all there is.
+            others = (others.clamp_min(noise) + noise).clamp_max(1.0)
+            reference = reference + others.log2() - _ROOM
         done = self._product(reference.round_(), True, False)
         return done, combining.combine(done, self.targets, run.transform, len(run.weight))
 

@@ -369,7 +369,7 @@ def test_the_forward_product_in_gluon(chip: torch.device, dtype: str) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
-        said, _ = process.communicate(timeout=90)
+        said, _ = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         said = process.communicate()[0]

@@ -382,7 +382,7 @@ class Machine:
         """As a launcher calls a kernel."""
 
         def launch(*arguments: Any, **constants: Any) -> None:
-            for option in ("num_warps", "maxnreg", "enable_fp_fusion"):
+            for option in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion"):
                 constants.pop(option)
             given = [
                 Pointer(x) if isinstance(x, Tensor) else Box(x) if hasattr(x, "block_shape") else x

@@ -13,7 +13,7 @@ from fastdpop import engines, fused_logps, fused_preference_loss, losses, refere
 from fastdpop.engines import STATISTICS, Engine, Problem, Wanted
 from fastdpop.engines.triton import TritonEngine
 from fastdpop.head import Head
-from fastdpop.kernels import gradients
+from fastdpop.kernels import forward, gradients
 from tests.batches import HEADS, batch
 from tests.engines.test_conformance import compare
 from tests.engines.test_conformance import problem as conformance_problem
@@ -87,6 +87,85 @@ def test_near_certainty_keeps_its_gradient(dtype: torch.dtype) -> None:
     ):
         assert found.hidden is not None
         assert ((found.hidden.double() - want).norm(dim=1) / want.norm(dim=1)).max() < 0.01
+
+
+@pytest.mark.parametrize("error", [-2e-5, 0.0, 2e-5])
+@pytest.mark.parametrize("logit", [15.0, 60.0, 300.0])
+def test_float16_of_all_certainties(
+    logit: float, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 - p from 1e-1 to 1e-7, with the target's logit off by as much as a tensor core may be: what
+    is kept neither leaves float16's range nor vanishes.
+    """
+    original = forward.target_logit
+    monkeypatch.setattr(
+        forward, "target_logit", lambda *args, **options: original(*args, **options) * (1 + error)
+    )
+    rows = 48
+    p = problem(rows, torch.float16, bias=None)
+    p.weight.mul_(0.05)
+    p.weight[0], p.weight[1], p.weight[2] = 1.0, 1.0, 0.25
+    p.weight[1, 20:] = 0.0
+    p.targets.zero_()
+    odds = torch.logspace(-1, -7, rows).log()
+    p.hidden.zero_()
+    p.hidden[:, :20] = (logit + odds[:, None]) / 20
+    p.hidden[:, 20:] = -odds[:, None] / 20
+    c = torch.randn(rows)
+    leaves = [t.double().requires_grad_() for t in (p.hidden, p.weight)]
+    logps = reference.token_logps(*leaves, p.targets)
+    want = torch.autograd.grad((c.double() * logps).sum(), leaves)
+    engine = TritonEngine()
+    got = engine.logps_and_direction(p, ())
+    again = engine.gradients(p, got[0].lse, c, ALL)
+    once = one_pass(engine, p, c)
+    for ours, exact in (
+        (once[2], want[0]),
+        (again.hidden, want[0]),
+        (once[3], want[1]),
+        (again.weight, want[1]),
+    ):
+        assert ours is not None
+        assert (ours.double() - exact).norm() <= 2e-3 * exact.norm()
+    for hidden in (once[2], again.hidden, got[1] * c[:, None]):
+        # float16 itself loses directions below 6e-8; float32 logits, what 1 - p has of their size.
+        assert hidden is not None
+        slack = 1e-6 * logit * c.abs() + 2e-6
+        off = (hidden.double() - want[0]).norm(dim=1)
+        assert (off <= 0.02 * want[0].norm(dim=1) + slack).all()
+
+
+@pytest.mark.parametrize("workspace", [1, None])
+@pytest.mark.parametrize("empty", [(1,), (0, 1, 2)])
+def test_pairs_without_scored_tokens_have_a_loss(
+    empty: tuple[int, ...], workspace: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probs of 0, in chunks of their own too, in memory that is NaN where nobody writes."""
+    example = batch(pairs=3, length=8, width=16, vocabulary=50)
+    for pair in empty:
+        example.labels[pair] = example.labels[3 + pair] = -100
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        made = new_empty(self, *args, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    results = []
+    for engine in ("triton", "eager"):
+        out = fused_preference_loss(
+            example.hidden,
+            example.weight,
+            example.labels,
+            loss=losses.get("dpop"),
+            ref_logps=example.ref_logps,
+            engine=engine,
+            workspace_bytes=workspace,
+        )
+        results.append([out.loss.detach(), out.chosen_logps, out.rejected_logps])
+        results[-1] += torch.autograd.grad(out.loss, example.inputs)
+    for ours, want in zip(*results, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("products", ["auto", "kernels"])
