@@ -16,7 +16,6 @@ import atexit
 import concurrent.futures
 import contextlib
 import importlib
-import importlib.metadata
 import io
 import json
 import multiprocessing
@@ -162,7 +161,8 @@ def _end_at_once() -> None:
 def finish(entries: list[Entry], out: Path) -> int:
     """Write ``report.json``, print the table and what is wrong; the exit code."""
     entries = sorted(entries, key=lambda entry: (entry["target"], entry["name"]))
-    versions = {"fastdpop": fastdpop.__version__, "triton": importlib.metadata.version("triton")}
+    triton = importlib.import_module("triton")
+    versions = {"fastdpop": fastdpop.__version__, "triton": triton.__version__}
     # A triton may bring several, and choose by target.
     assemblers = {entry["target"]: entry["ptxas"] for entry in entries}
     report = {**versions, "ptxas": assemblers, "variants": entries}

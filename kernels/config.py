@@ -122,7 +122,7 @@ _HOPPER = Config(
     use_tma=True,
 )
 _AMPERE = Config(
-    forward=Blocks(n=128, v=64, h=64, warps=4, stages=3),
+    forward=Blocks(n=128, v=64, h=32, warps=4, stages=4),
     dhidden=Blocks(n=128, v=32, h=128, warps=8, stages=3),
     dweight=Blocks(n=32, v=128, h=128, warps=8, stages=3),
     repair=_REPAIR,

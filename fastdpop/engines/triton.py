@@ -20,7 +20,7 @@ This module does without triton; :mod:`.triton_pass` does the work and needs it.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -110,7 +110,7 @@ class TritonEngine:
     def describe(self) -> str:
         """Triton's version, and how it runs."""
         how = " in the interpreter" if _interpreted() else ""
-        return f"Triton {importlib.metadata.version('triton')} kernels{how}"
+        return f"Triton {importlib.import_module('triton').__version__} kernels{how}"
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
         """Log-probs alone: 2 units."""
