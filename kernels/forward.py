@@ -417,9 +417,10 @@ def kept_width(vocabulary: int, of: Config) -> int:
 
 
 def padded_bias(bias: Tensor, of: Config) -> Tensor:
-    """``(V,)`` to whole tiles, 0 outside."""
-    missing = kept_width(len(bias), of) - len(bias)
-    return torch.nn.functional.pad(bias, (0, missing)).contiguous()
+    """A copy of ``(V,)`` in whole tiles, 0 outside: aligned, as the kernels take for granted."""
+    padded = bias.new_zeros(kept_width(len(bias), of))
+    padded[: len(bias)] = bias
+    return padded
 
 
 def target_logit(
@@ -498,6 +499,7 @@ def forward(
     if rows == 0:
         return result
     assert all(aligned(m) for m in (hidden, weight, exp_logits) if m is not None)
+    assert bias is None or bias.data_ptr() % 16 == 0
     quarter = (blocks.n, blocks.v // 4)
     forward_kernel[grid(-(-rows // blocks.n) * tile_count)](
         operand(hidden, (blocks.n, blocks.h), of.use_tma),

@@ -67,13 +67,7 @@ tanh = gluon.jit(tiles.tanh.fn)
 
 def jit(function: Callable[..., Any]) -> Any:
     """:func:`.tiles.jit` for Gluon."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    arguments = [name for name in names if not name.isupper()]
-    return gluon.jit(
-        function,
-        do_not_specialize=arguments,
-        do_not_specialize_on_alignment=arguments,
-    )
+    return tiles.jit(function, gluon.jit)
 
 
 @gluon.jit

@@ -27,8 +27,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` of a kernel that is compiled once for each set of constants.
+def jit(function: Callable[..., Any], compiler: Any = triton.jit) -> Any:
+    """``triton.jit``, or Gluon's, of a kernel that is compiled once for each set of constants.
 
     Triton would compile another variant where a pointer is aligned or a number is 1 or a multiple
     of 16, so in the middle of a training run, when a batch of another size comes by. What kernels
@@ -36,7 +36,7 @@ def jit(function: Callable[..., Any]) -> Any:
     """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     arguments = [name for name in names if not name.isupper()]
-    return triton.jit(
+    return compiler(
         function,
         do_not_specialize=arguments,
         do_not_specialize_on_alignment=arguments,

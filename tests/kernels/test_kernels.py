@@ -412,6 +412,17 @@ def test_tiles_nest() -> None:
         assert of.forward.n <= 128, "targets of a quarter are counted in a byte"
 
 
+@pytest.mark.parametrize("vocabulary", [64, 83])
+def test_bias_is_aligned(vocabulary: int) -> None:
+    """Whole tiles or not, and wherever the caller's own lies."""
+    bias = torch.randn(vocabulary + 1).bfloat16()[1:]
+    padded = forward.padded_bias(bias, config.of("interpreter", torch.bfloat16))
+    assert bias.data_ptr() % 16
+    assert padded.data_ptr() % 16 == 0
+    assert torch.equal(padded[:vocabulary], bias)
+    assert not padded[vocabulary:].any()
+
+
 def test_rocm_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gfx9 reports capability 9, too."""
     target_of = config.target_of.__wrapped__
