@@ -56,10 +56,10 @@ class Softmax:
 
 @triton.jit
 def _log1p(x):
-    """Natural logarithm of ``1 + x``, float64, x >= 0: to float32's precision and better, since the
-    last bit of ``1 + x`` is 2**-52.
+    """Natural logarithm of ``1 + x``, float64, x >= 0, to float32's precision of the result: by its
+    series where ``1 + x`` would leave nothing of x.
     """
-    return tl.log(1.0 + x)
+    return tl.where(x < 2.0**-20, x - 0.5 * x * x, tl.log(1.0 + x))
 
 
 @jit

@@ -194,6 +194,24 @@ def test_kernels_agree_with_plain_torch(dtype: torch.dtype, use_tma: bool, trans
         close(out, times * of_bias, 2e-6)
 
 
+def test_certainty_beyond_the_last_bit_of_one() -> None:
+    """The other tokens' mass, from 0 to what exceeds the target's own by far: log-probs keep
+    float32's relative precision.
+    """
+    mass = torch.cat([torch.zeros(1), torch.logspace(-36, 12, 97)])
+    done = forward.Forward(
+        reference=torch.zeros(len(mass)),
+        tile_sumexp=mass[None],
+        target_logit=torch.zeros(len(mass)),
+        statistics=None,
+        exp_logits=None,
+    )
+    plain = forward.Transform(scale=math.log2(math.e), cap=1.0, softcap=False, slope=1.0)
+    found = combine.combine(done, torch.zeros(len(mass), dtype=torch.int64), plain, 100)
+    want = -torch.log1p(mass.double())
+    assert (found.logps - want).abs().le(2.0**-23 * want.abs()).all()
+
+
 @pytest.mark.parametrize("use_tma", [True, False])
 @pytest.mark.parametrize("active", [0, 1, 16, 20, ROWS])
 def test_rows_that_are_not_wanted(active: int, use_tma: bool) -> None:
