@@ -460,6 +460,23 @@ def target_logit(
     return out
 
 
+def new_results(
+    reference: Tensor, vocabulary: int, of: Config, exp_logits: Tensor | None, statistics: bool
+) -> Forward:
+    """Memory for what a forward product leaves, to be filled in; the last two as for
+    :func:`forward`.
+    """
+    tile_count, rows = -(-vocabulary // of.forward.v), len(reference)
+    new = reference.new_empty
+    return Forward(
+        reference=reference,
+        tile_sumexp=new((tile_count, rows)),
+        target_logit=new(rows),
+        statistics=new((4, tile_count, rows)) if statistics else None,
+        exp_logits=exp_logits,
+    )
+
+
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -487,15 +504,8 @@ def forward(
     blocks = of.forward
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
-    tile_count = -(-vocabulary // blocks.v)
-    new = hidden.new_empty
-    result = Forward(
-        reference=reference,
-        tile_sumexp=new((tile_count, rows), dtype=torch.float32),
-        target_logit=new(rows, dtype=torch.float32),
-        statistics=new((4, tile_count, rows), dtype=torch.float32) if statistics else None,
-        exp_logits=exp_logits,
-    )
+    result = new_results(reference, vocabulary, of, exp_logits, statistics)
+    tile_count = len(result.tile_sumexp)
     if rows == 0:
         return result
     assert all(aligned(m) for m in (hidden, weight, exp_logits) if m is not None)

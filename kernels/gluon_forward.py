@@ -42,7 +42,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import config, tiles
 from .config import Config
-from .forward import SQUARED, Forward, Transform, kept_width
+from .forward import SQUARED, Forward, Transform, kept_width, new_results
 
 STAGES, LAG = 4, 1
 """Stages of the ring, and steps between the consumers' starts: fewer than the stages."""
@@ -507,15 +507,8 @@ def forward(
     """
     rows, width = hidden.shape
     vocabulary = weight.shape[0]
-    tile_count = -(-vocabulary // of.forward.v)
-    new = hidden.new_empty
-    result = Forward(
-        reference=reference,
-        tile_sumexp=new((tile_count, rows), dtype=torch.float32),
-        target_logit=new(rows, dtype=torch.float32),
-        statistics=new((4, tile_count, rows), dtype=torch.float32) if statistics else None,
-        exp_logits=exp_logits,
-    )
+    result = new_results(reference, vocabulary, of, exp_logits, statistics)
+    tile_count = len(result.tile_sumexp)
     if rows == 0:
         return result
     if bias is None and transform.softcap:
