@@ -117,9 +117,9 @@ estimate: kernels-36 ## what the kernels should take on an H100 as triton 3.6 co
 sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 	mkdir -p build/sanitize
 	$(CXX) -std=c++17 -O1 -g -fPIC -shared -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-	  -Wno-maybe-uninitialized -o build/sanitize/_head.so csrc/*.cpp
+	  -Wno-maybe-uninitialized -o build/sanitize/_cpu.so csrc/*.cpp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 FASTDPOP_LIBRARY=build/sanitize/_head.so $(BIN)/python -m pytest tests/engines $(ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 FASTDPOP_LIBRARY=build/sanitize/_cpu.so $(BIN)/python -m pytest tests/engines $(ARGS)
 
 demo: setup ## train a small language model with DPO and with DPOP, and see the difference
 	$(BIN)/fastdpop demo $(ARGS)

@@ -21,7 +21,7 @@ FLAGS = [
 ]
 
 
-class BuildHead(build_ext):
+class BuildKernels(build_ext):
     """Falls back to one thread without OpenMP, and to no library without a compiler."""
 
     def build_extension(self, extension: Extension) -> None:
@@ -40,12 +40,12 @@ class BuildHead(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "fastdpop.engines._head",
+            "fastdpop.engines._cpu",
             sources=[f"csrc/{name}.cpp" for name in SOURCES],
             depends=[*map(str, Path("csrc").glob("*.[hi]*"))],
             language="c++",
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildHead},
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -21,9 +21,9 @@ void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t bus
   Scratch logits(TILE * ROWS), gradient(TILE * step), copy(p.kept ? 1 : TILE * depth),
       rest(TILE * ROWS);
   const Tile rows = p.kept ? Tile{} : weight_rows<PAIRS>(p, token, count, copy.get());
-  if (p.weight_gradient) prefetch_rows(p.weight_gradient + token * p.width, count, p.width, 0);
-  if (p.fresh && p.bias_gradient)
-    std::fill(p.bias_gradient + token, p.bias_gradient + token + count, 0.0f);
+  if (p.dweight) prefetch_rows(p.dweight + token * p.width, count, p.width, 0);
+  if (p.fresh && p.dbias)
+    std::fill(p.dbias + token, p.dbias + token + count, 0.0f);
   const int64_t blocks = (busy + BACKWARD_BLOCK - 1) / BACKWARD_BLOCK;
   for (int64_t block = 0; block < blocks; block++) {
     const bool add = !p.fresh || block > 0;
@@ -34,7 +34,7 @@ void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t bus
       alignas(64) float c[ROWS], lse[ROWS];
       for (int64_t lane = 0; lane < ROWS; lane++) {
         const bool there = panel * ROWS + lane < p.rows;
-        c[lane] = there ? p.coefficients[panel * ROWS + lane] : 0.0f;
+        c[lane] = there ? p.dlogp[panel * ROWS + lane] : 0.0f;
         lse[lane] = there ? p.lse[panel * ROWS + lane] : 0.0f;
       }
       if (!p.kept) {
@@ -65,13 +65,13 @@ void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t bus
         const float at_target = p.softcap ? slope(p, all(logp + p.lse[row]))[0] : p.scale;
         z[here * ROWS + lane] = -c[lane] * std::expm1(logp) * at_target;
       }
-      if (p.bias_gradient)
+      if (p.dbias)
         for (int64_t v = 0; v < count; v++) {
           double sum = 0;
           for (int64_t lane = 0; lane < ROWS; lane++) sum += z[v * ROWS + lane];
-          p.bias_gradient[token + v] += float(sum);
+          p.dbias[token + v] += float(sum);
         }
-      if (!p.weight_gradient) continue;
+      if (!p.dweight) continue;
       for (int64_t v = 0; v < count; v++)
         for (int64_t j = 0; j < VECTORS; j++) {
           const vf g = load(z + v * ROWS + j * LANES);
@@ -82,11 +82,11 @@ void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t bus
             store(reinterpret_cast<float*>(to), g);
         }
     }
-    if (!p.weight_gradient) continue;
+    if (!p.dweight) continue;
     for (int64_t panel = 0; panel < column_panels; panel++) {
       const uint32_t* b = by_column + (panel * all_depth + words<PAIRS>(start * ROWS)) * ROWS;
-      prefetch_rows(p.weight_gradient + token * p.width, count, p.width, (panel + 1) * ROWS);
-      float* to = p.weight_gradient + token * p.width + panel * ROWS;
+      prefetch_rows(p.dweight + token * p.width, count, p.width, (panel + 1) * ROWS);
+      float* to = p.dweight + token * p.width + panel * ROWS;
       if ((panel + 1) * ROWS <= p.width) {
         product<PAIRS>(count, words<PAIRS>(mine * ROWS), gradient.get(), step, 1, b, to, p.width,
                        add);
@@ -109,18 +109,18 @@ void backward_as(const Problem& p) {
   for (int64_t panel = 0; panel < panels_of(p); panel++) {
     bool any = false;
     for (int64_t row = panel * ROWS; row < std::min((panel + 1) * ROWS, p.rows); row++)
-      any |= p.coefficients[row] != 0.0f;
+      any |= p.dlogp[row] != 0.0f;
     if (any) live[size_t(busy++)] = panel;
   }
   const int64_t depth = words<PAIRS>(p.width), column_panels = (p.width + ROWS - 1) / ROWS;
   const int64_t all_depth = words<PAIRS>(busy * ROWS);
   Scratch packed(p.kept ? 1 : busy * depth * ROWS),
-      by_column(p.weight_gradient ? column_panels * all_depth * ROWS : 1);
+      by_column(p.dweight ? column_panels * all_depth * ROWS : 1);
   if (!p.kept)
     parallel(p, busy, [&](int64_t i) {
       pack_rows<PAIRS>(p, live[size_t(i)] * ROWS, packed.get() + i * depth * ROWS);
     });
-  if (p.weight_gradient)
+  if (p.dweight)
     parallel(p, column_panels, [&](int64_t column) {
       uint32_t* to = by_column.get() + column * all_depth * ROWS;
       for (int64_t i = 0; i < busy; i++)

@@ -16,4 +16,4 @@
 #include <omp.h>
 #endif
 
-#include "head.h"
+#include "interface.h"

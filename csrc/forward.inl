@@ -1,14 +1,14 @@
 // The first pass: log-probs, statistics and directions, block of rows by block of rows.
 
 // What a slice of the vocabulary finds for a panel: the fields of Running, lane by lane, the
-// target's logit, and the direction (width, ROWS), without the target's share.
+// target's logit, and the dlogp_dhidden (width, ROWS), without the target's share.
 enum Field { kMax, kSum, kLargest, kWeighted, kTotal, kSquares, kTarget, kFields };
 
 inline int64_t part_size(const Problem& p) {
-  return (kFields + (p.direction ? p.width : 0)) * ROWS;
+  return (kFields + (p.dlogp_dhidden ? p.width : 0)) * ROWS;
 }
 
-// The operand of the direction, token by token: numbers of a panel, or pairs of bfloat16.
+// The operand of the dlogp_dhidden, token by token: numbers of a panel, or pairs of bfloat16.
 template <bool PAIRS>
 inline void put_weights(uint32_t* weights, int64_t v, int64_t count, const vf* e, vf* before) {
   for (int j = 0; j < VECTORS; j++) {
@@ -22,18 +22,18 @@ inline void put_weights(uint32_t* weights, int64_t v, int64_t count, const vf* e
   }
 }
 
-// Whether the direction of a panel is asked for.
+// Whether the dlogp_dhidden of a panel is asked for.
 inline bool wants_direction(const Problem& p, int64_t panel) {
   const int64_t first = panel * ROWS;
-  if (!p.direction || first < p.direction_from || first >= p.direction_to) return false;
+  if (!p.dlogp_dhidden || first < p.dhidden_from || first >= p.dhidden_to) return false;
   bool any = !p.again;
   for (int64_t row = first; p.again && row < std::min(first + ROWS, p.rows); row++)
-    any |= p.coefficients[row] != 0.0f;
+    any |= p.dlogp[row] != 0.0f;
   return any;
 }
 
 // exp(z - lse) of one tile for one panel, as an earlier pass kept it, as the operand of the
-// direction.
+// dlogp_dhidden.
 template <bool PAIRS>
 void recall_tile(const Problem& p, int64_t panel, int64_t count, const uint16_t* kept,
                  const float* kept_max, uint32_t* weights) {
@@ -53,7 +53,7 @@ void recall_tile(const Problem& p, int64_t panel, int64_t count, const uint16_t*
 }
 
 // The logits of one tile for one panel: updates the running softmax, and leaves exp(z - max) (times
-// the slope, under softcap) as the operand of the direction. Returns whether the direction so far
+// the slope, under softcap) as the operand of the dlogp_dhidden. Returns whether the dlogp_dhidden so far
 // must be scaled by `factor`. EXTRA: statistics or softcap are wanted.
 template <bool PAIRS, bool EXTRA>
 bool softmax_tile(const Problem& p, int64_t count, const float* z, Running* running, vf* factor,
@@ -113,7 +113,7 @@ void merge(const Problem& p, float* total, const float* part) {
                                       other_factor * other_factor * other(kSquares));
     // Only the slice that holds the target knows its logit; the others hold 0.
     store(field(total, kTarget), load(field(total, kTarget)) + other(kTarget));
-    if (!p.direction) continue;
+    if (!p.dlogp_dhidden) continue;
     for (int64_t h = 0; h < p.width; h++) {
       float* at = total + (kFields + h) * ROWS + j;
       store(at, factor * load(at) + other_factor * load(part + (kFields + h) * ROWS + j));
@@ -121,7 +121,7 @@ void merge(const Problem& p, float* total, const float* part) {
   }
 }
 
-// The direction of one row, from exp(z - max) @ weight and the sum of exp(z - max); the target's
+// The dlogp_dhidden of one row, from exp(z - max) @ weight and the sum of exp(z - max); the target's
 // own share is exact: near certainty, 1 - p would drown in the rounding of p.
 inline void finish_direction(const Problem& p, int64_t row, double logp, float target, double sum,
                              const float* others) {
@@ -130,7 +130,7 @@ inline void finish_direction(const Problem& p, int64_t row, double logp, float t
       float(-std::expm1(logp)) * (p.softcap ? slope(p, all(target))[0] : p.scale);
   const float of_others = float((p.softcap ? 1.0 : double(p.scale)) / sum);
   for (int64_t h = 0; h < p.width; h++)
-    p.direction[row * p.width + h] =
+    p.dlogp_dhidden[row * p.width + h] =
         of_target * weight.value(p.targets[row] * p.weight_stride + h) -
         of_others * others[h * ROWS];
 }
@@ -173,7 +173,7 @@ inline int64_t panels_in(const Problem& p, int64_t block) {
   return first_panel(p, block + 1) - first_panel(p, block);
 }
 
-// Takes the targets of a panel out of the operand of its direction.
+// Takes the targets of a panel out of the operand of its dlogp_dhidden.
 template <bool PAIRS>
 void without_targets(const Problem& p, int64_t panel, int64_t token, int64_t count,
                      uint32_t* weights) {
@@ -210,7 +210,7 @@ void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_
         any_directed ? weight_columns<PAIRS>(p, rows, count, columns.get()) : Tile{};
     for (int64_t i = 0; i < mine; i++) {
       const int64_t panel = start + i, place = t * panels + panel;
-      float *part = parts + i * part_stride, *direction = part + kFields * ROWS;
+      float *part = parts + i * part_stride, *dlogp_dhidden = part + kFields * ROWS;
       uint16_t* kept = p.kept ? p.kept + place * TILE * ROWS : nullptr;
       float* kept_max = p.kept ? p.kept_max + place * ROWS : nullptr;
       if (t + 1 < last) prefetch_weights(p, token + TILE + TILE * i / mine, TILE / mine);
@@ -236,12 +236,12 @@ void forward_slice(const Problem& p, int64_t block, int64_t slice, const uint32_
         if (moved && t > first)
           for (int64_t h = 0; h < p.width; h++)
             for (int64_t j = 0; j < VECTORS; j++)
-              store(direction + h * ROWS + j * LANES,
-                    factor[j] * load(direction + h * ROWS + j * LANES));
+              store(dlogp_dhidden + h * ROWS + j * LANES,
+                    factor[j] * load(dlogp_dhidden + h * ROWS + j * LANES));
       }
       without_targets<PAIRS>(p, panel, token, count, weights.get());
       product<PAIRS>(p.width, words<PAIRS>(count), by_column.data, 1, by_column.stride,
-                     weights.get(), direction, ROWS, true);
+                     weights.get(), dlogp_dhidden, ROWS, true);
     }
   }
   for (int64_t i = 0; i < mine; i++)

@@ -8,7 +8,7 @@
 // lane, without a horizontal operation.
 //
 //   logits     Z = W_tile . H                 a: W rows            b: hidden (width, ROWS)
-//   direction  D += W_tile^T . P              a: W columns         b: P = exp(Z - m) (tile, ROWS)
+//   dlogp_dhidden  D += W_tile^T . P              a: W columns         b: P = exp(Z - m) (tile, ROWS)
 //   dWeight    dW_tile += G . hidden          a: G (tile, rows)    b: hidden (rows, ROWS columns)
 //
 // All three are `product` below. With bfloat16 dot products a step takes a pair of neighbours in

@@ -2,7 +2,7 @@
 #include <cstring>
 #include <vector>
 
-#include "head.h"
+#include "interface.h"
 
 namespace {
 

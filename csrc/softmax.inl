@@ -22,7 +22,7 @@ inline vf slope(const Problem& p, vf z) {
 
 // Running softmax of one vector of rows. `max` may lag behind the largest logit seen: sums are
 // rescaled only when they would grow by more than exp(STEP), which spares most passes over the
-// direction.
+// dlogp_dhidden.
 constexpr float STEP = 8.0f;
 
 struct Running {

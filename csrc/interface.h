@@ -33,19 +33,19 @@ struct Problem {
   float* mean_logits;     // (rows)
   float* token_accuracy;  // (rows)
   float* aligned_logps;   // (rows)
-  float* direction;       // (rows, width): d logp / d hidden
+  float* dlogp_dhidden;       // (rows, width): d logp / d hidden
   uint16_t* kept;         // exp(z - kept_max) in float16, (tiles, panels, tile, panel rows)
   float* kept_max;        // (tiles, panels * panel rows)
-  // Directions are for panels whose first row is in [direction_from, direction_to) alone. `again`:
-  // only they are, from what an earlier call kept, and only where coefficients are not all 0.
-  int64_t direction_from, direction_to;
+  // dlogp_dhidden is for panels whose first row is in [dhidden_from, dhidden_to) alone. `again`:
+  // only that is, from what an earlier call kept, and only where dlogp is not all 0.
+  int64_t dhidden_from, dhidden_to;
   int32_t again;
 
   // backward
   int32_t fresh;              // the gradients hold nothing yet and are overwritten, else added to
-  const float* coefficients;  // (rows)
-  float* weight_gradient;     // (vocabulary, width)
-  float* bias_gradient;       // (vocabulary)
+  const float* dlogp;  // (rows)
+  float* dweight;     // (vocabulary, width)
+  float* dbias;       // (vocabulary)
 };
 
 // What one instruction set provides.

@@ -1,0 +1,185 @@
+"""The mathematics of whole pairs: from log-probs of rows to a loss, and back to one derivative per
+row.
+
+    logps (N,)  ->  sequence log-probs (S,)  ->  PairLogps (P,)  ->  losses (P,)  ->  their mean
+    dlogp (N,)  <-  dL/ds (S,)               <-  autograd, through a few numbers
+
+Everything between the rows' log-probs and the loss is float64, whatever the lm_head computes in. The
+loss itself is :mod:`fastdpop.losses`'; which row counts for which sequence is :mod:`fastdpop.rows`'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpop.engines.base import PairLossPlan
+from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.rows import Rows, wide_dtype
+
+
+class Totals(NamedTuple):
+    """Whole-batch numbers that a loss may be normalised by; 0-d float tensors."""
+
+    pairs: Tensor
+    sides: Tensor
+    chosen_tokens: Tensor
+
+    @staticmethod
+    def of(rows: Rows) -> Totals:
+        """The totals of a batch."""
+        dtype = wide_dtype(rows.index.device)
+        chosen, present = _side(rows, rows.lengths, 0)
+        return Totals(
+            pairs=present.new_full((), len(rows.pairs), dtype=dtype),
+            sides=(rows.pairs >= 0).sum().to(dtype),
+            chosen_tokens=chosen.sum().to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of a batch of pairs, as a function of log-probs.
+
+    Attributes:
+        rows: the layout of the whole batch, P pairs of S sequences of N rows.
+        function: the loss.
+        totals: those of the batch.
+        ref_logps: ``(2, P)`` reference log-probs of chosen and rejected, float64 or float32, None
+            without a reference; anything, NaN included, where a side is absent.
+        kl: 0-d, KTO's reference point.
+        statistics: the names of the rows' statistics.
+        mean: average over pairs instead of summing.
+    """
+
+    rows: Rows
+    function: PreferenceLoss
+    totals: Totals
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    statistics: tuple[str, ...] = ()
+    mean: bool = True
+
+    @property
+    def share(self) -> float:
+        """Factor of a pair's loss in the total."""
+        return 1.0 / len(self.rows.pairs) if self.mean else 1.0
+
+    def pairs(self, sequence_logps: Tensor, statistics: Tensor) -> PairLogps:
+        """What the loss reads, of all pairs, from ``(S,)`` log-probs and ``(K, N)`` row
+        statistics; differentiable.
+        """
+        return self._pairs(self.rows, sequence_logps, statistics, self.ref_logps)
+
+    def total(self, sequence_logps: Tensor, statistics: Tensor) -> Tensor:
+        """The loss of the batch, 0-d."""
+        return self.function(self.pairs(sequence_logps, statistics)).sum() * self.share
+
+    def dlogp(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
+        """The derivatives of the loss with respect to the log-probs ``(n,)`` of the rows of groups
+        ``first`` to ``last - 1``; ``(n,)`` float64. See
+        :class:`~fastdpop.engines.base.GroupLoss`.
+        """
+        part = self.rows.part(first, last)
+        own = self.rows.order[self.rows.groups[2, first] : self.rows.groups[2, last]]
+        ref_logps = None if self.ref_logps is None else self.ref_logps[:, own]
+        sums = part.sum_per_sequence(logps).requires_grad_()
+        total = self.function(self._pairs(part, sums, statistics, ref_logps)).sum() * self.share
+        # A loss may ignore the policy altogether.
+        found = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
+        return part.sum_per_row(found.detach())
+
+    def plan(self) -> PairLossPlan | None:
+        """The loss in plain numbers, if every group is one pair with two sides and unweighted
+        tokens.
+        """
+        if self.ref_logps is None or self.rows.weights is not None:
+            return None
+        if not dataclasses.is_dataclass(self.function) or not self.rows.one_pair_per_group():
+            return None
+        options = dataclasses.fields(self.function)
+        wide = wide_dtype(self.ref_logps.device)
+        return PairLossPlan(
+            offsets=self.rows.offsets,
+            order=self.rows.order,
+            ref_logps=self.ref_logps.to(wide).contiguous(),
+            rounded=self.ref_logps.dtype != wide,
+            loss=type(self.function).__name__,
+            options={f.name: getattr(self.function, f.name) for f in options},
+            share=self.share,
+        )
+
+    def _pairs(
+        self, part: Rows, sequence_logps: Tensor, statistics: Tensor, ref_logps: Tensor | None
+    ) -> PairLogps:
+        """The same for a part of the batch, whose reference log-probs are `ref_logps`."""
+        aligned = None
+        if "aligned_logps" in self.statistics:
+            line = statistics[self.statistics.index("aligned_logps")]
+            aligned = part.unweighted().sum_per_sequence(line)
+        return pair_logps(
+            part,
+            sequence_logps,
+            self.totals,
+            ref_logps=ref_logps,
+            aligned=aligned,
+            kl=self.kl,
+        )
+
+
+def pair_logps(
+    rows: Rows,
+    sequence_logps: Tensor,
+    totals: Totals,
+    *,
+    ref_logps: Tensor | None = None,
+    aligned: Tensor | None = None,
+    kl: Tensor | None = None,
+) -> PairLogps:
+    """Gather the two sides of every pair.
+
+    Args:
+        rows: the layout, with P pairs of S sequences.
+        sequence_logps: ``(S,)`` policy log-probs, differentiable.
+        totals: those of the whole batch, of which `rows` may be a part.
+        ref_logps: ``(2, P)`` reference log-probs of chosen and rejected.
+        aligned: ``(S,)`` token sums of the `aligned_logps` statistic.
+        kl: 0-d, KTO's reference point.
+    """
+    chosen, chosen_present = _side(rows, sequence_logps, 0)
+    rejected, rejected_present = _side(rows, sequence_logps, 1)
+    dtype = sequence_logps.dtype
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_lengths=_side(rows, rows.lengths, 0)[0].to(dtype),
+        rejected_lengths=_side(rows, rows.lengths, 1)[0].to(dtype),
+        ref_chosen=None if ref_chosen is None else _masked(ref_chosen, chosen_present),
+        ref_rejected=None if ref_rejected is None else _masked(ref_rejected, rejected_present),
+        chosen_aligned_logps=None if aligned is None else _side(rows, aligned, 0)[0],
+        rejected_aligned_logps=None if aligned is None else _side(rows, aligned, 1)[0],
+        chosen_present=chosen_present,
+        rejected_present=rejected_present,
+        kl=None if kl is None else kl.to(dtype),
+        batch_pairs=totals.pairs,
+        batch_sides=totals.sides,
+        batch_chosen_tokens=totals.chosen_tokens,
+    )
+
+
+def _side(rows: Rows, sequence_values: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """One side of every pair, 0 where it is absent, and a mask of where it is present."""
+    sequence = rows.pairs[:, side]
+    present = sequence >= 0
+    values = sequence_values[sequence.clamp_min(0)]
+    return _masked(values, present), present
+
+
+def _masked(values: Tensor, present: Tensor) -> Tensor:
+    """The values, 0 where a side is absent (a product would leave NaN and infinity there)."""
+    return torch.where(present, values, torch.zeros_like(values))
