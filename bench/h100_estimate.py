@@ -213,8 +213,8 @@ def plan(rows: int, vocabulary: int, width: int, workspace: int) -> int:
     """
     from fastdpop.engines import Problem
     from fastdpop.engines.triton_pass import Pass
-    from fastdpop.head import Head
     from fastdpop.kernels import config
+    from fastdpop.transform import LogitTransform
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -225,7 +225,7 @@ def plan(rows: int, vocabulary: int, width: int, workspace: int) -> int:
         bias=None,
         targets=meta(rows, dtype=torch.int64),
         groups=list(range(0, rows + 1, PAIR)),
-        head=Head(),
+        transform=LogitTransform(),
         compute_dtype=torch.bfloat16,
         workspace_bytes=workspace,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdpop import losses, reference
+from fastdpop import losses, naive
 
 MODES = ("trained head", "frozen head", "log-probs only")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -77,7 +77,7 @@ class Loss:
     def of_logps(self, logps: Tensor, ref_logps: Tensor) -> Tensor:
         """In plain torch, for ``(2P,)`` log-probs, chosen first; the mean over pairs."""
         if self.name == "dpop":
-            return reference.dpop_loss(logps, ref_logps, **self.options())
+            return naive.dpop_loss(logps, ref_logps, **self.options())
         chosen, rejected = (logps - ref_logps).chunk(2)
         return -torch.nn.functional.logsigmoid(self.beta * (chosen - rejected)).mean()
 

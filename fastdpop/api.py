@@ -6,21 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdpop import checks, engines, losses, ops
-from fastdpop.engines.base import Wanted, default_workspace
-from fastdpop.head import Head
+from fastdpop.engines.base import NO_GRAD, NeedsGrad, default_workspace
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.output import PreferenceOutput
-from fastdpop.pairing import Totals, pair_logps
-from fastdpop.rows import Rows
+from fastdpop.pair_loss import PairLoss, Totals
+from fastdpop.rows import Rows, default_pairs
+from fastdpop.spec import Spec
+from fastdpop.transform import LogitTransform
 
 Pairs = Tensor | Sequence[Sequence[int]]
 RefLogps = Tensor | Sequence[Tensor]
+Loss = str | PreferenceLoss | Callable[[PairLogps], Tensor]
 
 LOGGED = ("entropy", "mean_logits", "token_accuracy")
 """Statistics that a caller may ask for."""
@@ -68,12 +70,11 @@ def fused_dpop_loss(
 
     Everything else is as in :func:`fused_preference_loss`.
     """
-    loss = losses.get("dpop", beta=beta, lam=lam, form=form, label_smoothing=label_smoothing)
     return fused_preference_loss(
         hidden,
         weight,
         labels,
-        loss=loss,
+        loss=losses.get("dpop", beta=beta, lam=lam, form=form, label_smoothing=label_smoothing),
         ref_logps=ref_logps,
         ref_hidden=ref_hidden,
         ref_weight=ref_weight,
@@ -98,7 +99,7 @@ def fused_preference_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    loss: str | PreferenceLoss | Callable[[PairLogps], Tensor] = "dpop",
+    loss: Loss = "dpop",
     ref_logps: RefLogps | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
@@ -120,120 +121,46 @@ def fused_preference_loss(
     """Any preference loss, from hidden states to loss and gradients.
 
     Args:
-        hidden: last hidden states, after the final norm: ``(S, T, H)``, or packed ``(positions,
-            H)`` with `cu_seqlens`. Without `pairs`, S = 2B and the B chosen sequences come first.
-            float64, float32, bfloat16 or float16.
-        weight: ``(V, H)`` lm_head weight, in the dtype of `hidden` (under autocast, any).
-        labels: ``(S, T)`` or ``(positions,)`` int64, aligned with the input ids as in Hugging Face;
-            -100 is not scored.
-        loss: a name (:func:`fastdpop.losses.available`), a loss (:func:`fastdpop.losses.get`), or a
-            function of :class:`~fastdpop.losses.PairLogps` (see :func:`fastdpop.losses.pairwise`).
-        ref_logps: the reference's summed log-probs: ``(chosen, rejected)``, each ``(P,)``, or one
-            ``(S,)`` tensor. For a loss with LD-DPO's token weights they must be weighted alike
-            (`ld_alpha` of :func:`fused_logps`).
-        ref_hidden: the reference's hidden states instead, shaped as `hidden` up to H; scored in
-            this call, without gradients.
-        ref_weight, ref_bias: the reference's head; the policy's, without gradients, when
-            `ref_weight` is None.
-        kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read
-            it.
-        bias: ``(V,)`` lm_head bias.
+        hidden: last hidden states, after the final norm: ``(S, T, H)``, or packed ``(positions, H)`` with `cu_seqlens`.
+            Without `pairs`, S = 2B and the B chosen sequences come first. float64, float32, bfloat16 or float16.
+        weight: ``(V, H)`` lm_head weight, in the dtype of `hidden` (under autocast, any); bias: ``(V,)``.
+        labels: ``(S, T)`` or ``(positions,)`` int64, aligned with the input ids as in Hugging Face; -100 is not scored.
+        loss: a name (:func:`fastdpop.losses.available`), a loss (:func:`fastdpop.losses.get`), or a function of
+            :class:`~fastdpop.losses.PairLogps` (see :func:`fastdpop.losses.pairwise`).
+        ref_logps: the reference's summed log-probs: ``(chosen, rejected)``, each ``(P,)``, or one ``(S,)`` tensor. In
+            float64 they are compared with unrounded ones of the policy, in float32 with ones rounded alike. For a loss
+            with LD-DPO's token weights they must be weighted alike (`ld_alpha` of :func:`fused_logps`).
+        ref_hidden: the reference's hidden states instead, shaped as `hidden` up to H; scored in this call, without
+            gradients, through `ref_weight` and `ref_bias`, or through the policy's lm_head where those are None.
+        kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read it.
         cu_seqlens: ``(S + 1,)`` bounds of the packed sequences, from 0 to the number of positions.
-            Labels never cross them.
-        softcap, logit_scale, temperature: see :class:`fastdpop.head.Head`.
-        pairs: ``(P, 2)`` indices of chosen and rejected sequence; by default the first half against
-            the second. A sequence may serve several pairs and is scored once; one that no pair uses
-            is not scored. -1 stands for a side that does not exist, for losses that take unpaired
-            data (KTO).
-        shift_labels: the hidden state at t predicts the label at t + 1. False: labels are already
-            shifted.
-        reduction: ``"mean"`` or ``"sum"`` over pairs, or ``"none"``: a ``(P,)`` loss, which costs a
-            trained head 8 units, not 6.
+        softcap, logit_scale, temperature: see :class:`fastdpop.transform.LogitTransform`.
+        pairs: ``(P, 2)`` indices of chosen and rejected sequence; by default the first half against the second. A
+            sequence may serve several pairs and is scored once; one that no pair uses is not scored. -1 stands for a
+            side that does not exist, for losses that take unpaired data (KTO).
+        shift_labels: the hidden state at t predicts the label at t + 1. False: labels are already shifted.
+        reduction: ``"mean"`` or ``"sum"`` over pairs, or ``"none"``: a ``(P,)`` loss, which costs a trained lm_head 4
+            matrix products, not 3.
         engine: ``"auto"`` or a name in :func:`fastdpop.engines.available`.
-        workspace_bytes: bound on scratch memory, gradients and the copied rows ``(N, H)`` excluded;
-            512 MiB by default, on a GPU a sixteenth of its memory if that is more. A pair whose
-            logits do not fit is computed in pieces, twice.
-        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the
-            same pass.
+        workspace_bytes: bound on scratch memory, gradients and the copied rows ``(N, H)`` excluded; 512 MiB by default,
+            on a GPU a sixteenth of its memory if that is more. A pair beyond it is computed in pieces, twice.
+        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass.
         check_finite: raise if the loss is not finite (waits for the device).
 
     Returns:
-        :class:`PreferenceOutput`; `loss` is differentiable in hidden, weight and bias.
+        :class:`PreferenceOutput`; `loss` is differentiable, once, in hidden, weight and bias.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or value is not as described; the message
-            names it.
-        TypeError: an argument is of the wrong type.
+        ValueError, TypeError: an argument is not as described; the message names it, its value and what was expected.
+        NotImplementedError: a transform of torch.func, or forward-mode differentiation.
         FloatingPointError: `check_finite` is set and the loss is not finite.
     """
-    function = losses.as_loss(loss)
-    traits = function.traits
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    checks.flag("shift_labels", shift_labels)
-    checks.flag("check_finite", check_finite)
-    checks.statistics(statistics, LOGGED)
-    call = _Call.of(
-        hidden,
-        weight,
-        labels,
-        bias,
-        cu_seqlens,
-        Head(softcap, logit_scale, temperature),
-        engine,
-        workspace_bytes,
-    )
-    count = call.sequences
-    sides = checks.pairs(pairs, count, traits.accepts_unpaired, hidden.device)
-    checks.reference(ref_logps, ref_hidden, ref_weight, ref_bias, traits.needs_reference)
-    if kl is not None:
-        checks.kl(kl, traits.uses_kl, hidden.device)
-        kl = kl.detach().to(call.result_dtype)
-
-    rows = call.rows(labels, sides, shift_labels, ld_alpha=traits.ld_alpha)
-    given = sides if sides is not None else _halves(count, hidden.device)
-    reference = None
-    if ref_hidden is not None:
-        ref_call = call.for_reference(ref_hidden, ref_weight, ref_bias, hidden)
-        with torch.no_grad():
-            ref_sums = rows.sums(ref_call.row_logps(rows, ())[0])
-        reference = _by_pair(ref_sums, rows.pairs)
-    elif ref_logps is not None:
-        by_pair = traits.ld_alpha is not None and sides is not None
-        reference = checks.ref_logps(ref_logps, given, count, by_pair, hidden.device)
-
-    names = tuple(dict.fromkeys((*statistics, *traits.statistics)))
-    wanted = call.wanted
-    coupled = traits.couples_pairs or (traits.couples_pairs_without_kl and kl is None)
-    if (wanted.weight or wanted.bias) and not coupled and reduction != "none":
-        total, sums, found = call.pair_loss(
-            rows, reference, kl, function, reduction == "mean", names
-        )
-        total_losses = None
-    else:
-        row_logps, found = call.row_logps(rows, names)
-        sums = rows.sums(row_logps)
-        batch = _pairs(rows, sums, found, names, reference, kl)
-        total_losses = function(batch)
-        total = total_losses
-        if reduction != "none":
-            total = total_losses.mean() if reduction == "mean" else total_losses.sum()
-    with torch.no_grad():
-        batch = _pairs(rows, sums.detach(), found, names, reference, kl)
-        values = function(batch) if total_losses is None else total_losses.detach()
-        output = _output(total, values, batch, function, rows, found, names, statistics, count)
-    if check_finite:
-        checks.finite(
-            output.loss,
-            hidden=hidden,
-            weight=weight,
-            bias=bias,
-            ref_hidden=ref_hidden,
-            ref_weight=ref_weight,
-            ref_bias=ref_bias,
-            ref_logps=None if ref_logps is None else reference,
-            kl=kl,
-        )
-    return output
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    head = _Head(weight, bias, transform, engine, workspace_bytes)
+    reference = _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl)
+    batch = _Batch(hidden, labels, cu_seqlens, shift_labels)
+    options = _Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite)
+    return _preference_loss(batch, head, reference, options)
 
 
 def fused_logps(
@@ -252,244 +179,323 @@ def fused_logps(
     ld_alpha: float | None = None,
     engine: str = "auto",
     workspace_bytes: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Differentiable log-probabilities of the labels, for anything that has no loss here.
 
     Args:
-        reduction: ``"sequence"``: weighted sums, ``(S,)``; ``"token"``: one value a label, shaped
+        reduction: ``"sequence"``: weighted sums, ``(S,)``; ``"token"``: one value per label, shaped
             as `labels`, 0 where not scored.
         token_weights: weight of every label in its sequence's sum, shaped as `labels`; not
             differentiable.
         ld_alpha: LD-DPO's weight, in [0, 1], of the tokens past the length of the shorter of
             sequences i and i + S / 2.
+        dtype: of the result. ``torch.float64`` leaves a sequence's sum unrounded, for a reference
+            that is compared with an unrounded policy: see `ref_logps`.
 
-    The others are as in :func:`fused_preference_loss`. Costs 2 units without gradients, 4 with a
-    frozen head and 8 with a trained one, whose loss cannot be known here.
+    The others are as in :func:`fused_preference_loss`. Costs 1 matrix product without gradients, 2
+    with a frozen lm_head and 4 with a trained one, whose loss cannot be known here.
 
     Returns:
-        float32, or float64 for float64 inputs.
+        float32, or float64 for float64 inputs or if `dtype` says so.
 
     Raises:
-        ValueError, TypeError: as in :func:`fused_preference_loss`.
+        ValueError, TypeError, NotImplementedError: as in :func:`fused_preference_loss`.
     """
     checks.choice("reduction", reduction, ("sequence", "token"))
-    checks.flag("shift_labels", shift_labels)
-    call = _Call.of(
-        hidden,
-        weight,
-        labels,
-        bias,
-        cu_seqlens,
-        Head(softcap, logit_scale, temperature),
-        engine,
-        workspace_bytes,
+    checks.choice("dtype", dtype, (torch.float32, torch.float64))
+    transform = LogitTransform(softcap, logit_scale, temperature)
+    batch = _Batch(hidden, labels, cu_seqlens, shift_labels)
+    batch.check()
+    call = _Call.of(hidden, _Head(weight, bias, transform, engine, workspace_bytes))
+    checks.weighting(token_weights, ld_alpha, labels, batch.sequences, reduction)
+    rows = batch.rows(
+        len(weight),
+        default_pairs(batch.sequences, labels.device),
+        keep_unpaired=True,
+        token_weights=token_weights,
+        ld_alpha=ld_alpha,
     )
-    checks.weighting(token_weights, ld_alpha, labels, call.sequences, reduction)
-    rows = call.rows(labels, None, shift_labels, token_weights=token_weights, ld_alpha=ld_alpha)
     logps, _ = call.row_logps(rows, ())
     if reduction == "token":
-        flat = logps.new_zeros(labels.numel())
-        return flat.index_put((rows.index + int(shift_labels),), logps).reshape(labels.shape)
-    sums = rows.sums(logps)
+        values = logps[rows.members].to(torch.promote_types(logps.dtype, dtype))
+        flat = values.new_zeros(labels.numel())
+        return flat.index_put((rows.label_index,), values).reshape(labels.shape)
+    sums = rows.sum_per_sequence(logps).to(torch.promote_types(logps.dtype, dtype))
     return torch.zeros_like(sums).index_put((rows.inputs,), sums)
+
+
+class _Head(NamedTuple):
+    """An lm_head, and how products with it are computed, as the caller gave them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+    engine: str
+    workspace_bytes: int | None
+
+
+class _Reference(NamedTuple):
+    """What a caller gave of the reference."""
+
+    logps: RefLogps | None
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    kl: Tensor | None
+
+    def check(self, needed: bool) -> None:
+        """One source of log-probs where they are needed."""
+        checks.reference(self.logps, self.hidden, self.weight, self.bias, needed)
+
+
+class _Options(NamedTuple):
+    """What a caller wants to be computed."""
+
+    loss: PreferenceLoss
+    pairs: Pairs | None
+    reduction: str
+    statistics: Sequence[str]
+    check_finite: bool
+
+    def check(self) -> None:
+        """Values among those that exist."""
+        checks.choice("reduction", self.reduction, ("mean", "sum", "none"))
+        checks.statistics(self.statistics, LOGGED)
+        checks.flag("check_finite", self.check_finite)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics that are logged or that the loss reads."""
+        return tuple(dict.fromkeys((*self.statistics, *self.loss.traits.statistics)))
+
+
+class _Batch(NamedTuple):
+    """Sequences as the caller laid them out."""
+
+    hidden: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    shift: bool
+
+    def check(self) -> None:
+        """Hidden states and labels fit together."""
+        checks.flag("shift_labels", self.shift)
+        checks.batch(self.hidden, self.labels, self.cu_seqlens)
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return len(self.labels) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def rows(
+        self,
+        vocab_size: int,
+        pairs: Tensor,
+        *,
+        keep_unpaired: bool = False,
+        token_weights: Tensor | None = None,
+        ld_alpha: float | None = None,
+    ) -> Rows:
+        """The scored tokens."""
+        tensors = ops.rows_from_labels(
+            self.labels,
+            vocab_size,
+            pairs,
+            self.cu_seqlens,
+            self.shift,
+            keep_unpaired,
+            token_weights,
+            ld_alpha,
+        )
+        weighted = token_weights is not None or ld_alpha is not None
+        return Rows.of_tensors(tensors, weighted=weighted)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One head and the hidden states that go through it, checked."""
+    """Hidden states and the lm_head that they go through, checked."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    cu_seqlens: Tensor | None
-    sequences: int
-    head: Head
-    compute_dtype: torch.dtype
-    wanted_engine: str
-    engine: str
-    workspace_bytes: int
+    spec: Spec
 
     @staticmethod
-    def of(
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        cu_seqlens: Tensor | None,
-        head: Head,
-        engine: str,
-        workspace_bytes: int | None,
-    ) -> _Call:
-        sequences = checks.batch(hidden, labels, cu_seqlens)
-        checks.projection(hidden, weight, bias)
-        compute_dtype = checks.compute_dtype(hidden, weight, bias)
+    def of(hidden: Tensor, head: _Head, prefix: str = "") -> _Call:
+        weight, bias = head.weight, head.bias
+        checks.projection(hidden, weight, bias, prefix)
+        checks.no_transform(hidden, weight, bias)
+        compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix)
+        needs_grad = NO_GRAD
+        if torch.is_grad_enabled():
+            of_bias = bias is not None and bias.requires_grad
+            needs_grad = NeedsGrad(hidden.requires_grad, weight.requires_grad, of_bias)
         return _Call(
             hidden=hidden.reshape(-1, hidden.shape[-1]),
             weight=weight,
             bias=bias,
-            cu_seqlens=cu_seqlens,
-            sequences=sequences,
-            head=head,
-            compute_dtype=compute_dtype,
-            wanted_engine=engine,
-            engine=engines.choose(engine, hidden.device, compute_dtype),
-            workspace_bytes=checks.workspace(workspace_bytes, default_workspace(hidden.device)),
+            spec=Spec(
+                transform=head.transform,
+                compute_dtype=compute_dtype,
+                workspace_bytes=checks.workspace(
+                    head.workspace_bytes, default_workspace(hidden.device)
+                ),
+                engine=engines.choose(head.engine, hidden.device, compute_dtype),
+                needs_grad=needs_grad,
+            ),
         )
-
-    def for_reference(
-        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, policy_hidden: Tensor
-    ) -> _Call:
-        """The same rows through the reference's hidden states and head."""
-        checks.like("ref_hidden", hidden, "hidden", policy_hidden)
-        if weight is None:
-            weight, bias = self.weight, self.bias
-        checks.projection(hidden, weight, bias, prefix="ref_")
-        checks.same_vocabulary(weight, self.weight)
-        compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix="ref_")
-        return replace(
-            self,
-            hidden=hidden.reshape(-1, hidden.shape[-1]),
-            weight=weight,
-            bias=bias,
-            compute_dtype=compute_dtype,
-            engine=engines.choose(self.wanted_engine, hidden.device, compute_dtype),
-        )
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
-
-    @property
-    def wanted(self) -> Wanted:
-        """The gradients that autograd will ask for."""
-        if not torch.is_grad_enabled():
-            return Wanted(False, False, False)
-        return Wanted(
-            self.hidden.requires_grad,
-            self.weight.requires_grad,
-            self.bias is not None and self.bias.requires_grad,
-        )
-
-    def rows(
-        self,
-        labels: Tensor,
-        pairs: Tensor | None,
-        shift: bool,
-        *,
-        token_weights: Tensor | None = None,
-        ld_alpha: float | None = None,
-    ) -> Rows:
-        tensors = ops.lay_out(
-            labels, self.weight.shape[0], self.cu_seqlens, pairs, shift, token_weights, ld_alpha
-        )
-        return ops.rows_from(
-            tensors,
-            members=ld_alpha is not None,
-            weights=token_weights is not None or ld_alpha is not None,
-        )
-
-    def _options(self) -> tuple[list[float], torch.dtype, int, str]:
-        return ops.head_numbers(self.head), self.compute_dtype, self.workspace_bytes, self.engine
 
     def row_logps(self, rows: Rows, statistics: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Log-probs ``(N,)``, differentiable, and statistics ``(K, N)``."""
-        wanted = self.wanted
         logps, _, found, _ = ops.row_logps(
             self.hidden.index_select(0, rows.index),
             self.weight,
             self.bias,
             rows.targets,
             rows.groups[0],
-            *self._options(),
-            ",".join(statistics),
-            wanted.hidden and not (wanted.weight or wanted.bias),
+            replace(self.spec, statistics=statistics).text(),
         )
         return logps, found.detach()
 
-    def pair_loss(
-        self,
-        rows: Rows,
-        reference: Tensor | None,
-        kl: Tensor | None,
-        loss: PreferenceLoss,
-        mean: bool,
-        statistics: tuple[str, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pair_loss(self, loss: PairLoss) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, differentiable; sequence log-probs ``(S,)`` and statistics ``(K, N)``, detached."""
+        spec = replace(
+            self.spec,
+            statistics=loss.statistics,
+            reduction="mean" if loss.mean else "sum",
+            loss=losses.key_of(loss.function),
+        )
         total, sums, found, *_ = ops.pair_loss(
-            self.hidden.index_select(0, rows.index),
+            self.hidden.index_select(0, loss.rows.index),
             self.weight,
             self.bias,
-            ops.rows_to(rows),
-            reference,
-            kl,
-            losses.key_of(loss),
-            mean,
-            list(self.wanted),
-            *self._options(),
-            ",".join(statistics),
+            loss.rows.tensors(),
+            loss.ref_logps,
+            loss.kl,
+            spec.text(),
         )
         return total, sums.detach(), found.detach()
 
 
-def _halves(sequences: int, device: torch.device) -> Tensor:
-    half = torch.arange(sequences // 2, device=device)
-    return torch.stack([half, half + sequences // 2], dim=1)
+def _preference_loss(
+    batch: _Batch, head: _Head, reference: _Reference, options: _Options
+) -> PreferenceOutput:
+    """:func:`fused_preference_loss`."""
+    traits, kl = options.loss.traits, reference.kl
+    options.check()
+    batch.check()
+    count, device = batch.sequences, batch.hidden.device
+    call = _Call.of(batch.hidden, head)
+    pairs = checks.pairs(options.pairs, count, traits.accepts_unpaired, device)
+    if pairs is None:
+        pairs = default_pairs(count, device)
+    reference.check(traits.needs_reference)
+    if kl is not None:
+        checks.kl(kl, traits.uses_kl, device)
 
-
-def _by_pair(sequence_values: Tensor, pairs: Tensor) -> Tensor:
-    """``(S,)`` values as ``(2, P)``, arbitrary where a side is absent."""
-    return sequence_values[pairs.clamp_min(0)].T.contiguous()
-
-
-def _pairs(
-    rows: Rows,
-    sums: Tensor,
-    found: Tensor,
-    names: tuple[str, ...],
-    reference: Tensor | None,
-    kl: Tensor | None,
-) -> PairLogps:
-    aligned = None
-    if "aligned_logps" in names:
-        aligned = rows.unweighted().sums(found[names.index("aligned_logps")])
-    return pair_logps(
-        rows, sums, Totals.of(rows, sums.dtype), reference=reference, aligned=aligned, kl=kl
+    rows = batch.rows(len(head.weight), pairs, ld_alpha=traits.ld_alpha)
+    by_pair = traits.ld_alpha is not None and options.pairs is not None
+    loss = PairLoss(
+        rows,
+        options.loss,
+        Totals.of(rows),
+        ref_logps=_ref_logps(reference, batch, head, rows, pairs, by_pair),
+        kl=None if kl is None else kl.detach(),
+        statistics=options.names,
+        mean=options.reduction == "mean",
     )
+    coupled = traits.couples_pairs or (traits.couples_pairs_without_kl and kl is None)
+    if call.spec.needs_grad.lm_head and not coupled and options.reduction != "none":
+        # The loss of a pair is known as soon as its log-probs are: one pass.
+        total, sums, found = call.pair_loss(loss)
+        with torch.no_grad():
+            values = options.loss(loss.pairs(sums, found))
+    else:
+        row_logps, found = call.row_logps(rows, loss.statistics)
+        sums = rows.sum_per_sequence(row_logps)
+        values = options.loss(loss.pairs(sums, found))
+        total = values
+        if options.reduction != "none":
+            total = values.mean() if options.reduction == "mean" else values.sum()
+    total = total.to(call.spec.result_dtype)
+    with torch.no_grad():
+        output = _output(total, values.detach(), sums.detach(), found, loss, options, count)
+    if options.check_finite:
+        checks.finite(
+            output.loss,
+            hidden=batch.hidden,
+            weight=head.weight,
+            bias=head.bias,
+            ref_hidden=reference.hidden,
+            ref_weight=reference.weight,
+            ref_bias=reference.bias,
+            ref_logps=None if reference.logps is None else loss.ref_logps,
+            kl=kl,
+        )
+    return output
+
+
+def _ref_logps(
+    reference: _Reference, batch: _Batch, head: _Head, rows: Rows, pairs: Tensor, by_pair: bool
+) -> Tensor | None:
+    """The reference's log-probs ``(2, P)``, arbitrary where a side is absent; None without one."""
+    if reference.hidden is None:
+        if reference.logps is None:
+            return None
+        given = checks.ref_logps(reference.logps, pairs, batch.sequences, by_pair)
+        # Beside float64 log-probs of rows, none of whose sums is ever rounded.
+        return given.double() if batch.hidden.dtype == torch.float64 else given
+    checks.like("ref_hidden", reference.hidden, "hidden", batch.hidden)
+    if reference.weight is not None:
+        own = head.weight
+        head = head._replace(weight=reference.weight, bias=reference.bias)
+        checks.projection(reference.hidden, head.weight, head.bias, prefix="ref_")
+        checks.same_vocabulary(head.weight, own)
+    with torch.no_grad():
+        logps, _ = _Call.of(reference.hidden, head, "ref_").row_logps(rows, ())
+        sums = rows.sum_per_sequence(logps)
+    return sums[rows.pairs.clamp_min(0)].T.contiguous()
 
 
 def _output(
     total: Tensor,
     values: Tensor,
-    pairs: PairLogps,
-    loss: PreferenceLoss,
-    rows: Rows,
+    sums: Tensor,
     found: Tensor,
-    names: tuple[str, ...],
-    statistics: Sequence[str],
+    loss: PairLoss,
+    options: _Options,
     sequences: int,
 ) -> PreferenceOutput:
-    chosen_rewards, rejected_rewards = loss.rewards(pairs)
+    """Everything that is returned, in the result dtype, from the log-probs ``(S,)`` of the layout's
+    sequences and the statistics ``(K, N)`` of its rows.
+    """
+    pairs, rows, dtype = loss.pairs(sums, found), loss.rows, total.dtype
+    chosen_rewards, rejected_rewards = loss.function.rewards(pairs)
     chosen_rewards = chosen_rewards * pairs.chosen_present
     rejected_rewards = rejected_rewards * pairs.rejected_present
     both = pairs.chosen_present & pairs.rejected_present
     margins = chosen_rewards - rejected_rewards
-    plain = rows.unweighted()
+    accuracy = ((margins > 0) & both).sum() / both.sum().clamp_min(1).to(dtype)
+    penalty = None
+    if pairs.ref_chosen is not None:
+        penalty = (-pairs.chosen_logratios).relu().to(dtype)
     lengths = rows.lengths.new_zeros(sequences).index_put((rows.inputs,), rows.lengths)
     means: dict[str, Any] = {}
-    for name in statistics:
-        mean = plain.sums(found[names.index(name)]) / rows.lengths.clamp_min(1)
-        means[name] = mean.new_zeros(sequences).index_put((rows.inputs,), mean.to(values.dtype))
+    for name in options.statistics:
+        line = found[loss.statistics.index(name)]
+        mean = rows.unweighted().sum_per_sequence(line) / rows.lengths.clamp_min(1)
+        means[name] = line.new_zeros(sequences).index_put((rows.inputs,), mean.to(dtype))
     return PreferenceOutput(
         loss=total,
-        losses=values,
-        chosen_logps=pairs.chosen,
-        rejected_logps=pairs.rejected,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
-        margins=margins,
-        accuracy=((margins > 0) & both).sum() / both.sum().clamp_min(1).to(margins.dtype),
-        penalty=None if pairs.ref_chosen is None else (pairs.ref_chosen - pairs.chosen).relu(),
+        losses=values.to(dtype),
+        chosen_logps=pairs.chosen.to(dtype),
+        rejected_logps=pairs.rejected.to(dtype),
+        chosen_rewards=chosen_rewards.to(dtype),
+        rejected_rewards=rejected_rewards.to(dtype),
+        margins=margins.to(dtype),
+        accuracy=accuracy,
+        penalty=penalty,
         lengths=lengths,
         **means,
     )

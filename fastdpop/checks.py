@@ -41,7 +41,7 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}, expected True or False")
 
 
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, expected one of {tuple(allowed)}")
@@ -58,8 +58,31 @@ def statistics(names: object, allowed: Sequence[str]) -> None:
             raise ValueError(f"statistics contains {name!r}, expected names among {tuple(allowed)}")
 
 
-def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Hidden states, labels and bounds fit together; returns the number of sequences."""
+def no_transform(*tensors: Tensor | None) -> None:
+    """Backward mode, and no transform of torch.func around the call.
+
+    The operators would take the latter for plain tensors, and give forward-mode derivatives of 0.
+    """
+    if torch.compiler.is_compiling():
+        return  # an operator without a rule stops the compiler
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch._C._functorch.peek_interpreter_stack() is not None or any(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given
+    ):
+        raise NotImplementedError(
+            "fastdpop does not work inside torch.func (grad, vjp, jvp, jacrev, hessian, vmap): call "
+            "loss.backward() or torch.autograd.grad on its result; for second derivatives and "
+            "Jacobians, fastdpop.naive has the same log-probs in plain torch"
+        )
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise NotImplementedError(
+            "fastdpop has no forward-mode derivatives: use loss.backward() or torch.autograd.grad, "
+            "or fastdpop.naive, which has the same log-probs in plain torch"
+        )
+
+
+def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Hidden states, labels and bounds fit together."""
     _tensor("hidden", hidden)
     _tensor("labels", labels)
     if hidden.dtype not in FLOATS:
@@ -89,7 +112,6 @@ def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> int:
     sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if sequences < 1:
         raise ValueError(f"the batch holds {max(sequences, 0)} sequences, expected at least one")
-    return sequences
 
 
 def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
@@ -104,7 +126,7 @@ def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
     _device(name, weight, hidden.device)
     if bias is not None:
         _tensor(f"{prefix}bias", bias)
-        _shape(f"{prefix}bias", bias, weight.shape[:1], "one value a token of the vocabulary")
+        _shape(f"{prefix}bias", bias, weight.shape[:1], "one value per token of the vocabulary")
         _device(f"{prefix}bias", bias, hidden.device)
 
 
@@ -218,36 +240,45 @@ def reference(
         raise ValueError("this loss needs a reference: pass ref_logps= or ref_hidden=")
 
 
-def ref_logps(
-    value: object, sides: Tensor, sequences: int, weighed_by_pair: bool, device: torch.device
-) -> Tensor:
-    """Reference log-probs as ``(2, P)``, arbitrary where a side is absent.
+def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: bool) -> Tensor:
+    """Reference log-probs as ``(2, P)`` float64, or float32 if they were anything narrower;
+    arbitrary where a side is absent.
 
     `weighed_by_pair`: a sequence's log-prob depends on its partner (LD-DPO), and sides may share
     sequences.
     """
-    count = len(sides)
+    count, device = len(pairs), pairs.device
     if isinstance(value, Tensor):
-        _shape("ref_logps", value, (sequences,), "one value a sequence, or pass (chosen, rejected)")
+        _shape(
+            "ref_logps", value, (sequences,), "one value per sequence, or pass (chosen, rejected)"
+        )
         _device("ref_logps", value, device)
         _floats("ref_logps", value)
         if weighed_by_pair:
-            present = sides[sides >= 0].tolist()
+            present = pairs[pairs >= 0].tolist()
             if len(set(present)) < len(present):
                 raise ValueError(
-                    "ref_logps has one value a sequence, expected (chosen, rejected) by pair: with "
+                    "ref_logps has one value per sequence, expected (chosen, rejected) by pair: with "
                     "ld_alpha a sequence that serves several pairs has a log-prob for each"
                 )
-        return value.detach()[sides.clamp_min(0)].T.contiguous()
+        return _at_least_float32(value.detach()[pairs.clamp_min(0)].T.contiguous())
     if not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(
             f"ref_logps is {type(value).__name__}, expected a tensor ({sequences},) or a pair of tensors ({count},)"
         )
     for name, side in zip(("ref_logps[0]", "ref_logps[1]"), value, strict=True):
-        _shape(name, _tensor(name, side), (count,), "one value a pair")
+        _shape(name, _tensor(name, side), (count,), "one value per pair")
         _device(name, side, device)
         _floats(name, side)
-    return torch.stack([side.detach() for side in value])
+    chosen, rejected = (_at_least_float32(side.detach()) for side in value)
+    if chosen.dtype != rejected.dtype:
+        # Both as exact as the less exact one: they are compared with values rounded alike.
+        chosen, rejected = chosen.float(), rejected.float()
+    return torch.stack([chosen, rejected])
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def kl(value: object, used: bool, device: torch.device) -> None:
@@ -277,7 +308,7 @@ def weighting(
             "token_weights",
             _tensor("token_weights", token_weights),
             labels.shape,
-            "one weight a label",
+            "one weight per label",
         )
         _device("token_weights", token_weights, labels.device)
     if ld_alpha is not None:

@@ -42,7 +42,7 @@ class Product:
 
     @property
     def logit_scale(self) -> float:
-        """The scale as :class:`fastdpop.head.Head` has it: ``softcap * tanh(logit_scale * u / softcap)``."""
+        """As :class:`fastdpop.transform.LogitTransform` has it: ``softcap * tanh(logit_scale * u / softcap)``."""
         return self.scale if self.softcap is None else self.scale * self.softcap
 
     def times(self, factor: float) -> Product:

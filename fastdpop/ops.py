@@ -1,23 +1,25 @@
 """The operators: schemas, shapes and autograd, registered with torch.library once for all engines.
 
-``torch.compile`` and ``opcheck`` see five opaque operators; inside, the engine named by the
-``engine`` argument does the work.
+``torch.compile`` and ``opcheck`` see five opaque operators; inside, the engine that the `spec` names
+does the work.
 
-    fastdpop::lay_out             labels -> rows (sizes depend on the data)
-    fastdpop::row_logps           rows -> log-probs; differentiable, through a stored direction
-                                  (frozen head, 2 units) or by computing the logits again
+    fastdpop::rows_from_labels    labels -> rows (sizes depend on the data)
+    fastdpop::row_logps           rows -> log-probs; differentiable, through d logp / d hidden, which
+                                  it has kept (frozen lm_head, 2 matrix products), or by computing
+                                  the logits again
     fastdpop::row_logps_backward  its gradients
     fastdpop::pair_loss           rows -> loss and gradients of whole pairs in one pass (trained
-                                  head)
+                                  lm_head, 3 matrix products)
     fastdpop::scale               a gradient times what comes from above, in the input's dtype
+
+A `spec` is a :meth:`fastdpop.spec.Spec.text`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,11 +27,11 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastdpop import engines, losses
-from fastdpop.engines.base import Coefficients, Gradients, PairLossPlan, Problem, Wanted
-from fastdpop.head import Head
-from fastdpop.pairing import Totals, pair_logps
-from fastdpop.rows import Rows
-from fastdpop.rows import lay_out as lay_out_rows
+from fastdpop.engines.base import EngineOutput, Gradients, GroupLoss, NeedsGrad, Problem
+from fastdpop.pair_loss import PairLoss, Totals
+from fastdpop.rows import Rows, wide_dtype
+from fastdpop.rows import rows_from_labels as _rows_from_labels
+from fastdpop.spec import Spec
 
 _PIECE = 2**19
 """Numbers that are scaled at once on a CPU."""
@@ -69,40 +71,342 @@ def _problem(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    groups: Tensor,
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
+    groups: list[int],
+    spec: Spec,
 ) -> Problem:
-    softcap, logit_scale, temperature = head
     return Problem(
         hidden=hidden.contiguous(),
         weight=weight,
         bias=bias,
         targets=targets,
-        groups=groups.tolist(),
-        head=Head(softcap or None, logit_scale, temperature),
-        compute_dtype=compute_dtype,
-        workspace_bytes=workspace_bytes,
+        groups=groups,
+        transform=spec.transform,
+        compute_dtype=spec.compute_dtype,
+        workspace_bytes=spec.workspace_bytes,
     )
 
 
-def head_numbers(head: Head) -> list[float]:
-    """The head's transform as an operator argument; 0 stands for no softcap."""
-    return [head.softcap or 0.0, head.logit_scale, head.temperature]
-
-
-def _result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if compute_dtype == torch.float64 else torch.float32
-
-
-def _names(statistics: str) -> tuple[str, ...]:
-    return tuple(statistics.split(",")) if statistics else ()
-
-
-def _outputs(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, empty where there is none."""
     hidden, weight, bias = (like.new_empty(NO_TENSOR) if g is None else g for g in gradients)
     return hidden, weight, bias
+
+
+def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "no double differentiation: fastdpop gives first derivatives only. Take second ones from "
+        "fastdpop.naive, which has the same log-probs in plain torch, or by finite differences"
+    )
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+@custom_op("fastdpop::rows_from_labels", mutates_args=())
+def rows_from_labels(
+    labels: Tensor,
+    vocab_size: int,
+    pairs: Tensor,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    keep_unpaired: bool,
+    token_weights: Tensor | None,
+    ld_alpha: float | None,
+) -> list[Tensor]:
+    """:func:`fastdpop.rows.rows_from_labels`, as :meth:`fastdpop.rows.Rows.tensors`."""
+    found = _rows_from_labels(
+        labels,
+        vocab_size,
+        pairs,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        keep_unpaired=keep_unpaired,
+        token_weights=token_weights,
+        ld_alpha=ld_alpha,
+    )
+    return found.tensors()
+
+
+@rows_from_labels.register_fake
+def _(
+    labels: Tensor,
+    vocab_size: int,
+    pairs: Tensor,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    keep_unpaired: bool,
+    token_weights: Tensor | None,
+    ld_alpha: float | None,
+) -> list[Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size
+    count, members, sequences, bounds = size(), size(), size(), size()
+    weighted = token_weights is not None or ld_alpha is not None
+
+    def longs(*shape: Any, device: torch.device = labels.device) -> Tensor:
+        return labels.new_empty(shape, dtype=torch.int64, device=device)
+
+    weights = labels.new_empty((members,), dtype=torch.float64)
+    return Rows(
+        index=longs(count),
+        targets=longs(count),
+        members=longs(members),
+        offsets=longs(sequences + 1),
+        label_index=longs(members),
+        weights=weights if weighted else None,
+        groups=longs(3, bounds, device=torch.device("cpu")),
+        pairs=longs(*pairs.shape),
+        order=longs(pairs.shape[0]),
+        inputs=longs(sequences),
+    ).tensors()
+
+
+# ---- log-probs of rows --------------------------------------------------------------------------
+
+
+@custom_op("fastdpop::row_logps", mutates_args=())
+def row_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    groups: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of rows.
+
+    Args:
+        hidden: ``(N, H)``; weight: ``(V, H)``; bias: ``(V,)``; targets: ``(N,)``; groups: ``(G +
+            1,)`` bounds of the groups in rows, on the CPU.
+
+    Returns:
+        logps ``(N,)`` (differentiable), lse ``(N,)``, statistics ``(K, N)``, and d logp / d hidden
+        ``(N, H)`` where that is all that backward needs (a frozen lm_head), else empty.
+    """
+    s = Spec.parse(spec)
+    engine = engines.get(s.engine)
+    problem = _problem(hidden, weight, bias, targets, groups.tolist(), s)
+    with _engine_context(hidden.device):
+        if _keeps_dlogp_dhidden(s.needs_grad):
+            found = engine.logps_and_dlogp_dhidden(problem, s.statistics)
+        else:
+            found = engine.logps(problem, s.statistics)
+    kept = hidden.new_empty(NO_TENSOR) if found.dlogp_dhidden is None else found.dlogp_dhidden
+    return found.logps, found.lse, found.statistics, kept
+
+
+def _keeps_dlogp_dhidden(needs_grad: NeedsGrad) -> bool:
+    return needs_grad.hidden and not needs_grad.lm_head
+
+
+@row_logps.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    groups: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = Spec.parse(spec)
+    logps = hidden.new_empty(hidden.shape[:1], dtype=s.result_dtype)
+    statistics = logps.new_empty((len(s.statistics), hidden.shape[0]))
+    kept = hidden.new_empty(hidden.shape if _keeps_dlogp_dhidden(s.needs_grad) else NO_TENSOR)
+    return logps, torch.empty_like(logps), statistics, kept
+
+
+@custom_op("fastdpop::row_logps_backward", mutates_args=())
+def row_logps_backward(
+    dlogp: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    groups: Tensor,
+    lse: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``sum(dlogp * logps)`` with respect to hidden, weight and bias; empty where
+    the spec does not need them.
+    """
+    s = Spec.parse(spec)
+    problem = _problem(hidden, weight, bias, targets, groups.tolist(), s)
+    with _engine_context(hidden.device):
+        found = engines.get(s.engine).gradients(problem, lse, dlogp, s.needs_grad)
+    # The derivatives are final: the only rounding left is the one to the inputs' dtypes.
+    tensors = (hidden, weight, hidden if bias is None else bias)
+    typed = (None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
+    return _filled(Gradients(*typed), dlogp)
+
+
+@row_logps_backward.register_fake
+def _(
+    dlogp: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    groups: Tensor,
+    lse: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_grad = Spec.parse(spec).needs_grad
+
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
+        if tensor is None or not needed:
+            return dlogp.new_empty(NO_TENSOR)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return (
+        like(hidden, needs_grad.hidden),
+        like(weight, needs_grad.weight),
+        like(bias, needs_grad.bias),
+    )
+
+
+def _row_logps_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, groups, ctx.spec = inputs
+    _, lse, _, kept = output
+    ctx.set_materialize_grads(False)
+    if _keeps_dlogp_dhidden(Spec.parse(ctx.spec).needs_grad):
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(kept)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, targets, groups, lse)
+
+
+def _row_logps_backward(ctx: Any, dlogp: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    others = (None, None, None)  # targets, groups, spec
+    if dlogp is None:
+        return None, None, None, *others
+    spec = Spec.parse(ctx.spec)
+    if _keeps_dlogp_dhidden(spec.needs_grad):
+        (kept,) = ctx.saved_tensors
+        return scale(kept, dlogp[:, None], ctx.dtype), None, None, *others
+    needs_grad = NeedsGrad(*(bool(needed) for needed in ctx.needs_input_grad[:3]))
+    own = replace(spec, needs_grad=needs_grad).text()
+    found = row_logps_backward(dlogp.contiguous(), *ctx.saved_tensors, own)
+    return *(g if n else None for g, n in zip(found, needs_grad, strict=True)), *others
+
+
+row_logps.register_autograd(_row_logps_backward, setup_context=_row_logps_context)
+row_logps_backward.register_autograd(_no_second_derivative)
+
+
+# ---- the loss of whole pairs --------------------------------------------------------------------
+
+
+@custom_op("fastdpop::pair_loss", mutates_args=())
+def pair_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Sequence[Tensor],
+    ref_logps: Tensor | None,
+    kl: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradients in one pass, for a loss that treats each pair by itself.
+
+    Args:
+        hidden: ``(N, H)`` rows in the order of the layout; weight: ``(V, H)``; bias: ``(V,)``.
+        rows: what :func:`rows_from_labels` gave.
+        ref_logps: ``(2, P)`` reference log-probs of chosen and rejected.
+        kl: 0-d, KTO's reference point.
+
+    Returns:
+        loss, 0-d (differentiable); sequence log-probs ``(S,)`` in float64; statistics ``(K, N)``;
+        and the gradients of the loss, in the result dtype, empty where not needed: they are what
+        backward scales.
+    """
+    s = Spec.parse(spec)
+    layout = Rows.of_tensors(rows)
+    loss = PairLoss(
+        layout,
+        losses.by_key(s.loss),
+        Totals.of(layout),
+        ref_logps,
+        kl,
+        s.statistics,
+        mean=s.reduction == "mean",
+    )
+    problem = _problem(hidden, weight, bias, layout.targets, layout.bounds, s)
+    with _engine_context(hidden.device):
+        found = engines.get(s.engine).logps_and_gradients(
+            problem,
+            s.statistics,
+            GroupLoss(_autograd_allowed()(loss.dlogp), loss.plan()),
+            s.needs_grad,
+        )
+        total, sequence_logps = _total(loss, found)
+    if total.requires_grad:
+        raise ValueError(
+            "the loss holds a tensor that requires gradients, which a pass over single pairs does "
+            "not give: detach it, or let the loss couple pairs (a plain function does)"
+        )
+    total = total.to(s.result_dtype)
+    return total, sequence_logps, found.statistics, *_filled(found.gradients, found.logps)
+
+
+def _total(loss: PairLoss, found: EngineOutput) -> tuple[Tensor, Tensor]:
+    """The loss of the batch, and the log-probs of its sequences."""
+    if found.losses is not None and found.sequence_logps is not None:
+        return found.losses.double().sum() * loss.share, found.sequence_logps
+    sequence_logps = loss.rows.sum_per_sequence(found.logps)
+    with _autograd_allowed():
+        return loss.total(sequence_logps, found.statistics), sequence_logps
+
+
+@pair_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Sequence[Tensor],
+    ref_logps: Tensor | None,
+    kl: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    s = Spec.parse(spec)
+    sequences = Rows(*rows).inputs.shape[0]
+
+    def new(*shape: Any, needed: bool = True) -> Tensor:
+        return hidden.new_empty(shape if needed else NO_TENSOR, dtype=s.result_dtype)
+
+    return (
+        new(),
+        hidden.new_empty((sequences,), dtype=wide_dtype(hidden.device)),
+        new(len(s.statistics), hidden.shape[0]),
+        new(*hidden.shape, needed=s.needs_grad.hidden),
+        new(*weight.shape, needed=s.needs_grad.weight),
+        new(weight.shape[0], needed=s.needs_grad.bias),
+    )
+
+
+def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, rows, _, _, ctx.spec = inputs
+    ctx.row_tensors = len(rows)
+    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[3:])
+
+
+def _pair_loss_backward(ctx: Any, factor: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    of_rows: list[None] = [None] * ctx.row_tensors
+    others = (None, None, None)  # ref_logps, kl, spec
+    if factor is None:
+        return None, None, None, of_rows, *others
+    needs_grad = Spec.parse(ctx.spec).needs_grad
+    scaled = (
+        scale(gradient, factor, dtype) if needed and dtype is not None else None
+        for gradient, needed, dtype in zip(ctx.saved_tensors, needs_grad, ctx.dtypes, strict=True)
+    )
+    return *scaled, of_rows, *others
+
+
+pair_loss.register_autograd(_pair_loss_backward, setup_context=_pair_loss_context)
+
+
+# ---- backward's product -------------------------------------------------------------------------
 
 
 @custom_op("fastdpop::scale", mutates_args=())
@@ -117,9 +421,9 @@ def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mul(gradient, factor, out=result)
     step = max(1, _PIECE * gradient.shape[0] // max(gradient.numel(), 1))
     for start in range(0, gradient.shape[0], step):
-        rows = slice(start, start + step)
-        own = factor[rows] if factor.dim() else factor
-        torch.mul(gradient[rows], own, out=result[rows])
+        piece = slice(start, start + step)
+        own = factor[piece] if factor.dim() else factor
+        torch.mul(gradient[piece], own, out=result[piece])
     return result
 
 
@@ -128,405 +432,4 @@ def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
-@custom_op("fastdpop::lay_out", mutates_args=())
-def lay_out(
-    labels: Tensor,
-    vocab_size: int,
-    cu_seqlens: Tensor | None,
-    pairs: Tensor | None,
-    shift: bool,
-    token_weights: Tensor | None,
-    ld_alpha: float | None,
-) -> list[Tensor]:
-    """:func:`fastdpop.rows.lay_out` with empty tensors for None."""
-    rows = lay_out_rows(
-        labels,
-        vocab_size,
-        cu_seqlens=cu_seqlens,
-        pairs=pairs,
-        shift=shift,
-        token_weights=token_weights,
-        ld_alpha=ld_alpha,
-    )
-    return rows_to(rows)
-
-
-@lay_out.register_fake
-def _(
-    labels: Tensor,
-    vocab_size: int,
-    cu_seqlens: Tensor | None,
-    pairs: Tensor | None,
-    shift: bool,
-    token_weights: Tensor | None,
-    ld_alpha: float | None,
-) -> list[Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size
-    rows, sequences, bounds = size(), size(), size()
-    given = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    count = pairs.shape[0] if pairs is not None else (given // 2 if given % 2 == 0 else 0)
-    weighted = token_weights is not None or ld_alpha is not None
-
-    def longs(*shape: Any, device: torch.device = labels.device) -> Tensor:
-        return labels.new_empty(shape, dtype=torch.int64, device=device)
-
-    members = size() if ld_alpha is not None else 0
-    of_weights = members if ld_alpha is not None else rows
-    weights = labels.new_empty((of_weights,), dtype=torch.float64)
-    return [
-        longs(rows),
-        longs(rows),
-        longs(sequences + 1),
-        longs(members),
-        weights if weighted else longs(*NO_TENSOR),
-        longs(3, bounds, device=torch.device("cpu")),
-        longs(count, 2),
-        longs(count),
-        longs(sequences),
-    ]
-
-
-@custom_op("fastdpop::row_logps", mutates_args=())
-def row_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    groups: Tensor,
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    engine: str,
-    statistics: str,
-    keep_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of rows.
-
-    Args:
-        hidden: ``(N, H)``; weight: ``(V, H)``; bias: ``(V,)``; targets: ``(N,)``; groups: ``(G +
-            1,)`` bounds of row groups.
-        head: see :func:`head_numbers`.
-        engine: an engine's name.
-        statistics: names, joined by commas.
-        keep_direction: also form d logp / d hidden (frozen head), so that backward is a product
-            with it.
-
-    Returns:
-        logps ``(N,)`` (differentiable), lse ``(N,)``, statistics ``(K, N)``, direction ``(N, H)``
-        or empty.
-    """
-    problem = _problem(hidden, weight, bias, targets, groups, head, compute_dtype, workspace_bytes)
-    names = _names(statistics)
-    direction = hidden.new_empty(NO_TENSOR)
-    with _engine_context(hidden.device):
-        if keep_direction:
-            result, direction = engines.get(engine).logps_and_direction(problem, names)
-        else:
-            result = engines.get(engine).logps(problem, names)
-    return result.logps, result.lse, result.statistics, direction
-
-
-@row_logps.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    groups: Tensor,
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    engine: str,
-    statistics: str,
-    keep_direction: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = hidden.new_empty(hidden.shape[:1], dtype=_result_dtype(compute_dtype))
-    table = rows.new_empty((len(_names(statistics)), hidden.shape[0]))
-    direction = hidden.new_empty(hidden.shape if keep_direction else NO_TENSOR)
-    return rows, torch.empty_like(rows), table, direction
-
-
-@custom_op("fastdpop::row_logps_backward", mutates_args=())
-def row_logps_backward(
-    gradient: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    groups: Tensor,
-    lse: Tensor,
-    wanted: Sequence[bool],
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    engine: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``sum(gradient * logps)`` with respect to hidden, weight and bias; empty where
-    not wanted.
-    """
-    problem = _problem(hidden, weight, bias, targets, groups, head, compute_dtype, workspace_bytes)
-    with _engine_context(hidden.device):
-        found = engines.get(engine).gradients(problem, lse, gradient, Wanted(*wanted))
-    # Fixed coefficients: the only rounding left is the one to the inputs' dtypes.
-    tensors = (hidden, weight, hidden if bias is None else bias)
-    typed = (None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
-    return _outputs(Gradients(*typed), gradient)
-
-
-@row_logps_backward.register_fake
-def _(
-    gradient: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    groups: Tensor,
-    lse: Tensor,
-    wanted: Sequence[bool],
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    engine: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    none = gradient.new_empty(NO_TENSOR)
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else none,
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if wanted[1]
-        else none.clone(),
-        torch.empty_like(bias) if wanted[2] and bias is not None else none.clone(),
-    )
-
-
-def _row_logps_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, groups, *options, _, keep_direction = inputs
-    _, lse, _, direction = output
-    ctx.keep_direction = keep_direction
-    ctx.options = options
-    ctx.set_materialize_grads(False)
-    if keep_direction:
-        ctx.dtype = hidden.dtype
-        ctx.save_for_backward(direction)
-    else:
-        ctx.save_for_backward(hidden, weight, bias, targets, groups, lse)
-
-
-def _row_logps_backward(
-    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
-) -> tuple[Any, ...]:
-    none = (None,) * 8
-    if gradient is None:
-        return None, None, None, *none
-    if ctx.keep_direction:
-        (direction,) = ctx.saved_tensors
-        return scale(direction, gradient[:, None], ctx.dtype), None, None, *none
-    hidden, weight, bias, targets, groups, lse = ctx.saved_tensors
-    wanted = [bool(w) for w in ctx.needs_input_grad[:3]]
-    found = row_logps_backward(
-        gradient.contiguous(), hidden, weight, bias, targets, groups, lse, wanted, *ctx.options
-    )
-    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *none
-
-
-row_logps.register_autograd(_row_logps_backward, setup_context=_row_logps_context)
-
-
-@custom_op("fastdpop::pair_loss", mutates_args=())
-def pair_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Sequence[Tensor],
-    reference: Tensor | None,
-    kl: Tensor | None,
-    loss: str,
-    mean: bool,
-    wanted: Sequence[bool],
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    engine: str,
-    statistics: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and gradients in one pass, for a loss that treats each pair by itself.
-
-    Args:
-        hidden: ``(N, H)`` rows in the order of the layout; weight: ``(V, H)``; bias: ``(V,)``.
-        rows: what :func:`lay_out` gave.
-        reference: ``(2, P)`` reference log-probs of chosen and rejected.
-        kl: 0-d, KTO's reference point.
-        loss: a key of :func:`fastdpop.losses.key_of`.
-        mean: average over pairs instead of summing.
-        wanted: which of the gradients with respect to hidden, weight and bias to form.
-
-    Returns:
-        loss, 0-d (differentiable); sequence log-probs ``(S,)``; statistics ``(K, N)``; and the
-        gradients of the loss, in the result dtype, empty where not wanted: they are what backward
-        scales.
-    """
-    # A layout without rows has neither members nor weights to tell apart from None, and needs
-    # neither.
-    layout = rows_from(rows, members=rows[3].numel() > 0, weights=rows[4].numel() > 0)
-    problem = _problem(
-        hidden, weight, bias, layout.targets, layout.groups[0], head, compute_dtype, workspace_bytes
-    )
-    names = _names(statistics)
-    function = losses.by_key(loss)
-    share = 1.0 / len(layout.pairs) if mean else 1.0
-
-    @functools.cache
-    def totals() -> Totals:
-        return Totals.of(layout, problem.result_dtype)
-
-    def value(part: Rows, logps: Tensor, found: Tensor, ids: Tensor) -> Tensor:
-        aligned = None
-        if "aligned_logps" in names:
-            aligned = part.unweighted().sums(found[names.index("aligned_logps")])
-        own_reference = None if reference is None else reference[:, ids]
-        pairs = pair_logps(part, logps, totals(), reference=own_reference, aligned=aligned, kl=kl)
-        return function(pairs).sum() * share
-
-    def coefficients(first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
-        part = layout.part(first, last)
-        p0, p1 = layout.groups[2, first], layout.groups[2, last]
-        with _autograd_allowed():
-            sums = part.sums(logps).requires_grad_()
-            total = value(part, sums, statistics, layout.order[p0:p1])
-            # A loss may ignore the policy altogether.
-            gradient = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
-        return part.spread(gradient.detach())
-
-    plan = _plan(layout, reference, function, share, problem.result_dtype)
-    with _engine_context(hidden.device):
-        result, gradients = engines.get(engine).logps_and_gradients(
-            problem, names, _Callback(coefficients, plan), Wanted(*wanted)
-        )
-        if plan is not None and plan.losses is not None and plan.sums is not None:
-            return (
-                plan.losses.sum() * share,
-                plan.sums,
-                result.statistics,
-                *_outputs(gradients, plan.sums),
-            )
-        logps = layout.sums(result.logps)
-        all_pairs = torch.arange(len(layout.pairs), device=layout.pairs.device)
-        with _autograd_allowed():
-            total = value(layout, logps, result.statistics, all_pairs)
-    if total.requires_grad:
-        raise ValueError(
-            "the loss holds a tensor that requires gradients, which a pass over single pairs does "
-            "not give: detach it, or let the loss couple pairs (a plain function does)"
-        )
-    return total, logps, result.statistics, *_outputs(gradients, logps)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Callback:
-    """Coefficients of whole groups, and what they are in plain numbers where that can be said."""
-
-    function: Coefficients
-    plan: PairLossPlan | None
-
-    def __call__(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
-        return self.function(first, last, logps, statistics)
-
-
-def _plan(
-    layout: Rows,
-    reference: Tensor | None,
-    loss: losses.PreferenceLoss,
-    share: float,
-    dtype: torch.dtype,
-) -> PairLossPlan | None:
-    """The loss in plain numbers, if every group is one pair with two sides and unweighted tokens."""
-    if reference is None or layout.members is not None or layout.weights is not None:
-        return None
-    if dtype != torch.float32 or not dataclasses.is_dataclass(loss):
-        return None
-    _, sequences, pairs = layout.groups.diff(dim=1)
-    if not ((sequences == 2).all() and (pairs == 1).all()):
-        return None
-    return PairLossPlan(
-        offsets=layout.offsets,
-        order=layout.order,
-        reference=reference.to(dtype).contiguous(),
-        loss=type(loss).__name__,
-        options={f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
-        share=share,
-    )
-
-
-def rows_from(tensors: Sequence[Tensor], *, members: bool, weights: bool) -> Rows:
-    """The layout that :func:`lay_out` returned, with None for the fields it does not have."""
-    index, targets, offsets, of_members, of_weights, *rest = tensors
-    return Rows(
-        index,
-        targets,
-        offsets,
-        of_members if members else None,
-        of_weights if weights else None,
-        *rest,
-    )
-
-
-def rows_to(rows: Rows) -> list[Tensor]:
-    """The layout as an operator argument: its inverse, with empty tensors for None."""
-    return [rows.index.new_empty(NO_TENSOR) if t is None else t for t in rows.tensors()]
-
-
-@pair_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Sequence[Tensor],
-    reference: Tensor | None,
-    kl: Tensor | None,
-    loss: str,
-    mean: bool,
-    wanted: Sequence[bool],
-    head: Sequence[float],
-    compute_dtype: torch.dtype,
-    workspace_bytes: int,
-    engine: str,
-    statistics: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _result_dtype(compute_dtype)
-
-    def new(*shape: Any) -> Tensor:
-        return hidden.new_empty(shape, dtype=dtype)
-
-    return (
-        new(),
-        new(rows[8].shape[0]),
-        new(len(_names(statistics)), hidden.shape[0]),
-        new(*hidden.shape) if wanted[0] else new(*NO_TENSOR),
-        new(*weight.shape) if wanted[1] else new(*NO_TENSOR),
-        new(weight.shape[0]) if wanted[2] else new(*NO_TENSOR),
-    )
-
-
-def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, rows, *_ = inputs
-    ctx.row_tensors = len(rows)
-    ctx.wanted = inputs[8]
-    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:])
-
-
-def _pair_loss_backward(
-    ctx: Any, gradient: Tensor | None, *unused: Tensor | None
-) -> tuple[Any, ...]:
-    of_rows: list[None] = [None] * ctx.row_tensors
-    none = (None,) * 10
-    if gradient is None:
-        return None, None, None, of_rows, *none
-    scaled = (
-        scale(g, gradient, dtype) if want and dtype is not None else None
-        for g, want, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
-    )
-    return *scaled, of_rows, *none
-
-
-pair_loss.register_autograd(_pair_loss_backward, setup_context=_pair_loss_context)
+scale.register_autograd(_no_second_derivative)

@@ -1,16 +1,19 @@
 """Which hidden states reach the head, and which sequences each of them counts for.
 
-Only scored tokens become rows: prompts and padding never reach the head. A row can count for
-several sequences (one chosen completion that serves several pairs, a prefix that two completions
-share), so the map from rows to sequences is a sparse matrix A with one non-zero for each
-membership. Everything else follows from it:
+A *row* is a pair of a position and a target: one hidden state, and one token that it predicts. Only
+scored tokens become rows: prompts and padding never reach the head. A *membership* says that a row
+counts for a sequence. A row can count for several sequences (one chosen completion that serves
+several pairs, a prefix that two completions share), and a position can stand in several rows (where
+completions part, it predicts several tokens). So the map from rows to sequences is a sparse matrix A
+with one non-zero for each membership, and this module is the only place that knows it. Everything
+else follows from it:
 
-    sequence log-probs   s = A @ row_logps        (`Rows.sums`)
-    row coefficients     c = A.T @ dL/ds          (`Rows.spread`)
+    sequence log-probs    s = A @ logps           (`Rows.sum_per_sequence`)
+    rows' derivatives     dlogp = A.T @ dL/ds     (`Rows.sum_per_row`)
 
-Rows are laid out group by group, a group being pairs that have sequences in common (one pair, as a
-rule), so that an engine that works through whole groups always holds every log-prob that a pair's
-loss needs.
+Rows are laid out group by group, a group being pairs that have sequences or rows in common (one
+pair, as a rule), so that an engine that works through whole groups always holds every log-prob that
+a pair's loss needs.
 """
 
 from __future__ import annotations
@@ -27,16 +30,22 @@ IGNORE = -100
 """The label of a token that is not scored, as in Hugging Face."""
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sequence log-probs: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of one batch; all tensors are int64 on one device, `weights` and `groups` apart.
 
     Attributes:
         index: ``(N,)`` position of each row in the hidden states flattened to ``(positions, H)``.
-        targets: ``(N,)`` token that each row predicts.
+        targets: ``(N,)`` token that each row predicts; no two rows agree in both.
+        members: ``(M,)`` row of each membership, sequence by sequence, in reading order. Rows are
+            numbered in the order in which they first appear here, so M == N means 0, 1, 2 ...
         offsets: ``(S + 1,)`` bounds of each sequence in `members`.
-        members: ``(M,)`` rows of each sequence, in reading order; None when every row has one
-            sequence and stands in order.
+        label_index: ``(M,)`` place of each membership's token in the flattened labels.
         weights: ``(M,)`` float64 weight of each membership, or None for ones.
         groups: ``(3, G + 1)`` bounds of each group, counted in rows, in sequences and in pairs; on
             the CPU, where chunks of groups are chosen.
@@ -48,54 +57,71 @@ class Rows:
 
     index: Tensor
     targets: Tensor
+    members: Tensor
     offsets: Tensor
-    members: Tensor | None
+    label_index: Tensor
     weights: Tensor | None
     groups: Tensor
     pairs: Tensor
     order: Tensor
     inputs: Tensor
 
-    def tensors(self) -> list[Tensor | None]:
-        """The fields in order, the form in which operators take them; ``Rows(*tensors)`` is the
-        inverse.
+    def tensors(self) -> list[Tensor]:
+        """The fields in order, with an empty tensor for None: the form in which operators take
+        them.
         """
-        return [getattr(self, f.name) for f in fields(self)]
+        given = [getattr(self, f.name) for f in fields(self)]
+        return [self.index.new_empty(0) if t is None else t for t in given]
+
+    @staticmethod
+    def of_tensors(tensors: Sequence[Tensor], weighted: bool | None = None) -> Rows:
+        """The inverse of :meth:`tensors`. Whether the memberships are `weighted` shows in the
+        tensors, except to a compiler, which does not know their sizes.
+        """
+        rows = Rows(*tensors)
+        if weighted is None:
+            weighted = rows.weights is not None and rows.weights.numel() > 0
+        return rows if weighted else rows.unweighted()
 
     @property
     def lengths(self) -> Tensor:
-        """``(S,)`` number of rows of each sequence."""
+        """``(S,)`` number of tokens of each sequence."""
         return self.offsets.diff()
 
-    def sums(self, row_values: Tensor) -> Tensor:
+    @property
+    def bounds(self) -> list[int]:
+        """G + 1 bounds of the groups, counted in rows."""
+        bounds: list[int] = self.groups[0].tolist()
+        return bounds
+
+    def sum_per_sequence(self, row_values: Tensor) -> Tensor:
         """Weighted sum of row values over each sequence, ``(N,) -> (S,)``, in a fixed order;
         differentiable.
+
+        The sums stay in float64: at -6,000 nats the next float32 is 5e-4 away, which DPOP
+        multiplies by 15.
         """
-        values = row_values if self.members is None else row_values[self.members]
-        # Summing in float64 is free at this size and makes the sum exact to the last bit of
-        # float32.
-        wide = values if values.device.type == "mps" else values.double()
+        values = row_values[self.members].to(wide_dtype(row_values.device))
         if self.weights is not None:
-            wide = wide * self.weights.to(wide.dtype)
-        total = torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0.0)
-        return total.to(row_values.dtype)
+            values = values * self.weights.to(values.dtype)
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0)
 
-    def unweighted(self) -> Rows:
-        """The same rows with weight 1 each."""
-        return replace(self, weights=None)
-
-    def spread(self, sequence_values: Tensor) -> Tensor:
-        """The transpose of :meth:`sums`, ``(S,) -> (N,)``."""
+    def sum_per_row(self, sequence_values: Tensor) -> Tensor:
+        """The transpose of :meth:`sum_per_sequence`, ``(S,) -> (N,)``, in the values' dtype."""
         values = sequence_values.repeat_interleave(self.lengths)
         if self.weights is not None:
             values = values * self.weights.to(values.dtype)
-        if self.members is None:
+        if len(self.members) == len(self.index):
             return values
         # Sorting instead of scattering keeps the order of additions fixed on every device.
         by_row = torch.argsort(self.members, stable=True)
         counts = torch.bincount(self.members, minlength=len(self.index))
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return torch.segment_reduce(values[by_row], "sum", offsets=offsets, initial=0.0)
+
+    def unweighted(self) -> Rows:
+        """The same rows with weight 1 for each membership."""
+        return replace(self, weights=None)
 
     def part(self, first: int, last: int) -> Rows:
         """The rows, sequences and pairs of groups ``first`` to ``last - 1``, numbered from 0; pairs
@@ -108,8 +134,9 @@ class Rows:
         return Rows(
             index=self.index[r0:r1],
             targets=self.targets[r0:r1],
+            members=self.members[m0:m1] - r0,
             offsets=offsets - m0,
-            members=None if self.members is None else self.members[m0:m1] - r0,
+            label_index=self.label_index[m0:m1],
             weights=None if self.weights is None else self.weights[m0:m1],
             groups=self.groups[:, first : last + 1] - self.groups[:, first : first + 1],
             pairs=torch.where(pairs < 0, pairs, pairs - s0),
@@ -117,118 +144,158 @@ class Rows:
             inputs=self.inputs[s0:s1],
         )
 
+    def one_pair_per_group(self) -> bool:
+        """Whether every group is one pair with both sides, no row of which counts twice, so that
+        group i is the rows of a chosen sequence followed by those of its rejected one.
+        """
+        _, sequences, pairs = self.groups.diff(dim=1)
+        return (
+            len(self.members) == len(self.index)
+            and bool((sequences == 2).all())
+            and bool((pairs == 1).all())
+        )
 
-def lay_out(
+
+def default_pairs(sequences: int, device: torch.device) -> Tensor:
+    """``(S // 2, 2)``: the first half of the sequences, chosen, against the second; none where
+    their number is odd.
+    """
+    half = sequences // 2 if sequences % 2 == 0 else 0
+    chosen = torch.arange(half, device=device)
+    return torch.stack([chosen, chosen + half], dim=1)
+
+
+def rows_from_labels(
     labels: Tensor,
     vocab_size: int,
+    pairs: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    pairs: Tensor | None = None,
     shift: bool = True,
+    keep_unpaired: bool = False,
     token_weights: Tensor | None = None,
     ld_alpha: float | None = None,
 ) -> Rows:
-    """Lay out the rows of a batch.
+    """The rows of labels that are aligned with the hidden states, position by position.
 
     Args:
         labels: ``(S, T)``, or packed ``(positions,)`` with `cu_seqlens`; -100 where a token is not
             scored.
         vocab_size: V; every other label must lie in ``[0, V)``.
         cu_seqlens: ``(S + 1,)`` bounds of the packed sequences.
-        pairs: ``(P, 2)`` chosen and rejected sequence, -1 for an absent side; None groups the first
-            half with the second where S is even (so that log-probs computed without pairs are
-            bitwise those computed with the default ones).
         shift: the hidden state at a position predicts the label at the next one of the same
             sequence.
         token_weights: weight of each scored token, shaped as `labels`.
-        ld_alpha: LD-DPO's weight of tokens past the shorter completion's length; each side of a
-            pair is then a sequence of its own.
+
+    `pairs`, `keep_unpaired` and `ld_alpha` are as in :func:`rows_from_members`.
 
     Raises:
         ValueError: a label outside the vocabulary, or bounds that do not describe the labels.
     """
+    flat = labels.reshape(-1)
     if cu_seqlens is None:
-        sequences, length = labels.shape
-        bounds = torch.arange(sequences + 1, device=labels.device) * length
+        bounds = torch.arange(len(labels) + 1, device=labels.device) * labels.shape[1]
     else:
         bounds = cu_seqlens.to(device=labels.device, dtype=torch.int64)
         _check_bounds(bounds, labels.numel())
-    position, sequence = _scored(labels.reshape(-1), bounds, shift)
-    targets = labels.reshape(-1)[position].long()
+    scored = flat != IGNORE
+    if shift:
+        # The first token of a sequence has no hidden state before it.
+        scored[bounds[:-1][bounds[1:] > bounds[:-1]]] = False
+    (position,) = scored.nonzero(as_tuple=True)
+    targets = flat[position].long()
     _check_targets(targets, vocab_size)
-    weights = (
-        None if token_weights is None else token_weights.detach().reshape(-1)[position].double()
+    return rows_from_members(
+        position - int(shift),
+        targets,
+        torch.searchsorted(position, bounds),
+        pairs,
+        label_index=position,
+        weights=None if token_weights is None else token_weights.detach().reshape(-1)[position],
+        keep_unpaired=keep_unpaired,
+        ld_alpha=ld_alpha,
     )
-    count = len(bounds) - 1
-    lengths = torch.bincount(sequence, minlength=count).tolist()
 
-    sides = _default_pairs(count) if pairs is None else pairs.tolist()
-    components = _components(sides, count, keep_unpaired=pairs is None)
-    by_group = [s for component, _ in components for s in component]
-    start, total = {}, 0
-    for s in by_group:
-        start[s], total = total, total + lengths[s]
+
+def rows_from_members(
+    index: Tensor,
+    targets: Tensor,
+    offsets: Tensor,
+    pairs: Tensor,
+    *,
+    label_index: Tensor | None = None,
+    weights: Tensor | None = None,
+    keep_unpaired: bool = False,
+    ld_alpha: float | None = None,
+) -> Rows:
+    """The rows of sequences that are given token by token, in any positions: what sequences have in
+    common, the same position and the same target, becomes one row.
+
+    Args:
+        index: ``(M,)`` position of the hidden state that predicts each token; targets: ``(M,)`` the
+            token. Sequence by sequence, in reading order.
+        offsets: ``(S + 1,)`` bounds of the sequences.
+        pairs: ``(P, 2)`` chosen and rejected sequence, -1 for an absent side.
+        label_index: ``(M,)`` place of each token among the caller's labels; its own number by
+            default.
+        weights: ``(M,)`` weight of each token in its sequence's sum.
+        keep_unpaired: sequences that no pair uses are scored too, each in a group of its own.
+        ld_alpha: LD-DPO's weight of tokens past the shorter completion's length; each side of a
+            pair is then a sequence of its own.
+    """
+    device, host = index.device, torch.device("cpu")
+    starts = offsets.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    sides: list[list[int]] = pairs.tolist()
+    # Which tokens are the same row.
+    key = index * (int(targets.max()) + 1) + targets if len(targets) else index
+    distinct, row_of = torch.unique(key, return_inverse=True)
+    links = [] if len(distinct) == len(key) else _shared_by(row_of, offsets)
+    groups = _groups(sides, links, len(lengths), keep_unpaired)
+    order = [p for _, of in groups for p in of]
 
     # A sequence of the layout is an input sequence; with LD-DPO it is one side of one pair, since
     # its weights depend on the partner.
-    order = [p for _, members in components for p in members]
+    numbered = [[-1, -1] for _ in sides]
     if ld_alpha is None:
-        layout = list(by_group)
+        layout = [s for sequences, _ in groups for s in sequences]
         number = {s: i for i, s in enumerate(layout)}
-        numbered = [[number.get(s, -1) for s in sides_of] for sides_of in sides]
-        per_group = [len(component) for component, _ in components]
+        numbered = [[number.get(s, -1) for s in of] for of in sides]
+        per_group = [len(sequences) for sequences, _ in groups]
     else:
-        layout, numbered = [], [[-1, -1] for _ in sides]
+        layout = []
         for p in order:
             for side, s in enumerate(sides[p]):
                 if s >= 0:
                     numbered[p][side] = len(layout)
                     layout.append(s)
-        per_group = [sum(s >= 0 for p in of for s in sides[p]) for _, of in components]
+        per_group = [sum(s >= 0 for p in of for s in sides[p]) for _, of in groups]
 
-    device, host = labels.device, torch.device("cpu")
-    first = [0, *itertools.accumulate(lengths)]
-    rows_of = _ranges([first[s] for s in by_group], [lengths[s] for s in by_group], device)
-    member = None
+    # The tokens in the order of the layout, and their rows by first appearance.
+    counts = [lengths[s] for s in layout]
+    tokens = _ranges([starts[s] for s in layout], counts, device)
+    members, first = _by_first_appearance(row_of[tokens], len(distinct))
+    of_weights = None if weights is None else weights.double()[tokens]
     if ld_alpha is not None:
-        member = _ranges([start[s] for s in layout], [lengths[s] for s in layout], device)
-        near = _shared_lengths(sides, order, lengths)
-        rank = _ranges([0] * len(layout), [lengths[s] for s in layout], device)
-        limit = _longs(near, device).repeat_interleave(_longs([lengths[s] for s in layout], device))
-        tail = torch.ones(len(rank), dtype=torch.float64, device=device).masked_fill_(
-            rank >= limit, ld_alpha
-        )
-        weights = tail if weights is None else tail * weights[rows_of][member]
-    elif weights is not None:
-        weights = weights[rows_of]
+        tail = _ld_weights(ld_alpha, sides, order, lengths, counts, device)
+        of_weights = tail if of_weights is None else tail * of_weights
+    sequence_bounds = _bounds(per_group, host)
+    token_bounds = _bounds(counts, host)[sequence_bounds]
+    seen = torch.cat([members.new_zeros(1), members + 1]).cummax(0).values.to(host)
     return Rows(
-        index=(position - int(shift))[rows_of],
-        targets=targets[rows_of],
-        offsets=_bounds([lengths[s] for s in layout], device),
-        members=member,
-        weights=weights,
+        index=index[tokens][first],
+        targets=targets[tokens][first],
+        members=members,
+        offsets=_bounds(counts, device),
+        label_index=tokens if label_index is None else label_index[tokens],
+        weights=of_weights,
         groups=torch.stack(
-            [
-                _bounds([sum(lengths[s] for s in component) for component, _ in components], host),
-                _bounds(per_group, host),
-                _bounds([len(of) for _, of in components], host),
-            ]
+            [seen[token_bounds], sequence_bounds, _bounds([len(of) for _, of in groups], host)]
         ),
         pairs=_longs(numbered, device).reshape(-1, 2),
         order=_longs(order, device),
         inputs=_longs(layout, device),
     )
-
-
-def _scored(labels: Tensor, bounds: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """Positions of the scored labels and the sequence of each."""
-    scored = labels != IGNORE
-    if shift:
-        # The first token of a sequence has no hidden state before it.
-        first = bounds[:-1][bounds[1:] > bounds[:-1]]
-        scored[first] = False
-    (position,) = scored.nonzero(as_tuple=True)
-    return position, torch.searchsorted(bounds[1:].contiguous(), position, right=True)
 
 
 def _check_bounds(bounds: Tensor, positions: int) -> None:
@@ -253,16 +320,24 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
         )
 
 
-def _default_pairs(sequences: int) -> list[list[int]]:
-    half = sequences // 2
-    return [[i, i + half] for i in range(half)] if sequences % 2 == 0 else []
+def _shared_by(row_of: Tensor, offsets: Tensor) -> list[list[int]]:
+    """Pairs of sequences that have a row in common, enough to connect all that do."""
+    by_row = torch.argsort(row_of, stable=True)
+    rows, sequences = row_of[by_row], torch.searchsorted(offsets, by_row, right=True) - 1
+    same = rows[1:] == rows[:-1]
+    links = torch.stack([sequences[:-1][same], sequences[1:][same]], dim=1)
+    found: list[list[int]] = torch.unique(links, dim=0).tolist()
+    return found
 
 
-def _components(
-    sides: Sequence[Sequence[int]], sequences: int, *, keep_unpaired: bool
+def _groups(
+    sides: Sequence[Sequence[int]],
+    links: Sequence[Sequence[int]],
+    sequences: int,
+    keep_unpaired: bool,
 ) -> list[tuple[list[int], list[int]]]:
-    """Pairs that share a sequence, together: (sequences, pairs) of each group, in order of first
-    appearance.
+    """Pairs that share a sequence or a row, together: (sequences, pairs) of each group, in order of
+    first appearance.
     """
     parent = list(range(sequences))
 
@@ -272,33 +347,55 @@ def _components(
             s = parent[s]
         return s
 
-    for chosen, rejected in sides:
-        if chosen >= 0 and rejected >= 0:
-            parent[root(rejected)] = root(chosen)
+    for one, other in (*sides, *links):
+        if one >= 0 and other >= 0:
+            parent[root(other)] = root(one)
     groups: dict[int, tuple[dict[int, None], list[int]]] = {}
     for p, pair in enumerate(sides):
         present = [s for s in pair if s >= 0]
         of_group, members = groups.setdefault(root(present[0]), ({}, []))
         of_group.update(dict.fromkeys(present))
         members.append(p)
-    result = [(list(of_group), members) for of_group, members in groups.values()]
     if keep_unpaired:
-        paired = {s for of_group, _ in result for s in of_group}
-        result += [([s], []) for s in range(sequences) if s not in paired]
-    return result
+        for s in range(sequences):
+            groups.setdefault(root(s), ({}, []))[0].setdefault(s)
+    return [(list(of_group), members) for of_group, members in groups.values()]
 
 
-def _shared_lengths(
-    sides: Sequence[Sequence[int]], order: Sequence[int], lengths: Sequence[int]
-) -> list[int]:
-    """For each side in layout order, the shorter length of its pair (its own, where the other side
-    is absent).
+def _by_first_appearance(row_of: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Rows numbered in the order in which tokens first name them: the number of each token's row
+    ``(M,)``, and the first token of each row ``(N,)``. Some of the `rows` may not be named.
     """
-    result = []
+    place = torch.arange(len(row_of), device=row_of.device)
+    first = place.new_full((rows,), len(row_of))
+    first.scatter_reduce_(0, row_of, place, "amin")
+    starts = torch.zeros(len(row_of) + 1, dtype=torch.bool, device=row_of.device)
+    starts[first] = True  # one place past the end for rows that no token names
+    starts[-1] = False
+    number = starts.cumsum(0) - 1
+    return number[first[row_of]], starts.nonzero()[:, 0]
+
+
+def _ld_weights(
+    alpha: float,
+    sides: Sequence[Sequence[int]],
+    order: Sequence[int],
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """LD-DPO's weight of each token: `alpha` past the shorter length of its pair (its own, where
+    the other side is absent), else 1.
+    """
+    near = []
     for p in order:
         present = [s for s in sides[p] if s >= 0]
-        result += [min(lengths[s] for s in present)] * len(present)
-    return result
+        near += [min(lengths[s] for s in present)] * len(present)
+    rank = _ranges([0] * len(counts), counts, device)
+    limit = _longs(near, device).repeat_interleave(_longs(counts, device))
+    return torch.ones(len(rank), dtype=torch.float64, device=device).masked_fill_(
+        rank >= limit, alpha
+    )
 
 
 def _longs(values: Sequence[object], device: torch.device) -> Tensor:

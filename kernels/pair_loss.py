@@ -1,8 +1,8 @@
-"""From log-probs of rows to the loss of their pairs, and back to one derivative a row.
+"""From log-probs of rows to the loss of their pairs, and back to one derivative per row.
 
-One program a pair: sums over each of its two sequences, in float64 as everywhere in this package,
-the loss and its derivatives, and ``dlogp``, the derivative with respect to the log-prob of each
-row. The loss is an argument, a jitted function; :mod:`.losses` has them.
+One program per pair: sums over each of its two sequences and their log-ratios, in float64 as
+everywhere in this package, the loss and its derivatives, and ``dlogp``, the derivative with respect
+to the log-prob of each row. The loss is an argument, a jitted function; :mod:`.losses` has them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Pairs:
     Attributes:
         offsets: ``(2P + 1,)`` int64.
         order: ``(P,)`` int64, where each pair stands in `ref_logps` and in the results.
-        ref_logps: ``(2, P)`` float32 reference log-probs of chosen and rejected.
+        ref_logps: ``(2, P)`` float64 reference log-probs of chosen and rejected.
+        rounded: the policy's sums are rounded to float32 before they are compared, as the
+            reference's were.
         loss: a jitted function of :mod:`.losses`, and its three numbers.
         share: factor of a pair's loss in the total.
     """
@@ -34,6 +36,7 @@ class Pairs:
     offsets: Tensor
     order: Tensor
     ref_logps: Tensor
+    rounded: bool
     loss: Any
     numbers: tuple[float, float, float]
     share: float
@@ -51,6 +54,7 @@ def pair_loss_kernel(
     first_row,
     first_pair,
     pairs,
+    rounded,
     share,
     number0,
     number1,
@@ -72,14 +76,19 @@ def pair_loss_kernel(
         logp = tl.load(logps + r, r < stop, other=0.0).to(tl.float64)
         chosen += tl.where(r < middle, logp, 0.0)
         rejected += tl.where(r < middle, 0.0, logp)
-    logp_w = tl.sum(chosen, 0).to(tl.float32)
-    logp_l = tl.sum(rejected, 0).to(tl.float32)
+    logp_w = tl.sum(chosen, 0)
+    logp_l = tl.sum(rejected, 0)
+    tl.store(sequence_logps + 2 * pair, logp_w)
+    tl.store(sequence_logps + 2 * pair + 1, logp_l)
+    # Equal log-probs give a log-ratio of exactly 0 only if both or neither of them were rounded.
+    logp_w = tl.where(rounded != 0, logp_w.to(tl.float32).to(tl.float64), logp_w)
+    logp_l = tl.where(rounded != 0, logp_l.to(tl.float32).to(tl.float64), logp_l)
 
-    # The loss and its derivatives.
+    # The loss and its derivatives, in float32: a log-ratio is small where log-probs are large.
     place = tl.load(order + pair)
     loss, d_w, d_l = LOSS(
-        logp_w - tl.load(ref_logps + place),
-        logp_l - tl.load(ref_logps + pairs + place),
+        (logp_w - tl.load(ref_logps + place)).to(tl.float32),
+        (logp_l - tl.load(ref_logps + pairs + place)).to(tl.float32),
         tl.maximum(middle - start, 1).to(tl.float32),
         tl.maximum(stop - middle, 1).to(tl.float32),
         number0,
@@ -87,8 +96,6 @@ def pair_loss_kernel(
         number2,
     )
     tl.store(losses + place, loss)
-    tl.store(sequence_logps + 2 * pair, logp_w)
-    tl.store(sequence_logps + 2 * pair + 1, logp_l)
     for first in range(start, stop, BLOCK_N):
         r = first + tl.arange(0, BLOCK_N)
         tl.store(dlogp + r, tl.where(r < middle, d_w * share, d_l * share), r < stop)
@@ -107,8 +114,8 @@ def pair_loss(
     `logps` ``(n,)``; returns their `dlogp` ``(n,)``.
 
     Args:
-        losses: ``(P,)`` and sequence_logps: ``(2P,)`` float32, of which the pairs' own entries are
-            filled in.
+        losses: ``(P,)`` float32 and sequence_logps: ``(2P,)`` float64, of which the pairs' own
+            entries are filled in.
     """
     dlogp = torch.empty_like(logps)
     if last_pair > first_pair:
@@ -123,6 +130,7 @@ def pair_loss(
             first_row,
             first_pair,
             len(of.order),
+            int(of.rounded),
             of.share,
             *of.numbers,
             LOSS=of.loss,

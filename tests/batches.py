@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpop import PreferenceOutput, fused_preference_loss, losses, reference
-from fastdpop.head import Head
+from fastdpop import PreferenceOutput, fused_preference_loss, losses, naive
 from fastdpop.losses import (
     PairLogps,
     PreferenceLoss,
@@ -20,13 +19,14 @@ from fastdpop.losses import (
     pairwise,
     wpo_weighted,
 )
+from fastdpop.transform import LogitTransform
 
 HEADS = {
-    "plain": Head(),
-    "softcap": Head(softcap=3.0),
-    "scaled": Head(logit_scale=0.25),
-    "temperature": Head(temperature=1.7),
-    "all": Head(softcap=2.0, logit_scale=1.5, temperature=0.7),
+    "plain": LogitTransform(),
+    "softcap": LogitTransform(softcap=3.0),
+    "scaled": LogitTransform(logit_scale=0.25),
+    "temperature": LogitTransform(temperature=1.7),
+    "all": LogitTransform(softcap=2.0, logit_scale=1.5, temperature=0.7),
 }
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -129,16 +129,16 @@ def batch(
     return example
 
 
-def logits(example: Batch, head: Head | None = None) -> Tensor:
+def logits(example: Batch, head: LogitTransform | None = None) -> Tensor:
     """``(S, T, V)`` logits as PyTorch computes them, in the dtype of the inputs."""
-    head = head or Head()
+    head = head or LogitTransform()
     z = F.linear(example.hidden, example.weight, example.bias) * head.logit_scale
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     return z / head.temperature
 
 
 def token_logps(
-    example: Batch, head: Head | None = None, *, shift: bool = True, plain: bool = False
+    example: Batch, head: LogitTransform | None = None, *, shift: bool = True, plain: bool = False
 ) -> Tensor:
     """The log-prob of every label, 0 where it is not scored, shaped as the labels: in float64 by
     the definition, or `plain`: as PyTorch computes it in the dtype of the inputs.
@@ -149,7 +149,7 @@ def token_logps(
         logps = logps.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * (labels != -100)
     else:
         labels = _aligned(example.labels, shift)
-        logps = reference.token_logps(example.hidden, example.weight, labels, example.bias, head)
+        logps = naive.token_logps(example.hidden, example.weight, labels, example.bias, head)
     return F.pad(logps[:, :-1], (1, 0)) if shift else logps
 
 
@@ -158,7 +158,9 @@ def _aligned(labels: Tensor, shift: bool) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100) if shift else labels
 
 
-def aligned_logps(example: Batch, head: Head | None = None, *, shift: bool = True) -> Tensor:
+def aligned_logps(
+    example: Batch, head: LogitTransform | None = None, *, shift: bool = True
+) -> Tensor:
     """``logp - log sum_v p_v**2`` of every scored label, shaped as the labels; float64, no
     gradient.
     """
@@ -180,7 +182,7 @@ def sides_of(sequences: int, pairs: Sequence[Sequence[int]] | None) -> list[list
 def losses_by_definition(
     example: Batch,
     loss: Loss,
-    head: Head | None = None,
+    head: LogitTransform | None = None,
     *,
     pairs: Sequence[Sequence[int]] | None = None,
     kl: Tensor | None = None,
@@ -252,10 +254,10 @@ def losses_by_definition(
 
 
 def fused(
-    example: Batch, loss: Loss, head: Head | None = None, **options: object
+    example: Batch, loss: Loss, head: LogitTransform | None = None, **options: object
 ) -> PreferenceOutput:
     """The function under test on a batch, with the reference only where the loss reads it."""
-    head = head or Head()
+    head = head or LogitTransform()
     needed = losses.as_loss(loss).traits.needs_reference
     if needed and "ref_hidden" not in options:
         options.setdefault("ref_logps", example.ref_logps)
@@ -289,7 +291,7 @@ def assert_as_exact_as_torch(
 def assert_by_definition(
     example: Batch,
     loss: Loss,
-    head: Head | None = None,
+    head: LogitTransform | None = None,
     *,
     pairs: Sequence[Sequence[int]] | None = None,
     kl: Tensor | None = None,

@@ -26,11 +26,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastdpop.aot import CHIPS
-from fastdpop.engines import STATISTICS, Engine, Problem, Wanted
+from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.triton import FORWARDS, PRODUCTS, TritonEngine
-from fastdpop.head import Head
 from fastdpop.kernels import config, gluon_forward, registry
 from fastdpop.kernels import losses as jitted
+from fastdpop.transform import LogitTransform
 from tests.batches import LOSSES, batch, fused
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,7 +41,7 @@ PROCESSORS = 132
 CUBLAS = "cuBLAS"
 """The kernel of a launch that is a product by cuBLAS."""
 
-HEADS = {"plain": Head(), "softcap": Head(softcap=30.0, logit_scale=0.5)}
+HEADS = {"plain": LogitTransform(), "softcap": LogitTransform(softcap=30.0, logit_scale=0.5)}
 """One for each choice of the kernels' constants: scales are numbers."""
 
 _devices = itertools.count()
@@ -274,7 +274,7 @@ def problem(
         bias=torch.empty(vocabulary, dtype=stored, device=device) if bias else None,
         targets=torch.zeros(rows, dtype=torch.int64, device=device),
         groups=groups or [0, rows // 3, 2 * rows // 3, rows],
-        head=HEADS[head],
+        transform=HEADS[head],
         compute_dtype=dtype,
         workspace_bytes=workspace,
     )
@@ -286,11 +286,14 @@ def every_route(engine: Engine, p: Problem, statistics: tuple[str, ...] = ()) ->
     """
     c = p.targets.new_empty(len(p.targets), dtype=torch.float32)
     lse = torch.empty_like(c)
-    every = Wanted(True, True, p.bias is not None)
+    every = NeedsGrad(True, True, p.bias is not None)
 
-    def one_pass(p: Problem, wanted: Wanted) -> None:
+    def one_pass(p: Problem, wanted: NeedsGrad) -> None:
         engine.logps_and_gradients(
-            p, statistics, lambda first, last, *_: c[p.groups[first] : p.groups[last]], wanted
+            p,
+            statistics,
+            GroupLoss(lambda first, last, *_: c[p.groups[first] : p.groups[last]]),
+            wanted,
         )
 
     logits = len(p.weight) * len(p.targets) * p.compute_dtype.itemsize
@@ -299,8 +302,8 @@ def every_route(engine: Engine, p: Problem, statistics: tuple[str, ...] = ()) ->
         one_pass(small, every)
         engine.gradients(small, lse, c, every)
     engine.logps(p, statistics)
-    engine.logps_and_direction(p, statistics)
-    for wanted in (Wanted(True, False, False), Wanted(False, True, False)):
+    engine.logps_and_dlogp_dhidden(p, statistics)
+    for wanted in (NeedsGrad(True, False, False), NeedsGrad(False, True, False)):
         one_pass(p, wanted)
 
 
@@ -329,7 +332,7 @@ def odd_views(dtype: torch.dtype) -> Problem:
         bias=odd(vocabulary),
         targets=torch.zeros(rows + 1, dtype=torch.int64)[1:],
         groups=[0, 1, 12, 13, 33],
-        head=HEADS["plain"],
+        transform=HEADS["plain"],
         compute_dtype=dtype,
         workspace_bytes=1 << 14,
     )

@@ -89,23 +89,55 @@ def test_one_graph_of_log_probs(reduction: str) -> None:
     assert_equal_to_eager(run, compiled, example)
 
 
+MADE: dict[str, Callable[[], Loss]] = {
+    "a name": lambda: "ipo",
+    "a function": lambda: lambda pairs: -pairs.chosen,
+    "get": lambda: losses.get("dpop", beta=0.2, lam=7.0, form="additive"),
+    "a class": lambda: losses.DPO(beta=0.2, label_smoothing=0.1),
+    "a sum": lambda: 0.5 * losses.DPO(beta=0.2) + 0.25 * losses.get("sft"),
+    "LD-DPO": lambda: losses.length_desensitised(losses.IPO(beta=0.7), 0.5),
+    "WPO": lambda: losses.wpo_weighted(losses.get("dpo", beta=0.7)),
+}
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_a_loss_that_is_made_inside_has_its_options(make: str) -> None:
+    """The compiler takes an object that it makes itself for one with its class's defaults."""
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
+        return fused(Batch(hidden, weight, bias, labels, ref), MADE[make]()).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_equal_to_eager(run, compiled, batch(3, bias=True))
+
+
+def test_one_graph_of_fused_dpop_loss() -> None:
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
+        given = {"bias": bias, "ref_logps": ref, "beta": 0.2, "lam": 7.0, "temperature": 1.3}
+        return fused_dpop_loss(hidden, weight, labels, **given).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_equal_to_eager(run, compiled, batch(3, bias=True))
+
+
 @graph_breaks
-@pytest.mark.parametrize("how", ["name", "function", "pairs", "fused_dpop_loss"])
-def test_what_breaks_the_graph_is_still_right(how: str) -> None:
-    """Looking a loss up and reading a table of pairs are Python's work."""
-    run = step("dpop")
-    if how == "function":
-        run = step(lambda pairs: -pairs.chosen)
-    elif how == "pairs":
-        run = step(LOSSES["dpop"], pairs=torch.tensor([[0, 3], [0, 4]]))
-    elif how == "fused_dpop_loss":
-
-        def run(
-            hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ref: Tensor
-        ) -> Tensor:
-            return fused_dpop_loss(hidden, weight, labels, bias=bias, ref_logps=ref).loss
-
+def test_a_table_of_pairs_breaks_the_graph_and_is_still_right() -> None:
+    """Reading it is Python's work."""
+    run = step(LOSSES["dpop"], pairs=torch.tensor([[0, 3], [0, 4]]))
     assert_equal_to_eager(run, torch.compile(run, backend="aot_eager"), batch(3, bias=True))
+
+
+@graph_breaks
+def test_a_beta_that_changes_is_followed() -> None:
+    example = batch(3)
+
+    def run(beta: float) -> Tensor:
+        given = example.hidden, example.weight, example.labels
+        return fused_dpop_loss(*given, ref_logps=example.ref_logps, beta=beta).loss
+
+    compiled = torch.compile(run, backend="aot_eager")
+    for beta in (0.1, 0.5, 0.3):
+        torch.testing.assert_close(compiled(beta), run(beta), rtol=1e-6, atol=0)
 
 
 def test_no_recompilation_when_the_mask_or_the_length_changes() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from fastdpop import reference
+from fastdpop import naive
 from fastdpop.engines import available
 from fastdpop.hook import attach
 from tests.test_hook import Watch
@@ -27,7 +27,7 @@ def assert_as_full_logits(model: Any, inputs: dict[str, Tensor], **more: Any) ->
     full = inputs | more
     ref_logps = own_logps(model, full).detach() + torch.tensor([1.0, -1.0, 0.5, 0.5]).double()
     expected_logps = own_logps(model, full)
-    expected = reference.dpop_loss(expected_logps, ref_logps)
+    expected = naive.dpop_loss(expected_logps, ref_logps)
     expected.backward()
     expected_gradients = gradients(model)
     model.zero_grad()

@@ -16,14 +16,14 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
 from fastdpop import fused_logps, fused_preference_loss, losses
-from fastdpop.engines import STATISTICS, PairLossPlan, Wanted
+from fastdpop.engines import STATISTICS, GroupLoss, NeedsGrad, PairLossPlan
 from fastdpop.engines.triton import FORWARDS, PRODUCTS, TritonEngine
-from fastdpop.head import Head
 from fastdpop.kernels import config, registry
+from fastdpop.transform import LogitTransform
 from tests import launches
 from tests.launches import CUBLAS, DTYPES, Recording, every_route, of_variant, problem, recorded
 
-TRAINED = Wanted(True, True, False)
+TRAINED = NeedsGrad(True, True, False)
 
 
 @pytest.fixture(scope="module", params=config.TARGETS)
@@ -132,8 +132,8 @@ def test_numbers_are_not_compiled_in() -> None:
     with recorded() as recording:
         for rows, number in ((64, 30.0), (1, 1.0), (16, 16.0)):
             p = problem(torch.bfloat16, rows=rows, width=rows * 8, vocabulary=rows)
-            head = Head(softcap=number, logit_scale=1.0 / number, temperature=number)
-            engine.logps(dataclasses.replace(p, head=head), ())
+            head = LogitTransform(softcap=number, logit_scale=1.0 / number, temperature=number)
+            engine.logps(dataclasses.replace(p, transform=head), ())
     assert [one.kernel for one in recording.compiled] == [
         "target_logit_kernel",
         "forward_kernel",
@@ -156,18 +156,21 @@ def test_the_host_never_waits(dtype: torch.dtype, products: str, forward: str) -
         pairs = PairLossPlan(
             offsets=torch.empty(7, dtype=torch.int64, device="meta"),
             order=torch.empty(3, dtype=torch.int64, device="meta"),
-            reference=torch.empty(2, 3, device="meta"),
+            ref_logps=torch.empty(2, 3, dtype=torch.float64, device="meta"),
+            rounded=True,
             loss="DPOP",
             options={"form": "inside", "beta": 0.3, "lam": 50.0, "label_smoothing": 0.0},
             share=1 / 3,
         )
 
-        def coefficients(*_: object) -> torch.Tensor:
+        def dlogp(*_: object) -> torch.Tensor:
             raise AssertionError("the loss has a kernel")
 
-        coefficients.plan = pairs  # type: ignore[attr-defined]
-        engine.logps_and_gradients(p, (), coefficients, Wanted(True, True, True))
-    assert pairs.losses is not None
+        found = engine.logps_and_gradients(
+            p, (), GroupLoss(dlogp, pairs), NeedsGrad(True, True, True)
+        )
+    assert found.losses is not None
+    assert found.sequence_logps is not None
     assert recording.kernels.count("pair_loss_kernel") == 1
 
 
@@ -179,7 +182,7 @@ def test_who_forms_the_products() -> None:
     """cuBLAS those of bfloat16 where no row is skipped: with the sizes of whole chunks, into what
     is there already.
     """
-    wanted = Wanted(True, True, False)
+    wanted = NeedsGrad(True, True, False)
     for dtype, products, by_cublas in (
         (torch.bfloat16, "auto", 2),
         (torch.bfloat16, "kernels", 0),
@@ -189,7 +192,9 @@ def test_who_forms_the_products() -> None:
         p = problem(dtype, rows=256, width=64, vocabulary=1_000, groups=[0, 256])
         c = torch.empty(256, device="meta")
         with recorded() as recording:
-            TritonEngine(products=products).logps_and_gradients(p, (), lambda *_, c=c: c, wanted)
+            TritonEngine(products=products).logps_and_gradients(
+                p, (), GroupLoss(lambda *_, c=c: c), wanted
+            )
         of_cublas = [one.sizes for one in recording.launches if one.kernel == CUBLAS]
         assert len(of_cublas) == by_cublas
         ours = [name for name in recording.kernels if name in ("dhidden_kernel", "dweight_kernel")]
@@ -207,6 +212,6 @@ def test_units(dtype: torch.dtype) -> None:
     for workspace, times in ((1 << 30, 1), (1 << 19, 2)):
         p = problem(dtype, rows=rows, vocabulary=2_000, groups=[0, rows], workspace=workspace)
         with recorded() as recording:
-            TritonEngine().logps_and_gradients(p, (), lambda *_: c, TRAINED)
+            TritonEngine().logps_and_gradients(p, (), GroupLoss(lambda *_: c), TRAINED)
         found = sum(sizes(recording, "forward_kernel", "rows"))
         assert found == rows * (2 if dtype == torch.float16 else times)

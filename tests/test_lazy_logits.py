@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdpop.head import Head
 from fastdpop.lazy_logits import LazyLogits, lazy_logits_from
+from fastdpop.transform import LogitTransform
 
 VOCABULARY = 11
 FACTORS = torch.linspace(-1.0, 2.0, VOCABULARY, dtype=torch.float64)
@@ -29,7 +29,7 @@ def computed(lazy: LazyLogits) -> Tensor:
     """What lazy logits stand for, through the transform that the fused losses apply."""
     product = lazy.product
     raw = nn.functional.linear(product.hidden, product.weight, product.bias)
-    return Head(product.softcap, product.logit_scale).transform_(raw)
+    return LogitTransform(product.softcap, product.logit_scale).transform_(raw)
 
 
 FOLLOWED: dict[str, Callable[[Any], Any]] = {

@@ -13,22 +13,28 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from fastdpop import fused_logps, losses, ops
-from fastdpop.head import Head
+from fastdpop.engines import NeedsGrad
 from fastdpop.rows import Rows
+from fastdpop.spec import Spec
+from fastdpop.transform import LogitTransform
 from tests.batches import HEADS, LOSSES, Batch, batch, fused
 
 WORKSPACE = 20_000
+ALL = NeedsGrad(True, True, True)
 
 
-def options(dtype: torch.dtype = torch.float32, head: str = "all") -> tuple[Any, ...]:
-    return ops.head_numbers(HEADS[head]), dtype, WORKSPACE, "eager"
+def spec_of(dtype: torch.dtype = torch.float32, transform: str = "all", **more: Any) -> str:
+    return Spec(HEADS[transform], dtype, WORKSPACE, "eager", **more).text()
 
 
-def rows_of(example: Batch, **given: Any) -> tuple[list[Tensor], Rows]:
+def rows_of(example: Batch, **given: Any) -> Rows:
     alpha = given.get("ld_alpha")
-    pairs = given.get("pairs")
-    tensors = ops.lay_out(example.labels, 37, None, pairs, True, None, alpha)
-    return tensors, ops.rows_from(tensors, members=alpha is not None, weights=alpha is not None)
+    pairs = given.get("pairs", HALVES)
+    tensors = ops.rows_from_labels(example.labels, 37, pairs, None, True, False, None, alpha)
+    return Rows.of_tensors(tensors, weighted=alpha is not None)
+
+
+HALVES = torch.tensor([[0, 3], [1, 4], [2, 5]])
 
 
 def row_inputs(example: Batch, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
@@ -37,6 +43,16 @@ def row_inputs(example: Batch, rows: Rows) -> tuple[Tensor, Tensor, Tensor | Non
     return hidden, example.weight, example.bias, rows.targets, rows.groups[0]
 
 
+def test_a_spec_and_its_text() -> None:
+    for transform in HEADS.values():
+        spec = Spec(
+            transform, torch.bfloat16, 7, "cpu", ("entropy",), ALL, "sum", "DPO(beta=0.1, x='y')"
+        )
+        assert Spec.parse(spec.text()) == spec
+        assert len({spec, Spec.parse(spec.text())}) == 1
+
+
+@pytest.mark.parametrize("keep_unpaired", [True, False])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize(
     "given",
@@ -50,48 +66,62 @@ def row_inputs(example: Batch, rows: Rows) -> tuple[Tensor, Tensor, Tensor | Non
     ],
     ids=lambda given: " ".join(given) or "default",
 )
-def test_lay_out(given: dict[str, Any], shift: bool) -> None:
+def test_rows_from_labels(given: dict[str, Any], shift: bool, keep_unpaired: bool) -> None:
     example = batch(3)
-    pairs, weights = given.get("pairs"), given.get("token_weights")
+    pairs, weights = given.get("pairs", HALVES), given.get("token_weights")
     alpha = given.get("ld_alpha")
-    opcheck(ops.lay_out, (example.labels, 37, None, pairs, shift, weights, alpha))
+    how = (shift, keep_unpaired and alpha is None)
+    opcheck(ops.rows_from_labels, (example.labels, 37, pairs, None, *how, weights, alpha))
     bounds = torch.arange(7) * 9
     flat = None if weights is None else weights.flatten()
-    opcheck(ops.lay_out, (example.labels.flatten(), 37, bounds, pairs, shift, flat, alpha))
+    labels = example.labels.flatten()
+    opcheck(ops.rows_from_labels, (labels, 37, pairs, bounds, *how, flat, alpha))
 
 
-def test_lay_out_of_int32_labels_and_of_nothing() -> None:
+def test_rows_from_labels_of_int32_and_of_nothing() -> None:
     example = batch(3)
-    opcheck(ops.lay_out, (example.labels.int(), 37, None, None, True, None, None))
-    opcheck(ops.lay_out, (torch.full((2, 3), -100), 37, None, None, True, None, 0.5))
-    opcheck(ops.lay_out, (example.labels[:5], 37, None, None, True, None, None))
+    nothing, one = torch.full((2, 3), -100), torch.tensor([[0, 1]])
+    no_pairs = torch.zeros(0, 2, dtype=torch.int64)
+    for labels, pairs, keep, alpha in (
+        (example.labels.int(), HALVES, False, None),
+        (nothing, one, False, 0.5),
+        (example.labels[:5], no_pairs, True, None),
+    ):
+        opcheck(ops.rows_from_labels, (labels, 37, pairs, None, True, keep, None, alpha))
 
 
 @pytest.mark.parametrize("keep_direction", [True, False])
-@pytest.mark.parametrize("statistics", ["", "entropy,aligned_logps"])
+@pytest.mark.parametrize("statistics", [(), ("entropy", "aligned_logps")])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_row_logps(dtype: torch.dtype, bias: bool, statistics: str, keep_direction: bool) -> None:
+def test_row_logps(
+    dtype: torch.dtype, bias: bool, statistics: tuple[str, ...], keep_direction: bool
+) -> None:
     example = batch(3, dtype=dtype, bias=bias, trained=not keep_direction)
-    inputs = row_inputs(example, rows_of(example)[1])
-    opcheck(ops.row_logps, (*inputs, *options(dtype), statistics, keep_direction))
+    inputs = row_inputs(example, rows_of(example))
+    needs_grad = NeedsGrad(True, not keep_direction, bias and not keep_direction)
+    spec = spec_of(dtype, statistics=statistics, needs_grad=needs_grad)
+    opcheck(ops.row_logps, (*inputs, spec))
 
 
 def test_row_logps_under_autocasts_dtype() -> None:
     example = batch(3, bias=True)
-    inputs = row_inputs(example, rows_of(example)[1])
-    opcheck(ops.row_logps, (*inputs, *options(torch.bfloat16), "", False))
+    inputs = row_inputs(example, rows_of(example))
+    opcheck(ops.row_logps, (*inputs, spec_of(torch.bfloat16, needs_grad=ALL)))
 
 
-@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False], [True, False, False]])
+@pytest.mark.parametrize(
+    "needs_grad", [[True, True, True], [False, True, False], [True, False, False]]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row_logps_backward(dtype: torch.dtype, wanted: list[bool]) -> None:
+def test_row_logps_backward(dtype: torch.dtype, needs_grad: list[bool]) -> None:
     example = batch(3, dtype=dtype, bias=True)
-    _, rows = rows_of(example)
+    rows = rows_of(example)
     inputs = [t.detach() for t in row_inputs(example, rows) if t is not None]
-    lse = ops.row_logps(*inputs, *options(dtype), "", False)[1]
-    gradient = torch.randn(len(rows.index))
-    opcheck(ops.row_logps_backward, (gradient, *inputs, lse, wanted, *options(dtype)))
+    lse = ops.row_logps(*inputs, spec_of(dtype))[1]
+    dlogp = torch.randn(len(rows.index))
+    spec = spec_of(dtype, needs_grad=NeedsGrad(*needs_grad))
+    opcheck(ops.row_logps_backward, (dlogp, *inputs, lse, spec))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -100,29 +130,36 @@ def test_row_logps_backward(dtype: torch.dtype, wanted: list[bool]) -> None:
 def test_pair_loss(name: str, dtype: torch.dtype, bias: bool) -> None:
     example = batch(3, dtype=dtype, bias=bias)
     loss = losses.get("dpop") if name == "shared" else LOSSES[name]
-    pairs = torch.tensor([[0, 3], [0, 4], [2, 5]]) if name == "shared" else None
-    tensors, rows = rows_of(example, pairs=pairs, ld_alpha=loss.traits.ld_alpha)
-    tensors = ops.rows_to(rows)
+    pairs = torch.tensor([[0, 3], [0, 4], [2, 5]]) if name == "shared" else HALVES
+    rows = rows_of(example, pairs=pairs, ld_alpha=loss.traits.ld_alpha)
     hidden, weight, offset, *_ = row_inputs(example, rows)
     reference = torch.randn(2, 3, dtype=example.ref_logps.dtype)
     kl = torch.tensor(0.5, dtype=reference.dtype) if name == "kto" else None
-    arguments = (hidden, weight, offset, tensors, reference, kl, losses.key_of(loss), True)
-    wanted = [True, True, bias]
-    statistics = ",".join(("entropy", *loss.traits.statistics))
-    opcheck(ops.pair_loss, (*arguments, wanted, *options(dtype), statistics))
+    spec = spec_of(
+        dtype,
+        statistics=("entropy", *loss.traits.statistics),
+        needs_grad=NeedsGrad(True, True, bias),
+        loss=losses.key_of(loss),
+    )
+    opcheck(ops.pair_loss, (hidden, weight, offset, rows.tensors(), reference, kl, spec))
 
 
 def test_pair_loss_of_some_gradients() -> None:
     example = batch(3, bias=True)
     example.hidden.requires_grad_(False)
-    tensors, rows = rows_of(example)
+    rows = rows_of(example)
     hidden, weight, offset, *_ = row_inputs(example, rows)
-    key = losses.key_of(losses.get("sft"))
-    arguments = (hidden, weight, offset, tensors, None, None, key, False, [False, True, True])
-    opcheck(ops.pair_loss, (*arguments, *options(), ""))
+    spec = spec_of(
+        needs_grad=NeedsGrad(False, True, True),
+        reduction="sum",
+        loss=losses.key_of(losses.get("sft")),
+    )
+    opcheck(ops.pair_loss, (hidden, weight, offset, rows.tensors(), None, None, spec))
 
 
-def derivatives_agree(example: Batch, loss: losses.PreferenceLoss, head: Head, **more: Any) -> None:
+def derivatives_agree(
+    example: Batch, loss: losses.PreferenceLoss, head: LogitTransform, **more: Any
+) -> None:
     leaves = example.trained
 
     def run(*changed: Tensor) -> Tensor:

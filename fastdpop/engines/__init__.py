@@ -16,13 +16,15 @@ import torch
 
 from fastdpop.engines.base import (
     DEFAULT_WORKSPACE_BYTES,
+    NO_GRAD,
     STATISTICS,
     Engine,
+    EngineOutput,
     Gradients,
-    Logps,
+    GroupLoss,
+    NeedsGrad,
     PairLossPlan,
     Problem,
-    Wanted,
     default_workspace,
 )
 from fastdpop.engines.cpu import CPUEngine
@@ -31,14 +33,16 @@ from fastdpop.engines.triton import TritonEngine
 
 __all__ = [
     "DEFAULT_WORKSPACE_BYTES",
+    "NO_GRAD",
     "STATISTICS",
     "Engine",
+    "EngineOutput",
     "Explanation",
     "Gradients",
-    "Logps",
+    "GroupLoss",
+    "NeedsGrad",
     "PairLossPlan",
     "Problem",
-    "Wanted",
     "available",
     "choose",
     "default_workspace",
@@ -89,17 +93,11 @@ def explain(
 ) -> list[Explanation]:
     """Every engine, in order of preference, with what speaks for or against it.
 
-    One that an engine's ``only_by_name(device)`` keeps from ``"auto"`` comes last.
+    One that ``engine="auto"`` does not take there (:meth:`Engine.automatic`) comes last.
     """
     where = torch.device(device)
-
-    def last(name: str) -> bool:
-        only_by_name = getattr(_ENGINES[name], "only_by_name", None)
-        return only_by_name is not None and only_by_name(where)
-
-    reasons = {
-        name: _ENGINES[name].unavailable(where, dtype) for name in sorted(_ENGINES, key=last)
-    }
+    names = sorted(_ENGINES, key=lambda name: not _ENGINES[name].automatic(where))
+    reasons = {name: _ENGINES[name].unavailable(where, dtype) for name in names}
     chosen = next((name for name, reason in reasons.items() if reason is None), None)
     return [
         Explanation(name, reason is None, reason or _ENGINES[name].describe(), name == chosen)

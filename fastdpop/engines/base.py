@@ -1,25 +1,29 @@
 """What an engine is given, and what it owes.
 
-An engine gets log-probabilities and gradients through the head. It knows rows, never losses,
-sequences or trainers: rows come in *groups*, and where a gradient needs a loss, the engine hands
-the log-probs of whole groups to a callback, which returns one coefficient ``c_i = dL / dlogp_i`` a
+An engine gets log-probabilities and gradients through the lm_head. It knows rows, never sequences
+or trainers: rows come in *groups*, and where a gradient needs a loss, the engine hands the log-probs
+of whole groups to a :class:`GroupLoss`, which returns one derivative ``dlogp_i = dL / dlogp_i`` per
 row. The rest is linear algebra on ``p = softmax(z)``:
 
     d logp_i / d z_i = onehot(y_i) - p_i
-    dHidden_i = c_i * ((onehot(y_i) - p_i) * dz/du) @ weight
-    dWeight   = sum_i c_i * ((onehot(y_i) - p_i) * dz/du).T @ hidden_i
+    dHidden_i = dlogp_i * ((onehot(y_i) - p_i) * dz/du) @ weight
+    dWeight   = sum_i dlogp_i * ((onehot(y_i) - p_i) * dz/du).T @ hidden_i
+
+Costs are counted in matrix products, each of ``2 * N * V * H`` floating-point operations: the logits
+are one, dHidden is one, dWeight is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdpop.head import Head
+from fastdpop.transform import LogitTransform
 
 STATISTICS = ("entropy", "mean_logits", "token_accuracy", "aligned_logps")
 """Row statistics of the softmax that an engine computes beside the log-prob, in the same pass:
@@ -50,9 +54,16 @@ def default_workspace(device: torch.device) -> int:
     return max(DEFAULT_WORKSPACE_BYTES, total // 16)
 
 
+def result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-probs and of accumulated gradients: float32, or float64 where the products
+    are float64.
+    """
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Rows that go through one head.
+    """Rows that go through one lm_head.
 
     Attributes:
         hidden: ``(N, H)`` contiguous hidden states of the rows.
@@ -60,11 +71,14 @@ class Problem:
         bias: ``(V,)`` or None.
         targets: ``(N,)`` int64.
         groups: G + 1 non-decreasing bounds in [0, N]; the rows of a group belong together.
-        head: the transform of the logits.
+        transform: of the logits.
         compute_dtype: the dtype in which hidden and weight enter the products (autocast rounds
             float32 tensors to it).
         workspace_bytes: bound on scratch memory, results and gradients excluded; one row's tile is
             the least an engine takes.
+        chunk_rows: the most rows of whole groups that go through at once, for processes that must
+            go through the same number of chunks: the least :meth:`Engine.chunk_rows` among them.
+            None leaves it to the engine.
     """
 
     hidden: Tensor
@@ -72,126 +86,164 @@ class Problem:
     bias: Tensor | None
     targets: Tensor
     groups: list[int]
-    head: Head
+    transform: LogitTransform
     compute_dtype: torch.dtype
     workspace_bytes: int
+    chunk_rows: int | None = None
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """float32, or float64 where the products are float64."""
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        """See :func:`result_dtype`."""
+        return result_dtype(self.compute_dtype)
 
 
-class Logps(NamedTuple):
-    """What the forward pass gives, row by row, in the result dtype.
+class NeedsGrad(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    @property
+    def lm_head(self) -> bool:
+        """Whether the lm_head is trained."""
+        return self.weight or self.bias
+
+
+NO_GRAD = NeedsGrad()
+
+
+class Gradients(NamedTuple):
+    """Gradients in the result dtype; None where not asked for. dWeight is accumulated in it,
+    whatever the weight's dtype.
+    """
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+NO_GRADIENTS = Gradients()
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """What one pass over a problem gives; row values are in the result dtype.
 
     Attributes:
         logps: ``(N,)`` log-prob of each target.
         lse: ``(N,)`` log-sum-exp of each row's logits.
-        statistics: ``(K, N)``, one line a name asked for.
+        statistics: ``(K, N)``, one line for each name asked for.
+        dlogp_dhidden: ``(N, H)``, in the hidden states' dtype, where it was asked for.
+        gradients: of the loss; all None where there is none.
+        losses: ``(P,)`` float32 loss of each pair, and sequence_logps: ``(2P,)`` float64, two per
+            pair, group by group: from an engine that took the loss from a :class:`PairLossPlan`.
+            None from all others.
     """
 
     logps: Tensor
     lse: Tensor
     statistics: Tensor
+    dlogp_dhidden: Tensor | None = None
+    gradients: Gradients = NO_GRADIENTS
+    losses: Tensor | None = None
+    sequence_logps: Tensor | None = None
 
 
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Gradients(NamedTuple):
-    """Gradients in the result dtype; None where not wanted. dWeight is accumulated in it, whatever
-    the weight's dtype.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-@dataclass
+@dataclass(frozen=True)
 class PairLossPlan:
-    """What a coefficient callback does, in plain numbers, where it is simple: group i is pair i,
-    the rows of its chosen sequence followed by those of its rejected one.
-
-    An engine that knows the loss may use this instead of calling back; it then fills in `losses`
-    and `sums` for all pairs. Others ignore it.
+    """A loss in plain numbers, where it is simple: group i is pair i, the rows of its chosen
+    sequence followed by those of its rejected one.
 
     Attributes:
         offsets: ``(2P + 1,)`` int64 bounds of the sequences, in rows.
-        order: ``(P,)`` int64, where each pair stands in `reference` and `losses`.
-        reference: ``(2, P)`` float32 reference log-probs of chosen and rejected, contiguous.
+        order: ``(P,)`` int64, where each pair stands in `ref_logps` and in the losses.
+        ref_logps: ``(2, P)`` float64 reference log-probs of chosen and rejected, contiguous.
+        rounded: the policy's sequence log-probs are rounded to float32 before they are compared, as
+            the reference's were.
         loss: the name of the loss's class in :mod:`fastdpop.losses`; options: its fields.
         share: factor of a pair's loss in the total.
-        losses: ``(P,)`` float32 loss of each pair; sums: ``(2P,)`` log-prob of each sequence.
     """
 
     offsets: Tensor
     order: Tensor
-    reference: Tensor
+    ref_logps: Tensor
+    rounded: bool
     loss: str
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     share: float
-    losses: Tensor | None = None
-    sums: Tensor | None = None
 
 
-class Coefficients(Protocol):
-    """``(first, last, logps, statistics) -> c``: coefficients ``(n,)`` of the n rows of groups
-    ``first`` to ``last - 1``.
+@dataclass(frozen=True)
+class GroupLoss:
+    """A loss, as far as an engine needs to know it.
 
-    A callback may have an attribute ``plan``, a :class:`PairLossPlan` or None.
+    Attributes:
+        dlogp: ``(first, last, logps, statistics) -> (n,)``: the derivatives of the loss with respect
+            to the log-probs of the n rows of groups ``first`` to ``last - 1``, from those log-probs
+            ``(n,)`` and row statistics ``(K, n)``.
+        plan: the same in plain numbers, or None. An engine that knows the loss may use this instead
+            of calling back; it then gives `losses` and `sequence_logps`.
     """
 
-    def __call__(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor: ...
+    dlogp: Callable[[int, int, Tensor, Tensor], Tensor]
+    plan: PairLossPlan | None = None
 
 
-class Engine(Protocol):
-    """What every engine implements. Costs are in units of ``2 * N * V * H`` floating-point
-    operations x 1/2 (see the docs).
-    """
+class Engine(ABC):
+    """What every engine implements."""
 
     name: str
 
+    @abstractmethod
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this engine cannot compute on a device in a dtype, or None if it can."""
 
+    def automatic(self, device: torch.device) -> bool:
+        """Whether ``engine="auto"`` may take it on a device; if not, it is there by name only."""
+        del device
+        return True
+
+    @abstractmethod
     def describe(self) -> str:
         """What it computes with, in a few words; asked only where it is available."""
 
-    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
-        """Log-probs alone: 2 units."""
+    @abstractmethod
+    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+        """The most rows of whole groups that :meth:`logps_and_gradients` takes through at once; a
+        larger group goes through by itself, in pieces.
+        """
 
-    def logps_and_direction(
+    @abstractmethod
+    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
+        """Log-probs alone: 1 matrix product."""
+
+    @abstractmethod
+    def logps_and_dlogp_dhidden(
         self, problem: Problem, statistics: tuple[str, ...]
-    ) -> tuple[Logps, Tensor]:
-        """Log-probs and ``d logp_i / d hidden_i`` ``(N, H)`` in the hidden states' dtype: 4 units.
+    ) -> EngineOutput:
+        """Log-probs and ``d logp_i / d hidden_i`` ``(N, H)`` in the hidden states' dtype: 2 matrix
+        products.
 
-        The direction does not depend on the loss, so a frozen head needs nothing else.
+        This does not depend on the loss, so a frozen lm_head needs nothing else.
         """
 
+    @abstractmethod
     def gradients(
-        self, problem: Problem, lse: Tensor, row_gradient: Tensor, wanted: Wanted
+        self, problem: Problem, lse: Tensor, dlogp: Tensor, needs_grad: NeedsGrad
     ) -> Gradients:
-        """Gradients for coefficients known beforehand: 2 units to recompute the logits, and 2 for
-        each of hidden and weight.
+        """Gradients for derivatives `dlogp` ``(N,)`` known beforehand: 1 matrix product to compute
+        the logits again, and 1 for each of hidden and weight.
         """
 
+    @abstractmethod
     def logps_and_gradients(
         self,
         problem: Problem,
         statistics: tuple[str, ...],
-        coefficients: Coefficients,
-        wanted: Wanted,
-    ) -> tuple[Logps, Gradients]:
-        """Both in one pass over whole groups: 6 units for a trained head; 8 for a group beyond the
-        workspace.
+        loss: GroupLoss,
+        needs_grad: NeedsGrad,
+    ) -> EngineOutput:
+        """Both in one pass over whole groups: 3 matrix products for a trained lm_head; 4 for a group
+        beyond the workspace.
         """
-
-
-EngineFactory = Callable[[], Engine]

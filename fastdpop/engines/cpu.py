@@ -1,15 +1,19 @@
 """The CPU engine: fused kernels in C++ (``csrc/``), for AVX-512 with and without bfloat16 products,
 AVX2 and anything else.
 
-    forward   for each block of rows: logits tile by tile, softmax as it goes (2 units) and, where
-              gradients are wanted, the direction d logp / d hidden beside it (2 more)
+    forward   for each block of rows: logits tile by tile, softmax as it goes (1 matrix product)
+              and, where gradients are asked for, d logp / d hidden beside it (1 more)
     backward  for each tile of tokens: dWeight and dBias, from the softmax that the forward pass
-              kept in float16 (2 units) or from logits computed again (4 units)
+              kept in float16 (1 product) or from logits computed again (2 products)
 
-dHidden is a product of direction and coefficient, so the second pass serves the weights alone, and
-skips rows whose coefficient is 0. Rows that repeat (same hidden state, same target: the common
-prefix of a pair) are computed once, and where the softmax is kept their direction waits until one of
-their coefficients is known not to be 0.
+dHidden is d logp / d hidden times dlogp, so the backward pass serves the weights alone, and skips
+rows whose dlogp is 0.
+
+Rows that repeat (same hidden state, same target, at different positions) are computed once, and
+where the softmax is kept their d logp / d hidden waits until one of their dlogp is known not to be 0.
+A layout that names shared rows once (:mod:`fastdpop.rows`) leaves nothing to find here. What the
+search still buys is a padded batch, in which chosen and rejected each went through the trunk with
+the prefix that they share: in DPO their shared rows then cost nothing in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,22 +29,27 @@ from torch import Tensor
 
 from fastdpop.engines.base import (
     DEFAULT_WORKSPACE_BYTES,
-    Coefficients,
+    NO_GRAD,
+    Engine,
+    EngineOutput,
     Gradients,
-    Logps,
+    GroupLoss,
+    NeedsGrad,
     Problem,
-    Wanted,
 )
+from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KEPT_BYTES = 64 * 2**20
 """Memory for the softmax kept for the second pass, unless the gradient is larger or the caller gives
 more than the default workspace.
 """
+_CACHED_BYTES = 4 * 2**20
+"""Hidden states that go through at once where no softmax is kept."""
 
 
 class _Problem(ctypes.Structure):
-    """``Problem`` in csrc/head.h, field by field."""
+    """``Problem`` in csrc/interface.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "vocabulary", "width")),
@@ -61,14 +69,14 @@ class _Problem(ctypes.Structure):
                 "mean_logits",
                 "token_accuracy",
                 "aligned_logps",
-                "direction",
+                "dlogp_dhidden",
                 "kept",
                 "kept_max",
             )
         ),
-        *((name, ctypes.c_int64) for name in ("direction_from", "direction_to")),
+        *((name, ctypes.c_int64) for name in ("dhidden_from", "dhidden_to")),
         *((name, ctypes.c_int32) for name in ("again", "fresh")),
-        *((name, ctypes.c_void_p) for name in ("coefficients", "weight_gradient", "bias_gradient")),
+        *((name, ctypes.c_void_p) for name in ("dlogp", "dweight", "dbias")),
     ]
 
 
@@ -119,7 +127,7 @@ class _Library:
 def _library(instructions: str | None = None) -> _Library | str:
     """The library, or why there is none."""
     other = os.environ.get("FASTDPOP_LIBRARY")  # another build of it, for `make sanitize`
-    found = [Path(other)] if other else sorted(Path(__file__).parent.glob("_head*.so"))
+    found = [Path(other)] if other else sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
         return (
             "its C++ library was not built: no C++ compiler was found when fastdpop was installed"
@@ -136,7 +144,7 @@ def instruction_sets() -> tuple[str, ...]:
     return () if isinstance(library, str) else tuple(library.supported)
 
 
-class CPUEngine:
+class CPUEngine(Engine):
     """Fused C++ kernels for float32, bfloat16 and float16.
 
     Args:
@@ -166,97 +174,78 @@ class CPUEngine:
         assert isinstance(library, _Library), library
         return library
 
-    def _call(self, problem: Problem, statistics: tuple[str, ...]) -> _Call:
-        return _Call(problem, statistics, self._loaded())
+    def _begin(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad = NO_GRAD
+    ) -> CPUPass:
+        return CPUPass(problem, statistics, needs_grad, self._loaded())
 
-    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
-        """Log-probs alone: 2 units."""
-        call = self._call(problem, statistics)
-        call.run(call.everything).forward()
-        return call.result()
+    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+        """As many as the softmax is kept of; where none is, as many as the caches hold."""
+        return self._begin(problem, (), needs_grad).row_limit
 
-    def logps_and_direction(
+    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
+        """Log-probs alone: 1 matrix product."""
+        run = self._begin(problem, statistics)
+        run.rows(run.everything).forward()
+        return run.output()
+
+    def logps_and_dlogp_dhidden(
         self, problem: Problem, statistics: tuple[str, ...]
-    ) -> tuple[Logps, Tensor]:
-        """Log-probs and d logp / d hidden: 4 units."""
-        call = self._call(problem, statistics)
-        direction = torch.empty_like(problem.hidden)
-        # The direction is made in float32, so in 16 bits it takes a detour through scratch memory.
-        step = max(1, problem.workspace_bytes // (8 * problem.hidden.shape[1]))
-        for start in range(0, len(direction), step):
-            rows = slice(start, min(start + step, len(direction)))
-            run = call.run(rows)
-            run.forward(want_direction=True)
-            direction[rows] = run.directions()
-        return call.result(), direction
+    ) -> EngineOutput:
+        """Log-probs and d logp / d hidden: 2 matrix products."""
+        run = self._begin(problem, statistics)
+        found = torch.empty_like(problem.hidden)
+        # It is made in float32, so in 16 bits it takes a detour through scratch memory.
+        step = rows_that_fit(problem.workspace_bytes, 8 * problem.hidden.shape[1])
+        for piece in pieces_of(run.everything, step):
+            rows = run.rows(piece)
+            rows.forward(needs_hidden=True)
+            found[piece] = rows.dlogp_dhidden()
+        return run.output(dlogp_dhidden=found)
 
     def gradients(
-        self, problem: Problem, lse: Tensor, row_gradient: Tensor, wanted: Wanted
+        self, problem: Problem, lse: Tensor, dlogp: Tensor, needs_grad: NeedsGrad
     ) -> Gradients:
-        """Gradients for known coefficients: 4 units for hidden, 4 for weight and bias."""
-        call = self._call(problem, ())
-        run = call.run(call.everything)
-        run.forward(want_direction=wanted.hidden)
-        per_row = run.per_distinct_row(row_gradient)
-        hidden = run.directions() * row_gradient[:, None] if wanted.hidden else None
-        sums = call.new_sums(wanted)
-        run.backward(per_row, sums)
-        call.finish(sums)
-        return sums._replace(hidden=hidden)
+        """Gradients for derivatives that are known: 2 matrix products for hidden, 2 for weight and
+        bias.
+        """
+        run = self._begin(problem, (), needs_grad)
+        rows = run.rows(run.everything)
+        rows.forward(needs_hidden=needs_grad.hidden)
+        if run.gradients.hidden is not None:
+            torch.mul(rows.dlogp_dhidden(), dlogp[:, None], out=run.gradients.hidden)
+        rows.backward(rows.per_distinct_row(dlogp))
+        return run.finished()
 
     def logps_and_gradients(
         self,
         problem: Problem,
         statistics: tuple[str, ...],
-        coefficients: Coefficients,
-        wanted: Wanted,
-    ) -> tuple[Logps, Gradients]:
-        """Chunk by chunk of whole groups: 6 units, or 8 where a group's softmax is not kept."""
-        call = self._call(problem, statistics)
-        sums = call.new_sums(wanted)
-        hidden = torch.empty_like(problem.hidden, dtype=torch.float32) if wanted.hidden else None
-        limit = call.kept_rows() if wanted.weight or wanted.bias else len(problem.targets)
-        for first, last, rows in _chunks(problem.groups, call.distinct_rows(), max(limit, 1)):
-            run = call.run(rows)
-            run.forward(want_direction=wanted.hidden, keep=wanted.weight or wanted.bias)
-            c = coefficients(first, last, call.logps[rows], call.statistics[:, rows])
-            per_row = run.per_distinct_row(c)
-            if hidden is not None:
-                # Coefficients that cancel in the weight's gradient do not in the rows' own.
-                active = run.per_distinct_row(c.abs())
-                torch.mul(run.directions(active), c[:, None], out=hidden[rows])
-            run.backward(per_row, sums)
-        call.finish(sums)
-        return call.result(), sums._replace(hidden=hidden)
+        loss: GroupLoss,
+        needs_grad: NeedsGrad,
+    ) -> EngineOutput:
+        """Chunk by chunk of whole groups: 3 matrix products, or 4 where a softmax is not kept."""
+        run = self._begin(problem, statistics, needs_grad)
+        run.one_pass(loss)
+        return run.output()
 
 
-def _chunks(groups: list[int], distinct: list[int], limit: int) -> Iterator[tuple[int, int, slice]]:
-    """Whole groups (first, last, rows), up to `limit` distinct rows at once; a larger group by
-    itself.
+class CPUPass(Pass["CPURows"]):
+    """One pass over a problem, and the scratch memory that its chunks share.
+
+    What is kept of a chunk is its rows on their way through the library.
     """
-    first = 0
-    while first < len(groups) - 1:
-        last, count = first + 1, distinct[first]
-        while last < len(groups) - 1 and count + distinct[last] <= limit:
-            count += distinct[last]
-            last += 1
-        if groups[last] > groups[first]:
-            yield first, last, slice(groups[first], groups[last])
-        first = last
 
-
-class _Call:
-    """A problem, its results, and the scratch memory that its runs of rows share."""
-
-    def __init__(self, problem: Problem, statistics: tuple[str, ...], library: _Library) -> None:
-        self.problem = problem
-        self.names = statistics
-        self.library = library
-        rows = len(problem.targets)
-        self.everything = slice(0, rows)
-        self.logps = torch.empty(rows)
-        self.lse = torch.empty(rows)
-        self.statistics = torch.empty(len(statistics), rows)
+    def __init__(
+        self,
+        problem: Problem,
+        statistics: tuple[str, ...],
+        needs_grad: NeedsGrad,
+        library: _Library,
+    ) -> None:
+        super().__init__(problem, statistics)
+        self.library, self.needs_grad = library, needs_grad
+        self.everything = slice(0, len(problem.targets))
         weight, bias = problem.weight, problem.bias
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.to(problem.compute_dtype).float().contiguous()
@@ -264,28 +253,62 @@ class _Call:
         self.distinct = library.distinct(problem.hidden, problem.targets.contiguous())
         # Fresh memory costs a page fault every 4 KiB, so one piece serves all chunks.
         self.kept: tuple[Tensor, Tensor] | None = None
+        # The first chunk overwrites the sums over rows, which spares clearing them.
         self.fresh = True
-
-    def result(self) -> Logps:
-        return Logps(self.logps, self.lse, self.statistics)
-
-    def new_sums(self, wanted: Wanted) -> Gradients:
-        """Memory for the sums over rows; the first run overwrites it, which spares clearing it."""
-        shape = self.problem.weight.shape
-        return Gradients(
-            None,
-            torch.empty(shape) if wanted.weight else None,
-            torch.empty(shape[0]) if wanted.bias else None,
+        self.gradients = Gradients(
+            torch.empty_like(problem.hidden, dtype=torch.float32) if needs_grad.hidden else None,
+            torch.empty(weight.shape) if needs_grad.weight else None,
+            torch.empty(weight.shape[0]) if needs_grad.bias else None,
         )
 
-    def finish(self, sums: Gradients) -> None:
-        """Zero sums to which no row has added."""
-        for total in (sums.weight, sums.bias):
+    @property
+    def row_limit(self) -> int:
+        """Rows of whole groups that go through at once."""
+        most = max(len(self.problem.targets), 1)
+        if not self.needs_grad.lm_head:
+            return most
+        limit = self.kept_rows()
+        if limit == 0:
+            # Each chunk passes dWeight through memory once and reads its hidden states once for
+            # every tile of tokens: so many that the former does not count, and few enough that
+            # they, and what d logp / d hidden takes beside them, stay in the caches.
+            limit = rows_that_fit(
+                min(_CACHED_BYTES, self.problem.workspace_bytes), 8 * self.weight.shape[1]
+            )
+        return min(limit, most)
+
+    def chunks(self) -> list[Chunk]:
+        """Where rows repeat, only distinct ones count, unless processes must agree."""
+        agreed = self.problem.chunk_rows
+        if agreed is not None:
+            return plan(self.problem.groups, agreed)
+        return plan(self.problem.groups, self.row_limit, sizes=self.distinct_rows())
+
+    def forward(self, chunk: Chunk) -> CPURows:
+        """Log-probs and statistics of a chunk, and its rows."""
+        rows = self.rows(chunk.rows)
+        rows.forward(needs_hidden=self.needs_grad.hidden, keep=self.needs_grad.lm_head)
+        return rows
+
+    def backward(self, chunk: Chunk, kept: CPURows, dlogp: Tensor) -> None:
+        """Add the gradients of a chunk's rows."""
+        if self.gradients.hidden is not None:
+            # Derivatives that cancel in the weight's gradient do not in the rows' own.
+            active = kept.per_distinct_row(dlogp.abs())
+            own = self.gradients.hidden[chunk.rows]
+            torch.mul(kept.dlogp_dhidden(active), dlogp[:, None], out=own)
+        kept.backward(kept.per_distinct_row(dlogp))
+
+    def finished(self) -> Gradients:
+        """The gradients; sums to which no row has added are 0."""
+        for total in (self.gradients.weight, self.gradients.bias):
             if total is not None and self.fresh:
                 total.zero_()
+        return self.gradients
 
-    def run(self, rows: slice) -> _Run:
-        return _Run(self, rows)
+    def rows(self, rows: slice) -> CPURows:
+        """Consecutive rows."""
+        return CPURows(self, rows)
 
     def distinct_rows(self) -> list[int]:
         """How many rows of each group do not repeat one of that group."""
@@ -299,7 +322,10 @@ class _Call:
 
         float16 is exact enough for 16-bit products only; under softcap the slope needs the logits.
         """
-        if self.problem.compute_dtype == torch.float32 or self.problem.head.softcap is not None:
+        if (
+            self.problem.compute_dtype == torch.float32
+            or self.problem.transform.softcap is not None
+        ):
             return 0
         panel_bytes = self.tiles * self.library.panel * (2 * self.library.tile + 4)
         return size // panel_bytes * self.library.panel
@@ -332,106 +358,107 @@ class _Call:
         return self.kept
 
 
-class _Run:
+class CPURows:
     """Consecutive rows on their way through the library, each distinct one once."""
 
-    def __init__(self, call: _Call, rows: slice) -> None:
-        self.call, self.rows = call, rows
-        hidden, targets = call.problem.hidden, call.problem.targets
+    def __init__(self, run: CPUPass, rows: slice) -> None:
+        self.run, self.rows = run, rows
+        hidden, targets = run.problem.hidden, run.problem.targets
         self.which: Tensor | None = None
         self.later = 0
-        if call.distinct is None:
+        if run.distinct is None:
             self.hidden, self.targets = hidden[rows], targets[rows].contiguous()
         else:
-            # Rows that repeat come first: where a loss gives them the coefficient 0, as DPO does,
+            # Rows that repeat come first: where a loss gives them the derivative 0, as DPO does,
             # whole panels have nothing to do.
             own, which, counts = torch.unique(
-                call.distinct[1][rows], return_inverse=True, return_counts=True
+                run.distinct[1][rows], return_inverse=True, return_counts=True
             )
             repeats = counts > 1
             order = torch.argsort(~repeats, stable=True)
-            at = call.distinct[0][own[order]]
+            at = run.distinct[0][own[order]]
             self.hidden, self.targets = hidden[at], targets[at]
             self.which = torch.argsort(order)[which]
-            panel = call.library.panel
+            panel = run.library.panel
             self.later = int(repeats.sum()) // panel * panel
         count = len(self.targets)
         self.logps, self.lse = torch.empty(count), torch.empty(count)
         self.kept: tuple[Tensor, Tensor] | None = None
         self.direction = self.hidden.new_empty(0, self.hidden.shape[1], dtype=torch.float32)
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def _per_row(self, values: Tensor) -> Tensor:
         return values if self.which is None else values[self.which]
 
-    def per_distinct_row(self, c: Tensor) -> Tensor:
-        """Coefficients of the distinct rows: sums over what repeats."""
+    def per_distinct_row(self, dlogp: Tensor) -> Tensor:
+        """Derivatives of the distinct rows: sums over what repeats."""
         if self.which is None:
-            return c.contiguous()
-        return torch.zeros(len(self.targets)).index_add_(0, self.which, c)
+            return dlogp.contiguous()
+        return torch.zeros(len(self.targets)).index_add_(0, self.which, dlogp)
 
-    def forward(self, *, want_direction: bool = False, keep: bool = False) -> None:
-        """Fill in the call's results; directions are kept for :meth:`directions`.
+    def forward(self, *, needs_hidden: bool = False, keep: bool = False) -> None:
+        """Fill in the pass's results; with `needs_hidden`, d logp / d hidden is kept for
+        :meth:`dlogp_dhidden`.
 
-        With the softmax kept, those of rows that repeat wait until their coefficients are known.
+        With the softmax kept, that of rows that repeat waits until their `dlogp` is known.
         """
-        call, count = self.call, len(self.targets)
+        run, count = self.run, len(self.targets)
         if count == 0:
             return
         if keep:
-            self.kept = call.room_to_keep(count)
+            self.kept = run.room_to_keep(count)
         if self.kept is None:
             self.later = 0
-        found = torch.empty(len(call.names), count)
-        outputs = dict(zip(call.names, found, strict=True))
-        if want_direction:
-            outputs["direction"] = self.direction = torch.empty(count, self.hidden.shape[1])
-        call.library.forward(self._problem(**outputs, **self._kept(), direction_from=self.later))
-        call.logps[self.rows] = self._spread(self.logps)
-        call.lse[self.rows] = self._spread(self.lse)
-        for line, values in zip(call.statistics, found, strict=True):
-            line[self.rows] = self._spread(values)
+        found = torch.empty(len(run.names), count)
+        outputs = dict(zip(run.names, found, strict=True))
+        if needs_hidden:
+            self.direction = torch.empty(count, self.hidden.shape[1])
+            outputs["dlogp_dhidden"] = self.direction
+        run.library.forward(self._problem(**outputs, **self._kept(), dhidden_from=self.later))
+        run.logps[self.rows] = self._per_row(self.logps)
+        run.lse[self.rows] = self._per_row(self.lse)
+        for line, values in zip(run.statistics, found, strict=True):
+            line[self.rows] = self._per_row(values)
 
-    def directions(self, c: Tensor | None = None) -> Tensor:
-        """d logp / d hidden of every row, float32; 0 is as good where the coefficient `c` of a
-        distinct row is.
+    def dlogp_dhidden(self, dlogp: Tensor | None = None) -> Tensor:
+        """d logp / d hidden of every row, float32; 0 is as good where `dlogp` of a distinct row
+        is.
         """
         if self.later:
-            assert c is not None
+            assert dlogp is not None
             self.direction[: self.later] = 0.0
-            if c[: self.later].any():
+            if dlogp[: self.later].any():
                 problem = self._problem(
-                    direction=self.direction,
-                    coefficients=c,
+                    dlogp_dhidden=self.direction,
+                    dlogp=dlogp,
                     **self._kept(),
-                    direction_to=self.later,
+                    dhidden_to=self.later,
                     again=1,
                 )
-                self.call.library.forward(problem)
-        return self._spread(self.direction)
+                self.run.library.forward(problem)
+        return self._per_row(self.direction)
 
-    def backward(self, c: Tensor, sums: Gradients) -> None:
-        """Add the weight's and the bias's gradient to the sums, for one coefficient a distinct
-        row.
-        """
-        if sums.weight is None and sums.bias is None:
+    def backward(self, dlogp: Tensor) -> None:
+        """Add to the gradients of weight and bias, for one derivative per distinct row."""
+        _, dweight, dbias = self.run.gradients
+        if dweight is None and dbias is None:
             return
-        live = c != 0
+        live = dlogp != 0
         count = int(live.sum())
         if count == 0:
             return
         # The kept softmax is that of all rows, of which the library skips idle panels.
-        if count < len(c) and self.kept is None:
-            c = c[live]
+        if count < len(dlogp) and self.kept is None:
+            dlogp = dlogp[live]
             for name in ("hidden", "targets", "logps", "lse"):
                 setattr(self, name, getattr(self, name)[live])
-        outputs = {"coefficients": c}
-        if sums.weight is not None:
-            outputs["weight_gradient"] = sums.weight
-        if sums.bias is not None:
-            outputs["bias_gradient"] = sums.bias
-        problem = self._problem(**outputs, **self._kept(), fresh=int(self.call.fresh))
-        self.call.fresh = False
-        self.call.library.backward(problem)
+        outputs = {"dlogp": dlogp}
+        if dweight is not None:
+            outputs["dweight"] = dweight
+        if dbias is not None:
+            outputs["dbias"] = dbias
+        problem = self._problem(**outputs, **self._kept(), fresh=int(self.run.fresh))
+        self.run.fresh = False
+        self.run.library.backward(problem)
 
     def _kept(self) -> dict[str, Tensor]:
         return {} if self.kept is None else {"kept": self.kept[0], "kept_max": self.kept[1]}
@@ -440,31 +467,31 @@ class _Run:
         """The library's arguments; the tensors are the caller's to keep alive."""
         numbers = {name: value for name, value in given.items() if isinstance(value, int)}
         tensors = {n: value for n, value in given.items() if isinstance(value, Tensor)}
-        p, head = self.call.problem, self.call.problem.head
-        softcap = head.softcap or 1.0
+        p, transform = self.run.problem, self.run.problem.transform
+        softcap = transform.softcap or 1.0
         tensors |= {
             "hidden": self.hidden,
-            "weight": self.call.weight,
+            "weight": self.run.weight,
             "targets": self.targets,
             "logps": self.logps,
             "lse": self.lse,
         }
-        if self.call.bias is not None:
-            tensors["bias"] = self.call.bias
+        if self.run.bias is not None:
+            tensors["bias"] = self.run.bias
         return _Problem(
             rows=len(self.targets),
             vocabulary=p.weight.shape[0],
             width=p.weight.shape[1],
-            weight_stride=self.call.weight.stride(0),
+            weight_stride=self.run.weight.stride(0),
             dtype=_DTYPES[p.hidden.dtype],
             weight_dtype=_DTYPES[p.weight.dtype],
             compute_dtype=_DTYPES[p.compute_dtype],
-            softcap=int(head.softcap is not None),
-            scale=head.logit_scale / head.temperature,
-            cap_in=head.logit_scale / softcap,
-            cap_out=softcap / head.temperature,
+            softcap=int(transform.softcap is not None),
+            scale=transform.logit_scale / transform.temperature,
+            cap_in=transform.logit_scale / softcap,
+            cap_out=softcap / transform.temperature,
             threads=torch.get_num_threads(),
             scratch_bytes=p.workspace_bytes // 4,
-            **({"direction_to": len(self.targets)} | numbers),
+            **({"dhidden_to": len(self.targets)} | numbers),
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )

@@ -1,17 +1,17 @@
 """The exact engine: plain torch, any device, float64, float32, bfloat16 and float16.
 
     for each chunk of whole groups, as many rows as the workspace holds logits for:
-        z = transform(hidden @ weight.T + bias)      2 units, fp32, vocabulary tile by tile, kept
+        z = transform(hidden @ weight.T + bias)      1 product, fp32, vocabulary tile by tile, kept
         logp = z[target] - logsumexp(z)
-        c = coefficients(logp)                       the loss, on a few numbers
+        dlogp = loss(logp)                           on a few numbers
         g = (onehot - exp(z - lse)) * dz/du          tile by tile, never whole
-        dHidden = c * (g @ weight)                   2 units
-        dWeight += g.T @ (c * hidden)                2 units, fp32
+        dHidden = dlogp * (g @ weight)               1 product
+        dWeight += g.T @ (dlogp * hidden)            1 product, fp32
 
-A group whose logits exceed the workspace goes through in row tiles and computes its logits twice (8
-units instead of 6). The chunks and tiles depend only on the groups, the shapes and the workspace,
-so every route gives a row the same log-prob, bit for bit: a policy equal to its reference has a
-log-ratio of exactly 0.
+A group whose logits exceed the workspace goes through in pieces and computes its logits twice (4
+matrix products instead of 3). The chunks and pieces depend only on the groups, the shapes and the
+workspace, so every route gives a row the same log-prob, bit for bit: a policy equal to its reference
+has a log-ratio of exactly 0.
 
 Products of 16-bit inputs are exact in fp32 and are accumulated there: on a GPU by the tensor cores,
 elsewhere after widening one weight tile at a time. 16-bit logits never exist.
@@ -20,21 +20,23 @@ elsewhere after widening one weight tile at a time. 16-bit logits never exist.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdpop.engines.base import (
-    Coefficients,
+    NO_GRAD,
+    Engine,
+    EngineOutput,
     Gradients,
-    Logps,
+    GroupLoss,
+    NeedsGrad,
     Problem,
-    Wanted,
 )
+from fastdpop.engines.chunks import Chunk, Pass, plan, zeros_where
 
 
-class EagerEngine:
+class EagerEngine(Engine):
     """Plain torch, chunked; the engine that runs everywhere and that the others are compared
     with.
     """
@@ -50,123 +52,100 @@ class EagerEngine:
         """What it computes with."""
         return "plain torch, chunked"
 
-    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
-        """Log-probs alone: 2 units."""
-        run = _Run(problem, statistics)
-        for chunk in run.chunks:
-            for tile in chunk.tiles:
-                run.forward(tile)
-        return run.result()
+    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+        """As many as the workspace holds logits for."""
+        return EagerPass(problem, (), needs_grad).row_limit
 
-    def logps_and_direction(
+    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
+        """Log-probs alone: 1 matrix product."""
+        run = EagerPass(problem, statistics)
+        for chunk in run.chunks():
+            run.forward(chunk)
+        return run.output()
+
+    def logps_and_dlogp_dhidden(
         self, problem: Problem, statistics: tuple[str, ...]
-    ) -> tuple[Logps, Tensor]:
-        """Log-probs and d logp / d hidden: 4 units, since the direction needs no loss."""
-        run = _Run(problem, statistics)
-        direction = torch.empty_like(problem.hidden)
-        for chunk in run.chunks:
-            for tile in chunk.tiles:
-                logits = run.forward(tile)
-                direction[tile] = run.backward(tile, logits, None, None, None, want_hidden=True)
-        return run.result(), direction
+    ) -> EngineOutput:
+        """Log-probs and d logp / d hidden, which needs no loss: 2 matrix products."""
+        run = EagerPass(problem, statistics)
+        found = torch.empty_like(problem.hidden)
+        for piece in run.pieces():
+            logits = run.forward_piece(piece)
+            found[piece] = run.backward_piece(piece, logits, None, needs_hidden=True)
+        return run.output(dlogp_dhidden=found)
 
     def gradients(
-        self, problem: Problem, lse: Tensor, row_gradient: Tensor, wanted: Wanted
+        self, problem: Problem, lse: Tensor, dlogp: Tensor, needs_grad: NeedsGrad
     ) -> Gradients:
-        """Gradients for known coefficients, recomputing the logits."""
-        run = _Run(problem, ())
+        """Gradients for derivatives that are known, computing the logits again."""
+        run = EagerPass(problem, (), needs_grad)
         run.lse.copy_(lse)
-        sums = run.new_gradients(wanted)
-        for chunk in run.chunks:
-            for tile in chunk.tiles:
-                run.accumulate(tile, run.logits(tile), row_gradient[tile], sums)
-        return sums
+        for piece in run.pieces():
+            run.add_gradients(piece, run.logits(piece), dlogp[piece])
+        return run.finished()
 
     def logps_and_gradients(
         self,
         problem: Problem,
         statistics: tuple[str, ...],
-        coefficients: Coefficients,
-        wanted: Wanted,
-    ) -> tuple[Logps, Gradients]:
+        loss: GroupLoss,
+        needs_grad: NeedsGrad,
+    ) -> EngineOutput:
         """Log-probs, and gradients of a loss that is known once a group's log-probs are."""
-        run = _Run(problem, statistics)
-        sums = run.new_gradients(wanted)
-        for chunk in run.chunks:
-            kept = None
-            for tile in chunk.tiles:
-                kept = run.forward(tile)
-            rows = chunk.rows
-            c = coefficients(chunk.first, chunk.last, run.logps[rows], run.statistics[:, rows])
-            for tile in chunk.tiles:
-                logits = kept if len(chunk.tiles) == 1 else run.logits(tile)
-                assert logits is not None
-                run.accumulate(
-                    tile, logits, c[tile.start - rows.start : tile.stop - rows.start], sums
-                )
-        return run.result(), sums
+        run = EagerPass(problem, statistics, needs_grad)
+        run.one_pass(loss)
+        return run.output()
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive groups ``first`` to ``last - 1`` that go through together, in one row tile or,
-    when they are one large group, several.
+class EagerPass(Pass[Tensor | None]):
+    """One pass over a problem: its tiling, its buffers, and the arithmetic of one piece of rows.
+
+    What is kept of a chunk is its logits, where it goes through at once.
     """
 
-    first: int
-    last: int
-    rows: slice
-    tiles: list[slice]
-
-
-def _chunks(groups: list[int], limit: int) -> Iterator[_Chunk]:
-    """Whole groups, up to `limit` rows at once."""
-    first = 0
-    while first < len(groups) - 1:
-        start = groups[first]
-        last = first + 1
-        while last < len(groups) - 1 and groups[last + 1] - start <= limit:
-            last += 1
-        stop = groups[last]
-        if stop > start:
-            tiles = [slice(a, min(a + limit, stop)) for a in range(start, stop, limit)]
-            yield _Chunk(first, last, slice(start, stop), tiles)
-        first = last
-
-
-class _Run:
-    """One pass over a problem: its tiling, its buffers, and the arithmetic of one tile of rows."""
-
-    def __init__(self, problem: Problem, statistics: tuple[str, ...]) -> None:
-        self.problem = problem
-        self.names = statistics
+    def __init__(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad = NO_GRAD
+    ) -> None:
+        super().__init__(problem, statistics)
         self.dtype = problem.result_dtype
-        rows = problem.hidden.shape[0]
         vocabulary, width = problem.weight.shape
-        size = self.dtype.itemsize
         # Of the workspace, 6/8 hold logits, 1/8 the rows' hidden states, scaled states and
         # directions, and 1/8 a vocabulary tile's gradients and widened weights. None of it depends
         # on the number of rows: tiles decide the order of additions.
-        eighth = problem.workspace_bytes // 8 // size
-        self.row_limit = max(1, min(6 * eighth // vocabulary, eighth // (3 * width)))
-        self.vocabulary_limit = min(vocabulary, max(1, eighth // (2 * self.row_limit + 2 * width)))
-        self.chunks = list(_chunks(problem.groups, self.row_limit))
-        self.kept: Tensor | None = None
-        new = problem.hidden.new_empty
-        self.logps = new(rows, dtype=self.dtype)
-        self.lse = new(rows, dtype=self.dtype)
-        self.statistics = new((len(statistics), rows), dtype=self.dtype)
-
-    def result(self) -> Logps:
-        return Logps(self.logps, self.lse, self.statistics)
-
-    def new_gradients(self, wanted: Wanted) -> Gradients:
-        p = self.problem
-        return Gradients(
-            p.hidden.new_zeros(p.hidden.shape, dtype=self.dtype) if wanted.hidden else None,
-            p.weight.new_zeros(p.weight.shape, dtype=self.dtype) if wanted.weight else None,
-            p.weight.new_zeros(p.weight.shape[0], dtype=self.dtype) if wanted.bias else None,
+        eighth = problem.workspace_bytes // 8 // self.dtype.itemsize
+        limit = max(1, min(6 * eighth // vocabulary, eighth // (3 * width)))
+        self.vocabulary_limit = min(vocabulary, max(1, eighth // (2 * limit + 2 * width)))
+        self.row_limit = min(limit, problem.chunk_rows or limit)
+        self.memory: Tensor | None = None
+        self.gradients = Gradients(
+            zeros_where(needs_grad.hidden, problem.hidden, self.dtype),
+            zeros_where(needs_grad.weight, problem.weight, self.dtype),
+            zeros_where(needs_grad.bias, problem.weight[:, 0], self.dtype),
         )
+
+    def chunks(self) -> list[Chunk]:
+        """As many rows as the workspace holds logits for."""
+        return plan(self.problem.groups, self.row_limit)
+
+    def pieces(self) -> Iterator[slice]:
+        """Of all chunks."""
+        for chunk in self.chunks():
+            yield from chunk.pieces
+
+    def forward(self, chunk: Chunk) -> Tensor | None:
+        """Log-probs and statistics of a chunk; its logits, where it goes through at once."""
+        logits = None
+        for piece in chunk.pieces:
+            logits = self.forward_piece(piece)
+        return logits if chunk.whole else None
+
+    def backward(self, chunk: Chunk, kept: Tensor | None, dlogp: Tensor) -> None:
+        """Add the gradients of a chunk's rows."""
+        for piece in chunk.pieces:
+            logits = self.logits(piece) if kept is None else kept
+            start = piece.start - chunk.rows.start
+            own = dlogp[start : start + piece.stop - piece.start]
+            self.add_gradients(piece, logits, own)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Vocabulary slices with their weights in the compute dtype."""
@@ -176,26 +155,26 @@ class _Run:
             yield tile, weight[tile].to(self.problem.compute_dtype)
 
     def logits(self, rows: slice) -> Tensor:
-        """The transformed logits of a tile of rows, ``(n, V)`` in the result dtype; overwrites
-        those of the tile before.
+        """The transformed logits of a piece of rows, ``(n, V)`` in the result dtype; overwrites
+        those of the piece before.
         """
         p = self.problem
         count = rows.stop - rows.start
-        if self.kept is None:
-            widest = max(tile.stop - tile.start for chunk in self.chunks for tile in chunk.tiles)
-            self.kept = p.hidden.new_empty((widest, p.weight.shape[0]), dtype=self.dtype)
-        logits = self.kept[:count]
+        if self.memory is None:
+            widest = max(piece.stop - piece.start for piece in self.pieces())
+            self.memory = p.hidden.new_empty((widest, p.weight.shape[0]), dtype=self.dtype)
+        logits = self.memory[:count]
         hidden = p.hidden[rows].to(p.compute_dtype)
         for tile, weight in self.tiles():
             part = logits[:, tile]
             self._product(hidden, weight.T, part)
             if p.bias is not None:
                 part.add_(p.bias[tile].to(p.compute_dtype))
-            p.head.transform_(part)
+            p.transform.transform_(part)
         return logits
 
-    def forward(self, rows: slice) -> Tensor:
-        """Log-probs and statistics of a tile of rows; returns its logits."""
+    def forward_piece(self, rows: slice) -> Tensor:
+        """Log-probs and statistics of a piece of rows; returns its logits."""
         logits = self.logits(rows)
         lowest = torch.finfo(self.dtype).min
         # A row that is -inf throughout a tile (masked vocabulary) must not turn into inf - inf.
@@ -234,32 +213,27 @@ class _Run:
                 moments["aligned_logps"] += weights.square_().sum(dim=1)
         return norm, moments
 
-    def accumulate(self, rows: slice, logits: Tensor, c: Tensor, sums: Gradients) -> None:
-        """Add what a tile of rows with coefficients `c` contributes to each wanted gradient."""
-        direction = self.backward(
-            rows, logits, c, sums.weight, sums.bias, want_hidden=sums.hidden is not None
-        )
-        if sums.hidden is not None:
-            torch.mul(direction, c[:, None], out=sums.hidden[rows])
+    def add_gradients(self, rows: slice, logits: Tensor, dlogp: Tensor) -> None:
+        """Add what a piece of rows with derivatives `dlogp` contributes to each gradient."""
+        hidden = self.gradients.hidden
+        found = self.backward_piece(rows, logits, dlogp, needs_hidden=hidden is not None)
+        if hidden is not None:
+            torch.mul(found, dlogp[:, None], out=hidden[rows])
 
-    def backward(
-        self,
-        rows: slice,
-        logits: Tensor,
-        c: Tensor | None,
-        weight_sum: Tensor | None,
-        bias_sum: Tensor | None,
-        *,
-        want_hidden: bool,
+    def backward_piece(
+        self, rows: slice, logits: Tensor, dlogp: Tensor | None, *, needs_hidden: bool
     ) -> Tensor:
-        """``d logp / d hidden`` of a tile of rows, ``(n, H)`` (empty unless wanted); adds
-        ``c``-weighted dWeight and dBias to the sums.
+        """``d logp / d hidden`` of a piece of rows, ``(n, H)`` (empty if not needed); with `dlogp`,
+        adds to dWeight and dBias.
         """
         p = self.problem
         # As the forward pass saw them: autocast rounds hidden states here too.
         hidden = p.hidden[rows].to(p.compute_dtype).to(self.dtype)
-        scaled = hidden * c[:, None] if c is not None and weight_sum is not None else None
-        direction = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
+        _, weight_sum, bias_sum = self.gradients
+        scaled = None
+        if dlogp is not None and weight_sum is not None:
+            scaled = hidden * dlogp[:, None]
+        found = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
         targets, lse = p.targets[rows], self.lse[rows, None]
         line = torch.arange(len(targets), device=targets.device)
         for tile, weight in self.tiles():
@@ -269,14 +243,14 @@ class _Run:
             here = targets - tile.start
             inside = ((here >= 0) & (here < g.shape[1])).to(g.dtype)
             g.index_put_((line, here.clamp(0, g.shape[1] - 1)), inside, accumulate=True)
-            p.head.scale_by_slope_(g, part)
-            if want_hidden:
-                self._add_product(g, weight, direction)
+            p.transform.scale_by_slope_(g, part)
+            if needs_hidden:
+                self._add_product(g, weight, found)
             if scaled is not None and weight_sum is not None:
                 self._add_product(g.T, scaled, weight_sum[tile])
-            if c is not None and bias_sum is not None:
-                bias_sum[tile] += c @ g
-        return direction
+            if dlogp is not None and bias_sum is not None:
+                bias_sum[tile] += dlogp @ g
+        return found
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """``out = a @ b``, accumulated in the result dtype."""

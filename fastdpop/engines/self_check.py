@@ -4,15 +4,14 @@ Compilers miscompile: with triton 3.6, whose ptxas is 12.8, an earlier dWeight w
 sm_90a, and looked like a gradient. So on a chip and a compiler whose results nobody has verified,
 the first call of each kind sends a small problem ahead through the same kernels, whose answer plain
 torch knows in float64: a few tiles, the last ones cut off, in pipelines that run more steps than
-they have stages, with tokens near certainty, tokens of probability 1e-50, and rows without a
-coefficient. A second problem comes between two runs of the first, which must give the same bits:
+they have stages, with tokens near certainty, tokens of probability 1e-50, and rows whose
+dlogp is 0. A second problem comes between two runs of the first, which must give the same bits:
 what is undefined varies, and what was not written still holds the other problem's numbers.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import re
 import subprocess
@@ -26,10 +25,17 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdpop.engines.base import STATISTICS, PairLossPlan, Problem, Wanted
-from fastdpop.engines.triton_pass import Pass
-from fastdpop.head import Head
+from fastdpop.engines.base import (
+    NO_GRAD,
+    STATISTICS,
+    GroupLoss,
+    NeedsGrad,
+    PairLossPlan,
+    Problem,
+)
+from fastdpop.engines.triton_pass import TritonPass
 from fastdpop.kernels import config, losses, pair_loss
+from fastdpop.transform import LogitTransform
 
 VERIFIED: frozenset[tuple[str, str]] = frozenset()
 """Chips and assemblers, such as ``("sm_90a", "12.8.93")``, where nothing is checked.
@@ -63,7 +69,6 @@ DBIAS = "dbias_kernel, of what forward_kernel keeps: dBias"
 ADDED = ", added to another"
 LOSS = "pair_loss_kernel: loss"
 
-_NOTHING = Wanted(False, False, False)
 _checked: set[Step] = set()
 _lock = threading.Lock()
 
@@ -86,19 +91,17 @@ class Step:
     bias: bool = False
     softcap: bool = False
     statistics: bool = False
-    wanted: Wanted = _NOTHING
+    needs_grad: NeedsGrad = NO_GRAD
     products: str = "auto"
-    forward: str = "plain"
+    product: str = "plain"
     loss: Any = None
 
 
-def ensure(
-    run: Pass, route: str, wanted: Wanted = _NOTHING, plan: PairLossPlan | None = None
-) -> None:
+def ensure(run: TritonPass, route: str, plan: PairLossPlan | None = None) -> None:
     """Check what a pass is about to use, unless this process has done so or need not.
 
     Args:
-        route: the method of `run` that comes next; wanted, plan: what it gets.
+        route: the method of `run` that comes next; plan: the loss that it gets.
 
     Raises:
         ValueError: the environment variable ``FASTDPOP_SELF_CHECK`` is neither 0 nor 1.
@@ -107,7 +110,7 @@ def ensure(
     with _on(run.problem.hidden.device):
         if not _due(run.problem.hidden.device):
             return
-    for step in steps(run, route, wanted, plan):
+    for step in steps(run, route, plan):
         if step not in _checked:  # the usual answer, without waiting for other threads
             with _lock:
                 if step not in _checked:
@@ -168,7 +171,7 @@ def ptxas_version(capability: int) -> str:
     return found[1] if found else "of unknown version"
 
 
-def steps(run: Pass, route: str, wanted: Wanted, plan: PairLossPlan | None) -> Iterator[Step]:
+def steps(run: TritonPass, route: str, plan: PairLossPlan | None) -> Iterator[Step]:
     """What a method of a pass consists of: one pass goes one of two ways, by the group's size."""
     p = run.problem
     step = Step(
@@ -177,21 +180,20 @@ def steps(run: Pass, route: str, wanted: Wanted, plan: PairLossPlan | None) -> I
         run.dtype,
         p.hidden.dtype,
         bias=p.bias is not None,
-        softcap=p.head.softcap is not None,
+        softcap=p.transform.softcap is not None,
         statistics=bool(run.names),
-        wanted=wanted,
+        needs_grad=run.needs_grad,
         products=run.products,
-        forward=run.forward,
+        product=run.product,
     )
     if route != "one_pass":
         yield step
         return
-    most = 0 if run.dtype == torch.float16 else run.kept_rows
-    sizes = [last - first for first, last in itertools.pairwise(p.groups)]
-    if any(0 < size <= most for size in sizes):
+    chunks = [chunk for chunk in run.chunks() if chunk.pieces]
+    if any(chunk.whole and not run.twice for chunk in chunks):
         yield step
-    if any(size > most for size in sizes):
-        yield replace(step, route="forward_only", wanted=_NOTHING)
+    if any(run.twice or not chunk.whole for chunk in chunks):
+        yield replace(step, route="forward_only", needs_grad=NO_GRAD)
         yield replace(step, route="recompute", statistics=False)
     found = None if plan is None else losses.jitted(plan.loss, plan.options)
     if found is not None:
@@ -251,7 +253,7 @@ class _Rows:
         blocks = of.forward
         rows = max(2 * blocks.n, (of.dweight.stages + 1) * of.dweight.n) + 19
         vocabulary = max(2 * blocks.v, (of.dhidden.stages + 1) * of.dhidden.v) + 37
-        if step.forward == "gluon":
+        if step.product == "gluon":
             # A program for each processor, and some that go on to a second tile.
             vocabulary += config.processors(step.device) * blocks.v // 2
         width = (blocks.stages + 2) * blocks.h + 24
@@ -261,25 +263,27 @@ class _Rows:
             return torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
 
         # Logits from -150 to 60; a softcap of 100 in their units.
-        head = Head(softcap=60.0 if step.softcap else None, logit_scale=1.5, temperature=0.6)
+        transform = LogitTransform(
+            softcap=60.0 if step.softcap else None, logit_scale=1.5, temperature=0.6
+        )
         weight = new(vocabulary, width) * (0.8 / width**0.5)
         targets = torch.randint(vocabulary, (rows,), generator=draw, device="cpu")
         targets[0], targets[-1] = 0, vocabulary - 1
         own = weight[targets]
         wished = torch.zeros_like(own[:, :1])
         wished[::7], wished[3::40], wished[5::40] = 30.0, -140.0, -100.0
-        slope = head.logit_scale / head.temperature
+        slope = transform.logit_scale / transform.temperature
         hidden = new(rows, width) + wished / (slope * own.square().sum(1, keepdim=True)) * own
-        c = new(rows)
-        c[1::3] = 0.0
-        self.c = c.to(step.device)
+        dlogp = new(rows)
+        dlogp[1::3] = 0.0
+        self.dlogp = dlogp.to(step.device)
         self.problem = Problem(
             hidden.to(step.device, step.hidden),
             weight.to(step.device, step.dtype),
             new(vocabulary).to(step.device, step.dtype) if step.bias else None,
             targets.to(step.device),
             [0, rows],
-            head,
+            transform,
             step.dtype,
             workspace_bytes=1 << 30,
         )
@@ -289,7 +293,7 @@ class _Rows:
         )
         u = self.hidden @ self.weight.T
         bias = self.problem.bias
-        self.logits = head.transform_(u if bias is None else u + bias.double())
+        self.logits = transform.transform_(u if bias is None else u + bias.double())
         # Without the target among them: 1 - p of a token near certainty has to be exact.
         self.at = self.problem.targets[:, None]
         self.others = self.logits.scatter(1, self.at, -torch.inf)
@@ -301,26 +305,26 @@ class _Rows:
     def run(self) -> Results:
         """What the kernels make of it, in memory that is NaN where they do not write."""
         step, p, found = self.step, self.problem, Results()
-        run = Pass(p, STATISTICS if step.statistics else (), step.products, step.forward)
+        names = STATISTICS if step.statistics else ()
+        run = TritonPass(p, names, step.needs_grad, step.products, step.product)
         if step.route == "forward_only":
             run.forward_only(run.everything)
         else:
-            run.kept(len(p.targets)).fill_(torch.nan)
+            run.memory(len(p.targets)).fill_(torch.nan)
         if step.route == "dlogp_dhidden":
             found[DIRECTION] = torch.full_like(p.hidden, torch.nan)
             run.dlogp_dhidden(found[DIRECTION])
         elif step.route in ("one_pass", "recompute"):
-            sums = run.new_gradients(step.wanted)
-            for total in (sums.weight, sums.bias):
+            for total in (run.gradients.weight, run.gradients.bias):
                 if total is not None:
                     total.fill_(torch.nan)
             for after in ("", ADDED):
                 if step.route == "one_pass":
-                    run.one_pass(lambda *_: self.c, sums)
+                    run.one_pass(GroupLoss(lambda *_: self.dlogp))
                 else:
                     run.lse.copy_(self.lse)
-                    run.recompute(run.everything, self.c, sums)
-                for name, total in zip((DHIDDEN, DWEIGHT, DBIAS), sums, strict=True):
+                    run.recompute(run.everything, self.dlogp)
+                for name, total in zip((DHIDDEN, DWEIGHT, DBIAS), run.gradients, strict=True):
                     if total is not None:
                         found[name + after] = total.clone()
         if step.route != "recompute":
@@ -351,21 +355,21 @@ class _Rows:
         # factor, which is exact at the target, and for dWeight the factor times the hidden states.
         # What lies far below the rest of its row underflows in float16.
         g = (self.logits - self.lse[:, None]).exp_().scatter_(1, self.at, -rest[:, None]).neg_()
-        p.head.scale_by_slope_(g, self.logits.clone())
+        p.transform.scale_by_slope_(g, self.logits.clone())
         unit = torch.finfo(step.dtype).eps / 2
         bounds = (g.abs() + 1e-6 * rest[:, None]) * (3 * unit + 4 * error[:, None])
-        c = self.c.double()[:, None]
+        c = self.dlogp.double()[:, None]
         dhidden = g @ self.weight, bounds @ self.weight.abs()
         if step.route == "dlogp_dhidden":
             out = torch.finfo(step.hidden).eps
             found[DIRECTION] = dhidden[0], dhidden[1] + out * dhidden[0].abs() + 1e-7
-        if step.wanted.hidden:
+        if step.needs_grad.hidden:
             found[DHIDDEN] = c * dhidden[0], c.abs() * dhidden[1]
-        for wanted, name, x in (
-            (step.wanted.weight, DWEIGHT, c * self.hidden),
-            (step.wanted.bias, DBIAS, c),
+        for needed, name, x in (
+            (step.needs_grad.weight, DWEIGHT, c * self.hidden),
+            (step.needs_grad.bias, DBIAS, c),
         ):
-            if wanted:
+            if needed:
                 value, bound = (g.T @ x).squeeze(1), (bounds.T @ x.abs()).squeeze(1)
                 found |= {name: (value, bound), name + ADDED: (2 * value, 2 * bound)}
         return found
@@ -413,7 +417,8 @@ class _Pairs:
         self.pairs = pair_loss.Pairs(
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(self.device),
             torch.arange(self.count, device="cpu").flip(0).to(self.device),
-            (self.sums - self.ratios).float().flip(0).T.contiguous().to(self.device),
+            (self.sums - self.ratios).flip(0).T.contiguous().to(self.device),
+            True,
             *found,
             share=0.5,
         )
@@ -421,7 +426,7 @@ class _Pairs:
     def run(self) -> Results:
         """Loss, sums and derivatives by the kernel: the first pair by itself, then the others."""
         value = self.logps.new_full((self.count,), torch.nan)
-        sums = self.logps.new_full((2 * self.count,), torch.nan)
+        sums = self.logps.new_full((2 * self.count,), torch.nan, dtype=torch.float64)
         middle, dlogp = sum(self.lengths[:2]), torch.full_like(self.logps, torch.nan)
         for first, last, rows in ((0, 1, slice(0, middle)), (1, self.count, slice(middle, None))):
             dlogp[rows] = pair_loss.pair_loss(

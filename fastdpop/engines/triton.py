@@ -1,18 +1,17 @@
 """The Triton engine: the kernels of ``kernels/``, driven chunk by chunk of whole groups.
 
-    target logits        each row's reference: a gather and a dot product
+    target logits        each row's point of reference: a gather and a dot product
     forward product      logits tile by tile into partial sums; with gradients to come, the softmax
-                         of the chunk is kept beside them, up to a factor a row              2 units
+                         of the chunk is kept beside them, up to a factor per row      1 product
     combination          log-probs; then, for the losses that have a kernel, the loss and dlogp
-    dHidden, dWeight     plain products with what was kept                             2 units each
+    dHidden, dWeight     plain products with what was kept                             1 product each
 
-A group beyond the workspace goes through the forward product first for its log-probs, and then tile
-by tile of rows once more (8 units instead of 6); so does every group in float16, whose range needs
-a reference that is known only afterwards. Where coefficients are known beforehand, rows with
-coefficient 0 are sorted to the end on the device and skipped there, without waiting for their
-number.
+A group beyond the workspace goes through the forward product first for its log-probs, and then
+piece by piece once more (4 matrix products instead of 3); so does every group in float16, whose
+range needs a point of reference that is known only afterwards. Where `dlogp` is known beforehand,
+rows with 0 are sorted to the end on the device and skipped there, without waiting for their number.
 
-On a CUDA device, only the callback of a loss without a kernel waits for the device.
+On a CUDA device, only a loss without a kernel waits for the device.
 
 This module does without triton; :mod:`.triton_pass` does the work and needs it.
 """
@@ -20,7 +19,7 @@ This module does without triton; :mod:`.triton_pass` does the work and needs it.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -29,20 +28,20 @@ import torch
 from torch import Tensor
 
 from fastdpop.engines.base import (
-    Coefficients,
+    NO_GRAD,
+    Engine,
+    EngineOutput,
     Gradients,
-    Logps,
+    GroupLoss,
+    NeedsGrad,
     PairLossPlan,
     Problem,
-    Wanted,
 )
 
 if TYPE_CHECKING:
-    from fastdpop.engines.triton_pass import Pass
+    from fastdpop.engines.triton_pass import TritonPass
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_NOTHING = Wanted(False, False, False)
 
 PRODUCTS = ("auto", "kernels")
 """Who forms dHidden and dWeight: cuBLAS where it can, or our kernels always."""
@@ -51,7 +50,7 @@ FORWARDS = ("plain", "gluon")
 """Which forward product: the plain one, or the warp-specialised one on Hopper."""
 
 
-class TritonEngine:
+class TritonEngine(Engine):
     """Triton kernels for float32, bfloat16 and float16 on CUDA devices, or on the CPU in Triton's
     interpreter.
 
@@ -103,71 +102,81 @@ class TritonEngine:
             return "triton runs in its interpreter (TRITON_INTERPRET=1), which computes on the CPU"
         return None
 
-    def only_by_name(self, device: torch.device) -> bool:
-        """The interpreter is for tests: nobody gets it without asking."""
-        return device.type == "cpu"
+    def automatic(self, device: torch.device) -> bool:
+        """Not in the interpreter, which is for tests: nobody gets it without asking."""
+        return device.type != "cpu"
 
     def describe(self) -> str:
         """Triton's version, and how it runs."""
         how = " in the interpreter" if _interpreted() else ""
-        return f"Triton {importlib.import_module('triton').__version__} kernels{how}"
+        return f"Triton {importlib.metadata.version('triton')} kernels{how}"
 
-    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> Logps:
-        """Log-probs alone: 2 units."""
+    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+        """As many as the softmax is kept of; in float16, where none is, as the workspace holds
+        partial sums for.
+        """
+        from fastdpop.engines.triton_pass import TritonPass
+
+        return TritonPass(problem, (), needs_grad, self.products, self.forward).row_limit
+
+    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
+        """Log-probs alone: 1 matrix product."""
         run = self._begin(problem, statistics, "forward_only")
         run.forward_only(run.everything)
-        return run.result()
+        return run.output()
 
-    def logps_and_direction(
+    def logps_and_dlogp_dhidden(
         self, problem: Problem, statistics: tuple[str, ...]
-    ) -> tuple[Logps, Tensor]:
-        """Log-probs and d logp / d hidden: 4 units, whatever the workspace; 6 in float16."""
+    ) -> EngineOutput:
+        """Log-probs and d logp / d hidden: 2 matrix products, whatever the workspace; 3 in
+        float16.
+        """
         run = self._begin(problem, statistics, "dlogp_dhidden")
-        direction = torch.empty_like(problem.hidden)
-        run.dlogp_dhidden(direction)
-        return run.result(), direction
+        found = torch.empty_like(problem.hidden)
+        run.dlogp_dhidden(found)
+        return run.output(dlogp_dhidden=found)
 
     def gradients(
-        self, problem: Problem, lse: Tensor, row_gradient: Tensor, wanted: Wanted
+        self, problem: Problem, lse: Tensor, dlogp: Tensor, needs_grad: NeedsGrad
     ) -> Gradients:
-        """Gradients for known coefficients, recomputing the logits."""
-        run = self._begin(problem, (), "recompute", wanted)
-        sums = run.new_gradients(wanted)
+        """Gradients for derivatives that are known, computing the logits again."""
+        run = self._begin(problem, (), "recompute", needs_grad)
         run.lse.copy_(lse)
-        run.recompute(run.everything, row_gradient.float(), sums)
-        return run.finish(sums)
+        run.recompute(run.everything, dlogp.float())
+        return run.finished()
 
     def logps_and_gradients(
         self,
         problem: Problem,
         statistics: tuple[str, ...],
-        coefficients: Coefficients,
-        wanted: Wanted,
-    ) -> tuple[Logps, Gradients]:
-        """Chunk by chunk of whole groups: 6 units for a trained head, 8 for a group beyond the
-        workspace and in float16.
+        loss: GroupLoss,
+        needs_grad: NeedsGrad,
+    ) -> EngineOutput:
+        """Chunk by chunk of whole groups: 3 matrix products for a trained lm_head, 4 for a group
+        beyond the workspace and in float16.
         """
-        plan = getattr(coefficients, "plan", None)
-        run = self._begin(problem, statistics, "one_pass", wanted, plan)
-        sums = run.new_gradients(wanted)
-        run.one_pass(coefficients, sums)
-        return run.result(), run.finish(sums)
+        run = self._begin(problem, statistics, "one_pass", needs_grad, loss.plan)
+        pairs = run.pair_loss(loss.plan)
+        run.one_pass(loss if pairs is None else pairs.group_loss())
+        if pairs is None:
+            return run.output()
+        return run.output(losses=pairs.losses, sequence_logps=pairs.sequence_logps)
 
     def _begin(
         self,
         problem: Problem,
         statistics: tuple[str, ...],
         route: str,
-        wanted: Wanted = _NOTHING,
+        needs_grad: NeedsGrad = NO_GRAD,
         plan: PairLossPlan | None = None,
-    ) -> Pass:
+    ) -> TritonPass:
         """A pass whose kernels have been checked on this chip: see :mod:`.self_check`."""
         from fastdpop.engines import self_check
-        from fastdpop.engines.triton_pass import Pass
+        from fastdpop.engines.triton_pass import TritonPass
 
-        run = Pass(problem, statistics, self.products, self.forward)
+        run = TritonPass(problem, statistics, needs_grad, self.products, self.forward)
         if problem.hidden.device.type == "cuda":
-            self_check.ensure(run, route, wanted, plan)
+            self_check.ensure(run, route, plan)
         return run
 
 

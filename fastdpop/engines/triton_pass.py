@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from fastdpop.engines.base import (
     STATISTICS,
-    Coefficients,
     Gradients,
-    Logps,
+    GroupLoss,
+    NeedsGrad,
     PairLossPlan,
     Problem,
-    Wanted,
 )
+from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
 from fastdpop.kernels import combine as combining
 from fastdpop.kernels import config, gradients, losses, pair_loss, tiles
 from fastdpop.kernels import forward as forwarding
@@ -35,14 +34,14 @@ _ROOM = 13
 
 
 def transform_of(problem: Problem) -> Transform:
-    """The head's transform in the kernels' terms."""
-    head = problem.head
-    slope = head.logit_scale / head.temperature
-    if head.softcap is None:
+    """The transform of the logits in the kernels' terms."""
+    t = problem.transform
+    slope = t.logit_scale / t.temperature
+    if t.softcap is None:
         return Transform(scale=slope * LOG2E, cap=1.0, softcap=False, slope=slope)
     return Transform(
-        scale=head.softcap / head.temperature * LOG2E,
-        cap=head.logit_scale / head.softcap,
+        scale=t.softcap / t.temperature * LOG2E,
+        cap=t.logit_scale / t.softcap,
         softcap=True,
         slope=slope,
     )
@@ -61,24 +60,26 @@ def operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return copy
 
 
-def pieces(rows: slice, limit: int) -> Iterator[slice]:
-    """Slices of at most so many rows."""
-    for start in range(rows.start, rows.stop, limit):
-        yield slice(start, min(start + limit, rows.stop))
+class TritonPass(Pass["Kept | None"]):
+    """One pass over a problem: operands as the kernels take them, limits, and results.
 
-
-class Pass:
-    """Operands as the kernels take them, limits, and results.
+    What is kept of a chunk is its softmax, up to a factor per row, where it goes through at once
+    and in a dtype with the range for it.
 
     Args:
-        products, forward: the engine's choices.
+        products, product: the engine's choices.
     """
 
     def __init__(
-        self, problem: Problem, statistics: tuple[str, ...], products: str, forward: str
+        self,
+        problem: Problem,
+        statistics: tuple[str, ...],
+        needs_grad: NeedsGrad,
+        products: str,
+        product: str,
     ) -> None:
-        self.problem, self.names = problem, statistics
-        self.products, self.forward = products, forward
+        super().__init__(problem, statistics)
+        self.needs_grad, self.products, self.product = needs_grad, products, product
         self.dtype = dtype = problem.compute_dtype
         self.config = config.of(config.target_of(problem.hidden.device), dtype)
         self.transform = transform_of(problem)
@@ -98,74 +99,90 @@ class Pass:
         kept = (self.kept_width + 2 * width) * dtype.itemsize + 4 * width + partial
         self.kept_rows = self._limit(kept)
 
-        new = problem.hidden.new_empty
-        self.logps = new(rows, dtype=torch.float32)
-        self.lse = new(rows, dtype=torch.float32)
-        self.statistics = new((len(statistics), rows), dtype=torch.float32)
+        self.gradients = self._new_gradients()
         self.accumulate = False
         self._memory: Tensor | None = None
 
-    def _limit(self, row: int) -> int:
+    def _limit(self, bytes_per_row: int) -> int:
         """Rows of so many bytes that fit, whole tiles where that is possible."""
-        rows = max(1, self.problem.workspace_bytes // row)
-        whole = self.config.forward.n
-        return rows if rows < whole else rows - rows % whole
+        return rows_that_fit(
+            self.problem.workspace_bytes, bytes_per_row, multiple=self.config.forward.n
+        )
 
-    def chunks(self, limit: int) -> Iterator[tuple[int, int, slice]]:
-        """Whole groups (first, last, rows) of at most so many rows, or none; a larger group by
-        itself.
-        """
-        groups, first = self.problem.groups, 0
-        while first < len(groups) - 1:
-            last = first + 1
-            while last < len(groups) - 1 and groups[last + 1] - groups[first] <= limit:
-                last += 1
-            yield first, last, slice(groups[first], groups[last])
-            first = last
-
-    def result(self) -> Logps:
-        """What the forward pass gave."""
-        return Logps(self.logps, self.lse, self.statistics)
-
-    def new_gradients(self, wanted: Wanted) -> Gradients:
+    def _new_gradients(self) -> Gradients:
         """dHidden starts from 0 (rows may be skipped); the first chunk overwrites the others. As
         wide as the operands.
         """
-        p = self.problem
+        p, needs_grad = self.problem, self.needs_grad
         new = p.hidden.new_empty
         vocabulary, width = self.weight.shape
-        return Gradients(
-            p.hidden.new_zeros((len(p.hidden), width), dtype=torch.float32)
-            if wanted.hidden
-            else None,
-            new((vocabulary, width), dtype=torch.float32) if wanted.weight else None,
-            new(vocabulary, dtype=torch.float32) if wanted.bias else None,
-        )
+        hidden = weight = bias = None
+        if needs_grad.hidden:
+            hidden = p.hidden.new_zeros((len(p.hidden), width), dtype=torch.float32)
+        if needs_grad.weight:
+            weight = new((vocabulary, width), dtype=torch.float32)
+        if needs_grad.bias:
+            bias = new(vocabulary, dtype=torch.float32)
+        return Gradients(hidden, weight, bias)
 
-    def finish(self, sums: Gradients) -> Gradients:
+    @property
+    def row_limit(self) -> int:
+        """Rows of whole groups that go through at once."""
+        return self.forward_rows if self.twice else self.kept_rows
+
+    @property
+    def twice(self) -> bool:
+        """Whether every group goes through the forward product twice."""
+        return self.dtype == torch.float16
+
+    def chunks(self) -> list[Chunk]:
+        """As many rows as what is kept of them fits."""
+        return plan(self.problem.groups, self.problem.chunk_rows or self.row_limit)
+
+    def forward(self, chunk: Chunk) -> Kept | None:
+        """Log-probs and statistics of a chunk, and what is kept of it."""
+        if not chunk.pieces:
+            return None
+        if self.twice or not chunk.whole:
+            self.forward_only(chunk.rows)
+            return None
+        own = self.part(chunk.rows)
+        done, softmax = own.forward(keep=True)
+        self.fill_in(chunk.rows, softmax)
+        return Kept(own, done, softmax)
+
+    def backward(self, chunk: Chunk, kept: Kept | None, dlogp: Tensor) -> None:
+        """Add the gradients of a chunk's rows."""
+        if kept is not None:
+            kept.part.add_gradients(kept.done, kept.softmax, dlogp)
+        elif chunk.pieces:
+            self.recompute(chunk.rows, dlogp)
+
+    def finished(self) -> Gradients:
         """The gradients in their own shape; 0 where no row has added."""
-        for total in (sums.weight, sums.bias):
+        hidden, weight, bias = self.gradients
+        for total in (weight, bias):
             if total is not None and not self.accumulate:
                 total.zero_()
         width = self.problem.hidden.shape[1]
         hidden, weight = (
             m if m is None or m.shape[1] == width else m[:, :width].contiguous()
-            for m in (sums.hidden, sums.weight)
+            for m in (hidden, weight)
         )
-        return Gradients(hidden, weight, sums.bias)
+        return Gradients(hidden, weight, bias)
 
-    def kept(self, rows: int) -> Tensor:
+    def memory(self, rows: int) -> Tensor:
         """Memory for what the forward product keeps of that many rows; one piece serves all."""
         if self._memory is None:
             most = min(self.kept_rows, len(self.logps))
             self._memory = self.problem.hidden.new_empty((most, self.kept_width), dtype=self.dtype)
         return self._memory[:rows]
 
-    def product(self, hidden: Tensor, kept: Tensor | None) -> Any:
+    def launcher(self, hidden: Tensor, kept: Tensor | None) -> Any:
         """The launcher of the forward product: the one that was asked for, if it takes these
         operands.
         """
-        if self.forward == "gluon":
+        if self.product == "gluon":
             # Gluon is experimental, and its names still change; the plain kernel does without it.
             from fastdpop.kernels import gluon_forward
 
@@ -173,10 +190,10 @@ class Pass:
                 return gluon_forward.forward
         return forwarding.forward
 
-    def chunk(self, rows: slice) -> _Chunk:
+    def part(self, rows: slice) -> TritonRows:
         """Consecutive rows."""
         p = self.problem
-        return _Chunk(self, operand(p.hidden[rows], self.dtype), p.targets[rows], rows)
+        return TritonRows(self, operand(p.hidden[rows], self.dtype), p.targets[rows], rows)
 
     def fill_in(self, rows: slice, softmax: combining.Softmax) -> None:
         """Log-probs and statistics of rows."""
@@ -188,60 +205,33 @@ class Pass:
 
     def forward_only(self, rows: slice) -> None:
         """Log-probs and statistics of rows, keeping nothing."""
-        for piece in pieces(rows, self.forward_rows):
-            _, softmax = self.chunk(piece).forward(keep=False)
+        for piece in pieces_of(rows, self.forward_rows):
+            _, softmax = self.part(piece).forward(keep=False)
             self.fill_in(piece, softmax)
 
     def dlogp_dhidden(self, out: Tensor) -> None:
         """Log-probs and the derivative of each with respect to its hidden states, into `out`."""
-        for rows in pieces(self.everything, self.kept_rows):
-            chunk = self.chunk(rows)
-            if self.dtype == torch.float16:
-                self.forward_only(rows)
-                done, softmax = chunk.forward_again(self.lse[rows])
+        for piece in pieces_of(self.everything, self.kept_rows):
+            own = self.part(piece)
+            if self.twice:
+                self.forward_only(piece)
+                done, softmax = own.forward_again(self.lse[piece])
             else:
-                done, softmax = chunk.forward(keep=True)
-                self.fill_in(rows, softmax)
-            chunk.add_hidden(done, softmax.row_scale * -self.transform.slope, out)
+                done, softmax = own.forward(keep=True)
+                self.fill_in(piece, softmax)
+            own.add_hidden(done, softmax.row_scale * -self.transform.slope, out)
 
-    def one_pass(self, coefficients: Coefficients, sums: Gradients) -> None:
-        """Log-probs, and gradients of a loss that is known once a group's log-probs are."""
-        pairs = self._pairs(getattr(coefficients, "plan", None))
-        twice = self.dtype == torch.float16
-        limit = self.forward_rows if twice else self.kept_rows
-
-        def dlogp_of(first: int, last: int, rows: slice) -> Tensor:
-            if pairs is not None:
-                return pairs.dlogp(first, last, rows)
-            return coefficients(first, last, self.logps[rows], self.statistics[:, rows]).float()
-
-        for first, last, rows in self.chunks(limit):
-            if rows.start == rows.stop:
-                # Nothing to differentiate, but pairs without scored tokens have a loss.
-                if pairs is not None:
-                    pairs.dlogp(first, last, rows)
-            elif twice or rows.stop - rows.start > self.kept_rows:
-                self.forward_only(rows)
-                self.recompute(rows, dlogp_of(first, last, rows), sums)
-            else:
-                chunk = self.chunk(rows)
-                done, softmax = chunk.forward(keep=True)
-                self.fill_in(rows, softmax)
-                chunk.add_gradients(done, softmax, dlogp_of(first, last, rows), sums)
-        if pairs is not None:
-            pairs.hand_over()
-
-    def recompute(self, rows: slice, dlogp: Tensor, sums: Gradients) -> None:
-        """Gradients of rows whose `dlogp` ``(n,)`` is known, and whose `lse` is; rows where it is 0
-        are skipped.
+    def recompute(self, rows: slice, dlogp: Tensor) -> None:
+        """Add the gradients of rows whose `dlogp` ``(n,)`` is known, and whose `lse` is; rows where
+        it is 0 are skipped.
         """
         p = self.problem
         order = torch.argsort((dlogp == 0).to(torch.int8), stable=True)
         active = (dlogp != 0).sum()
-        for piece in pieces(slice(0, len(dlogp)), self.kept_rows):
+        for piece in pieces_of(slice(0, len(dlogp)), self.kept_rows):
             own = order[piece]
             places = own + rows.start
-            chunk = _Chunk(
+            part = TritonRows(
                 self,
                 operand(p.hidden.index_select(0, places), self.dtype),
                 p.targets.index_select(0, places),
@@ -249,18 +239,18 @@ class Pass:
                 places=places,
                 num_active=(active - piece.start).clamp(0, len(own)).to(torch.int32),
             )
-            done, softmax = chunk.forward_again(self.lse.index_select(0, places))
-            chunk.add_gradients(done, softmax, dlogp.index_select(0, own), sums)
+            done, softmax = part.forward_again(self.lse.index_select(0, places))
+            part.add_gradients(done, softmax, dlogp.index_select(0, own))
 
-    def _pairs(self, plan: PairLossPlan | None) -> _PairLoss | None:
+    def pair_loss(self, plan: PairLossPlan | None) -> PairLossKernel | None:
         """The loss's kernel, if it has one and the caller offers what it needs."""
         if plan is None:
             return None
         found = losses.jitted(plan.loss, plan.options)
-        return None if found is None else _PairLoss(self, plan, *found)
+        return None if found is None else PairLossKernel(self, plan, *found)
 
 
-class _Chunk:
+class TritonRows:
     """Rows that go through together.
 
     `places` says where each row's gradient goes, where that is not `rows`; from row `num_active`
@@ -269,7 +259,7 @@ class _Chunk:
 
     def __init__(
         self,
-        run: Pass,
+        run: TritonPass,
         hidden: Tensor,
         targets: Tensor,
         rows: slice,
@@ -312,8 +302,8 @@ class _Chunk:
 
     def _product(self, reference: Tensor, keep: bool, statistics: bool) -> Forward:
         run = self.run
-        kept = run.kept(len(self.targets)) if keep else None
-        return run.product(self.hidden, kept)(
+        kept = run.memory(len(self.targets)) if keep else None
+        return run.launcher(self.hidden, kept)(
             *self.operands,
             reference,
             run.transform,
@@ -350,11 +340,9 @@ class _Chunk:
         elif target.data_ptr() != out[self.rows].data_ptr():
             out[self.rows] = target[:, : out.shape[1]]
 
-    def add_gradients(
-        self, done: Forward, softmax: combining.Softmax, dlogp: Tensor, sums: Gradients
-    ) -> None:
-        """Add what these rows contribute to each wanted gradient."""
-        run, kept = self.run, done.exp_logits
+    def add_gradients(self, done: Forward, softmax: combining.Softmax, dlogp: Tensor) -> None:
+        """Add what these rows contribute to each gradient."""
+        run, kept, sums = self.run, done.exp_logits, self.run.gradients
         assert kept is not None
         factor = gradients.factors(dlogp, softmax.row_scale, run.transform.slope)
         if sums.hidden is not None:
@@ -375,36 +363,56 @@ class _Chunk:
         run.accumulate = True
 
 
-@dataclass
-class _PairLoss:
-    """A loss that has a kernel, on its way through a problem."""
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a chunk between its log-probs and its gradients."""
 
-    run: Pass
-    plan: PairLossPlan
-    function: Any
-    numbers: tuple[float, float, float]
+    part: TritonRows
+    done: Forward
+    softmax: combining.Softmax
 
-    def __post_init__(self) -> None:
-        plan = self.plan
+
+class PairLossKernel:
+    """A loss that has a kernel, on its way through a problem.
+
+    Attributes:
+        losses: ``(P,)`` and sequence_logps: ``(2P,)``: filled in chunk by chunk.
+    """
+
+    def __init__(
+        self,
+        run: TritonPass,
+        plan: PairLossPlan,
+        function: Any,
+        numbers: tuple[float, float, float],
+    ) -> None:
+        self.run = run
         self.pairs = pair_loss.Pairs(
-            plan.offsets, plan.order, plan.reference, self.function, self.numbers, plan.share
+            plan.offsets,
+            plan.order,
+            plan.ref_logps,
+            plan.rounded,
+            function,
+            numbers,
+            plan.share,
         )
         count = len(plan.order)
-        self.losses = plan.reference.new_empty(count)
-        self.sequence_logps = plan.reference.new_empty(2 * count)
+        self.losses = plan.ref_logps.new_empty(count, dtype=torch.float32)
+        self.sequence_logps = plan.ref_logps.new_empty(2 * count)
 
-    def dlogp(self, first: int, last: int, rows: slice) -> Tensor:
-        """Of the rows of pairs ``first`` to ``last - 1``, whose log-probs are known."""
+    def group_loss(self) -> GroupLoss:
+        """The loss as a pass takes it: group i is pair i."""
+        return GroupLoss(self._dlogp)
+
+    def _dlogp(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
+        """Of the rows of pairs ``first`` to ``last - 1``; without rows, pairs still have a loss."""
+        del statistics
         return pair_loss.pair_loss(
-            self.run.logps[rows],
+            logps,
             self.pairs,
-            rows.start,
+            self.run.problem.groups[first],
             first,
             last,
             self.losses,
             self.sequence_logps,
         )
-
-    def hand_over(self) -> None:
-        """Give the caller the losses and the sequences' log-probs."""
-        self.plan.losses, self.plan.sums = self.losses, self.sequence_logps

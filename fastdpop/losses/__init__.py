@@ -116,6 +116,12 @@ _LOSSES: dict[str, type[PreferenceLoss]] = {
 }
 
 
+_OPTIONS = {
+    name: [option.name for option in fields(kind)]  # type: ignore[arg-type]
+    for name, kind in _LOSSES.items()
+}
+
+
 def available() -> tuple[str, ...]:
     """The names that :func:`get` knows. ``"sigmoid"`` is TRL's name of ``"dpo"``."""
     return tuple(_LOSSES)
@@ -137,15 +143,13 @@ def get(name: str, **options: Any) -> PreferenceLoss:
         hint = "did you mean " + " or ".join(map(repr, near)) if near else "expected one of"
         names = "" if near else " " + ", ".join(_LOSSES)
         raise ValueError(f"loss is {name!r}, which is not a loss: {hint}{names}")
-    kind = _LOSSES[name]
-    known = [option.name for option in fields(kind)]  # type: ignore[arg-type]
     for option in options:
-        if option not in known:
+        if option not in _OPTIONS[name]:
             raise TypeError(
                 f"the loss {name!r} has no option {option!r}; it has "
-                + (", ".join(known) or "no options")
+                + (", ".join(_OPTIONS[name]) or "no options")
             )
-    return kind(**options)
+    return _LOSSES[name](**options)
 
 
 def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> PreferenceLoss:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .algebra import present_mean, rank, side_sum, smoothed_nll
-from .base import PairLogps, Traits, given_reference
+from .base import PairLogps, Traits, rounded_alike
 from .divergence import DivergenceLoss
 from .options import CheckedLoss, flag, noise_rate, positive
 
@@ -31,9 +31,10 @@ class AOT(CheckedLoss):
     _traits: ClassVar[Traits] = Traits(couples_pairs=True)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        policy = pairs.chosen - pairs.rejected
-        reference = given_reference(pairs.ref_chosen) - given_reference(pairs.ref_rejected)
-        reference = torch.sort(reference).values
+        chosen, ref_chosen = rounded_alike(pairs.chosen, pairs.ref_chosen)
+        rejected, ref_rejected = rounded_alike(pairs.rejected, pairs.ref_rejected)
+        policy = chosen - rejected
+        reference = torch.sort(ref_chosen - ref_rejected).values
         return smoothed_nll(self.beta * (policy - reference[rank(policy)]), self.label_smoothing)
 
 

@@ -83,9 +83,8 @@ def _check(
     accepts: Callable[[Any], bool],
 ) -> None:
     value = getattr(loss, option)
-    message = f"{type(loss).__name__}: {option} is {value!r}, expected {expected}"
     # bool is a Real to Python, but beta=True is a slip.
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(message)
+        raise TypeError(f"{type(loss).__name__}: {option} is {value!r}, expected {expected}")
     if (isinstance(value, Real) and not math.isfinite(value)) or not accepts(value):
-        raise ValueError(message)
+        raise ValueError(f"{type(loss).__name__}: {option} is {value!r}, expected {expected}")

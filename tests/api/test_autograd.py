@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpop import engines, fused_logps, losses
+from fastdpop import engines, fused_logps, fused_preference_loss, losses
 from fastdpop.engines.eager import EagerEngine
 from tests.batches import Batch, batch, fused, losses_by_definition
 
@@ -245,9 +245,9 @@ class Recorder(EagerEngine):
         self.calls.append("logps")
         return super().logps(*args)
 
-    def logps_and_direction(self, *args):  # type: ignore[no-untyped-def]
-        self.calls.append("logps_and_direction")
-        return super().logps_and_direction(*args)
+    def logps_and_dlogp_dhidden(self, *args):  # type: ignore[no-untyped-def]
+        self.calls.append("logps_and_dlogp_dhidden")
+        return super().logps_and_dlogp_dhidden(*args)
 
     def gradients(self, *args):  # type: ignore[no-untyped-def]
         self.calls.append("gradients")
@@ -267,7 +267,7 @@ def recorder() -> Iterator[Recorder]:
 
 
 ONE_PASS = ["logps_and_gradients"]
-DIRECTION = ["logps_and_direction"]
+DIRECTION = ["logps_and_dlogp_dhidden"]
 TWO_PASSES = ["logps", "gradients"]
 
 
@@ -315,3 +315,48 @@ def test_the_routes_of_fused_logps(recorder: Recorder) -> None:
         example = batch(3, trained=is_trained)
         fused_logps(*example.inputs, example.labels, engine="recorder").sum().backward()
         assert recorder.calls == want
+
+
+# PyTorch imports its own scripted functions for them.
+func_warns = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+FUNC = {
+    "grad": torch.func.grad,
+    "jacrev": torch.func.jacrev,
+    "hessian": torch.func.hessian,
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x)[0],
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "vmap": lambda f: lambda x: torch.func.vmap(f)(x[None]),
+}
+
+
+@func_warns
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("transform", FUNC)
+def test_transforms_of_torch_func_are_refused(transform: str, trained: bool) -> None:
+    """The operators would be plain numbers to them: forward-mode derivatives would be 0."""
+    example = batch(2, trained=trained)
+
+    def loss(hidden: Tensor) -> Tensor:
+        given = (hidden, example.weight, example.labels)
+        return fused_preference_loss(*given, ref_logps=example.ref_logps).loss
+
+    def logps(hidden: Tensor) -> Tensor:
+        return fused_logps(hidden, example.weight, example.labels).sum()
+
+    for function in (loss, logps):
+        with pytest.raises(NotImplementedError, match=r"torch\.func .*torch\.autograd\.grad"):
+            FUNC[transform](function)(example.hidden.detach())
+
+
+@func_warns
+@pytest.mark.parametrize("of", ["hidden", "weight"])
+def test_forward_mode_is_refused(of: str) -> None:
+    example = batch(2)
+    with torch.autograd.forward_ad.dual_level():
+        given = {"hidden": example.hidden.detach(), "weight": example.weight.detach()}
+        given[of] = torch.autograd.forward_ad.make_dual(given[of], torch.ones_like(given[of]))
+        with pytest.raises(NotImplementedError, match=r"forward-mode .*torch\.autograd\.grad"):
+            fused_logps(**given, labels=example.labels)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            fused_preference_loss(**given, labels=example.labels, ref_logps=example.ref_logps)

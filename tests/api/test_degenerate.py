@@ -147,10 +147,10 @@ def test_logits_of_magnitude_ten_thousand(
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_large_logits_through_softcap(trained: bool) -> None:
-    from fastdpop.head import Head
+    from fastdpop.transform import LogitTransform
 
     example = batch(3, dtype=torch.float64, trained=trained, scale=1e4)
-    assert_by_definition(example, "sft", Head(softcap=30.0))
+    assert_by_definition(example, "sft", LogitTransform(softcap=30.0))
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])

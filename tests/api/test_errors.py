@@ -122,7 +122,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "bias is float, expected a torch.Tensor", {"bias": 0.0}),
     (
         ValueError,
-        "bias has shape (5,), expected (11,): one value a token",
+        "bias has shape (5,), expected (11,): one value per token",
         {"bias": torch.randn(H)},
     ),
     (
@@ -169,13 +169,13 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     ),
     (
         ValueError,
-        "ref_logps has shape (2,), expected (4,): one value a sequence",
+        "ref_logps has shape (2,), expected (4,): one value per sequence",
         {"ref_logps": torch.zeros(2)},
     ),
     (ValueError, "ref_logps has shape (2, 2), expected (4,)", {"ref_logps": torch.zeros(2, 2)}),
     (
         ValueError,
-        "ref_logps[1] has shape (3,), expected (2,): one value a pair",
+        "ref_logps[1] has shape (3,), expected (2,): one value per pair",
         {"ref_logps": (torch.zeros(2), torch.zeros(3))},
     ),
     (
@@ -276,12 +276,12 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "pairs is 'all', expected (P, 2) sequence indices", {"pairs": "all"}),
     (
         ValueError,
-        "ref_logps has one value a sequence, expected (chosen, rejected) by pair",
+        "ref_logps has one value per sequence, expected (chosen, rejected) by pair",
         {**LD, "pairs": [[0, 1], [0, 2]]},
     ),
     (
         ValueError,
-        "ref_logps has one value a sequence, expected (chosen, rejected) by pair",
+        "ref_logps has one value per sequence, expected (chosen, rejected) by pair",
         {"loss": losses.length_desensitised(losses.get("kto"), 0.5), "pairs": [[0, -1], [0, 1]]},
     ),
     # options
@@ -326,10 +326,10 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "expected a name, a PreferenceLoss object", {"loss": type(losses.get("dpo"))}),
     (
         ValueError,
-        "returned (), expected one value a pair: a tensor of shape (2,)",
+        "returned (), expected one value per pair: a tensor of shape (2,)",
         {"loss": lambda pairs: pairs.chosen.mean()},
     ),
-    (ValueError, "returned float, expected one value a pair", {"loss": lambda pairs: 0.0}),
+    (ValueError, "returned float, expected one value per pair", {"loss": lambda pairs: 0.0}),
     (
         ValueError,
         "this loss reads the reference's log-probabilities: pass ref_logps=",
@@ -403,7 +403,7 @@ def test_fused_dpop_loss_names_its_options(
         ),
         (
             ValueError,
-            "token_weights has shape (4,), expected (4, 6): one weight a label",
+            "token_weights has shape (4,), expected (4, 6): one weight per label",
             {"token_weights": torch.ones(S)},
         ),
         (TypeError, "token_weights is list, expected a torch.Tensor", {"token_weights": [1.0]}),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpop import fused_logps, fused_preference_loss
-from fastdpop.head import Head
+from fastdpop import fused_dpop_loss, fused_logps, fused_preference_loss, naive
+from fastdpop.transform import LogitTransform
 from tests.batches import HEADS, Batch, batch, fused, losses_by_definition, token_logps
 
 HALF = [torch.bfloat16, torch.float16]
@@ -144,6 +144,56 @@ def test_a_long_sequence_is_summed_exactly(dtype: torch.dtype) -> None:
 
 def test_autocast_on_another_device_type_changes_nothing() -> None:
     example = batch(3)
-    want = fused(example, "dpop", Head(softcap=2.0)).loss
+    want = fused(example, "dpop", LogitTransform(softcap=2.0)).loss
     with torch.autocast("cpu", enabled=False):
-        assert torch.equal(fused(example, "dpop", Head(softcap=2.0)).loss, want)
+        assert torch.equal(fused(example, "dpop", LogitTransform(softcap=2.0)).loss, want)
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_log_ratios_of_long_completions_are_not_rounded(engine: str) -> None:
+    """At -6,000 nats the next float32 is 5e-4 away, and DPOP multiplies by 15: with sums rounded to
+    float32 the gradient is off by 2e-5 and more of its largest value.
+    """
+    hidden = torch.randn(4, 701, 64, requires_grad=True)
+    weight = (torch.randn(5_003, 64) * 0.02).requires_grad_()
+    labels = torch.randint(0, 5_003, (4, 701))
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logps = naive.sequence_logps(*wide, labels)
+    assert (logps < -5_900).all()
+    ref_logps = logps.detach() + torch.tensor([0.5, -0.3, 0.2, 0.1], dtype=torch.float64)
+    exact = naive.dpop_loss(logps, ref_logps)
+    out = fused_dpop_loss(hidden, weight, labels, engine=engine, ref_logps=ref_logps)
+    assert out.loss.dtype == out.chosen_logps.dtype == out.margins.dtype == torch.float32
+    gradients = torch.autograd.grad(out.loss, (hidden, weight))
+    for ours, want in zip(gradients, torch.autograd.grad(exact, wide), strict=True):
+        error = (ours.double() - want).abs().max() / want.abs().max()
+        assert error < 5e-6
+
+
+def test_log_probs_in_float64_keep_what_float32_does_not() -> None:
+    hidden, weight = torch.randn(2, 701, 32), torch.randn(503, 32) * 0.02
+    labels = torch.randint(0, 503, (2, 701))
+    exact = naive.sequence_logps(hidden, weight, labels)
+    for_reference = fused_logps(hidden, weight, labels, dtype=torch.float64)
+    assert for_reference.dtype == torch.float64
+    torch.testing.assert_close(for_reference, exact, rtol=0, atol=1e-4)
+    rounded = fused_logps(hidden, weight, labels)
+    assert torch.equal(rounded, for_reference.float())
+    assert not torch.equal(rounded.double(), for_reference)
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16, expected one of"):
+        fused_logps(hidden, weight, labels, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_policy_equal_to_its_reference_is_compared_as_that_was_rounded(
+    dtype: torch.dtype, trained: bool
+) -> None:
+    hidden = torch.randn(4, 301, 32, requires_grad=True)
+    weight = (torch.randn(503, 32) * 0.3).requires_grad_(trained)
+    labels = torch.randint(0, 503, (4, 301))
+    with torch.no_grad():
+        ref_logps = fused_logps(hidden, weight, labels, dtype=dtype)
+    out = fused_dpop_loss(hidden, weight, labels, ref_logps=ref_logps)
+    assert torch.equal(out.penalty, torch.zeros(2))
+    assert torch.equal(out.margins, torch.zeros(2))

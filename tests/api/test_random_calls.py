@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdpop import fused_logps, losses
-from fastdpop.head import Head
+from fastdpop.transform import LogitTransform
 from tests.batches import (
     LOSSES,
     Batch,
@@ -32,7 +32,7 @@ class Call:
     """One drawn call."""
 
     example: Batch
-    head: Head
+    head: LogitTransform
     pairs: list[list[int]] | None
     workspace: int | None
     reduction: str
@@ -62,7 +62,7 @@ def calls(draw: st.DrawFn, *, unpaired: bool = False) -> Call:
         labels,
         torch.zeros(sequences),
     )
-    head = Head(
+    head = LogitTransform(
         softcap=draw(st.sampled_from([None, 2.0, 30.0])),
         logit_scale=draw(st.sampled_from([1.0, 0.3])),
         temperature=draw(st.sampled_from([1.0, 0.8])),

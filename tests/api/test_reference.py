@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import fused_dpop_loss, fused_logps, fused_preference_loss, losses
-from fastdpop.head import Head
+from fastdpop.transform import LogitTransform
 from tests.batches import DTYPES, HEADS, Batch, assert_by_definition, batch, fused, token_logps
 
 SHAPES = {
@@ -18,7 +18,7 @@ SHAPES = {
 """Pairs, positions, width, vocabulary, and a workspace that makes several tiles of them."""
 
 
-def sums(example: Batch, head: Head | None = None) -> Tensor:
+def sums(example: Batch, head: LogitTransform | None = None) -> Tensor:
     return token_logps(example.to(torch.float64), head).sum(1).detach()
 
 
@@ -130,7 +130,7 @@ def test_ref_hidden_is_desensitised_like_the_policy() -> None:
 
 
 def equal_policy(
-    example: Batch, source: str, head: Head, workspace: int | None
+    example: Batch, source: str, head: LogitTransform, workspace: int | None
 ) -> dict[str, Tensor]:
     """The reference of a policy that has not taken a step."""
     if source == "ref_hidden":
@@ -160,7 +160,7 @@ def test_the_first_step_of_dpop_is_dpos(
     """Where policy equals reference every log-ratio is exactly 0, and so the hinge is off."""
     pairs, length, width, vocabulary, tiles = SHAPES[shape]
     workspace = tiles if tiled else None
-    head = HEADS["all"] if shape == "ragged" else Head()
+    head = HEADS["all"] if shape == "ragged" else LogitTransform()
     example = batch(
         pairs, length, width, vocabulary, dtype=dtype, bias=shape == "ragged", trained=trained
     )
@@ -188,7 +188,7 @@ def test_a_policy_equal_to_its_reference_on_two_threads(dtype: torch.dtype, trai
     example = batch(*SHAPES["realistic"][:4], dtype=dtype, trained=trained)
     torch.set_num_threads(2)
     try:
-        out = fused(example, "dpop", **equal_policy(example, "ref_logps", Head(), None))
+        out = fused(example, "dpop", **equal_policy(example, "ref_logps", LogitTransform(), None))
     finally:
         torch.set_num_threads(1)
     assert torch.equal(out.margins, torch.zeros(4))
@@ -200,7 +200,7 @@ def test_a_policy_equal_to_its_reference_under_autocast(trained: bool) -> None:
     example = batch(3, 20, 32, 99, bias=True, trained=trained)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for source in ("ref_logps", "ref_hidden"):
-            options = equal_policy(example, source, Head(), None)
+            options = equal_policy(example, source, LogitTransform(), None)
             out = fused(example, "dpop", **options)
             assert torch.equal(out.penalty, torch.zeros(3))
             assert torch.equal(out.margins, torch.zeros(3))

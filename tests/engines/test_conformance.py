@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdpop import reference
-from fastdpop.engines import STATISTICS, Engine, Problem, Wanted
+from fastdpop import naive
+from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.cpu import CPUEngine, instruction_sets
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.engines.triton import TritonEngine
-from fastdpop.head import Head
+from fastdpop.transform import LogitTransform
 from tests.batches import HEADS, assert_as_exact_as_torch
 
-ALL = Wanted(True, True, True)
+ALL = NeedsGrad(True, True, True)
 TINY = 1
 """A workspace of one byte: one row and one token at a time."""
 
@@ -51,7 +51,7 @@ def problem(
     groups: tuple[int, ...] = (0, 3, 3, 10, 14),
     width: int = 24,
     vocabulary: int = 53,
-    head: Head | None = None,
+    head: LogitTransform | None = None,
     bias: bool = True,
     workspace: int = 1 << 20,
     scale: float = 1.0,
@@ -63,7 +63,7 @@ def problem(
         bias=torch.randn(vocabulary).to(dtype) if bias else None,
         targets=torch.randint(0, vocabulary, (rows,)),
         groups=list(groups),
-        head=head or Head(),
+        transform=head or LogitTransform(),
         compute_dtype=dtype,
         workspace_bytes=workspace,
     )
@@ -80,12 +80,12 @@ def autograd(
     ]
     hidden, weight, *bias = leaves
     if define:
-        logps = reference.token_logps(hidden, weight, p.targets, bias[0] if bias else None, p.head)
+        logps = naive.token_logps(hidden, weight, p.targets, bias[0] if bias else None, p.transform)
     else:
-        logits = F.linear(hidden, weight, bias[0] if bias else None) * p.head.logit_scale
-        if p.head.softcap is not None:
-            logits = p.head.softcap * torch.tanh(logits / p.head.softcap)
-        logps = -F.cross_entropy(logits / p.head.temperature, p.targets, reduction="none")
+        logits = F.linear(hidden, weight, bias[0] if bias else None) * p.transform.logit_scale
+        if p.transform.softcap is not None:
+            logits = p.transform.softcap * torch.tanh(logits / p.transform.softcap)
+        logps = -F.cross_entropy(logits / p.transform.temperature, p.targets, reduction="none")
     return logps.detach(), list(torch.autograd.grad((c.to(dtype) * logps).sum(), leaves))
 
 
@@ -95,10 +95,10 @@ def rounded_gradients(p: Problem, c: Tensor, *, by_hidden: bool = False) -> list
     it.
     """
     logits = p.hidden.float() @ p.weight.float().T + (0.0 if p.bias is None else p.bias.float())
-    z = p.head.transform_(logits)
+    z = p.transform.transform_(logits)
     g = torch.zeros_like(z).scatter_(1, p.targets[:, None], 1.0) - z.softmax(1)
-    direction = p.head.scale_by_slope_(g.clone(), z).to(p.hidden.dtype).float()
-    scaled = p.head.scale_by_slope_(g * c[:, None].float(), z).to(p.hidden.dtype).float()
+    direction = p.transform.scale_by_slope_(g.clone(), z).to(p.hidden.dtype).float()
+    scaled = p.transform.scale_by_slope_(g * c[:, None].float(), z).to(p.hidden.dtype).float()
     hidden = (direction @ p.weight.float()) * c[:, None].float()
     weight = scaled.T @ p.hidden.float()
     if by_hidden:
@@ -122,15 +122,17 @@ def compare(engine: Engine, p: Problem) -> None:
     result = engine.logps(p, ())
     assert result.logps.dtype == p.result_dtype
     assert_as_exact_as_torch(result.logps, exact, torchs)
-    again, direction = engine.logps_and_direction(p, ())
+    again = engine.logps_and_dlogp_dhidden(p, ())
+    direction = again.dlogp_dhidden
     assert torch.equal(again.logps, result.logps), "every route gives the same bits"
     assert direction.dtype == p.hidden.dtype
     assert_as_exact_as_torch(
         direction * c[:, None].to(direction.dtype), gradients[0], torch_gradients[0]
     )
 
-    wanted = Wanted(True, True, p.bias is not None)
-    one_pass, found = engine.logps_and_gradients(p, (), coefficients, wanted)
+    wanted = NeedsGrad(True, True, p.bias is not None)
+    one_pass = engine.logps_and_gradients(p, (), GroupLoss(coefficients), wanted)
+    found = one_pass.gradients
     assert torch.equal(one_pass.logps, result.logps)
     two_pass = engine.gradients(p, result.lse, own_c, wanted)
     for name, one, two, want, torchs_own in zip(
@@ -165,9 +167,10 @@ def test_ragged_shapes(engine: Engine, groups: tuple[int, ...], shape: tuple[int
     if groups[-1]:
         compare(engine, p)
     else:
-        result, found = engine.logps_and_gradients(
-            p, (), lambda *_: torch.zeros(0), Wanted(True, True, False)
+        result = engine.logps_and_gradients(
+            p, (), GroupLoss(lambda *_: torch.zeros(0)), NeedsGrad(True, True, False)
         )
+        found = result.gradients
         assert result.logps.shape == (0,)
         assert found.weight is not None
         assert torch.equal(found.weight, torch.zeros_like(p.weight))
@@ -201,7 +204,7 @@ def test_statistics(engine: Engine, workspace: int) -> None:
     p = problem(head=HEADS["all"], workspace=workspace)
     z = p.hidden.double() @ p.weight.double().T
     assert p.bias is not None
-    z = p.head.transform_(z + p.bias.double())
+    z = p.transform.transform_(z + p.bias.double())
     logp = z.log_softmax(1)
     p.targets[::3] = z.argmax(1)[::3]
     want = {
@@ -222,10 +225,11 @@ def test_repeated_runs_are_bitwise_equal(engine: Engine, dtype: torch.dtype) -> 
     c = torch.randn(90)
 
     def run() -> list[Tensor]:
-        result, found = engine.logps_and_gradients(
-            p, STATISTICS, lambda a, b, *_: c[p.groups[a] : p.groups[b]], ALL
+        result = engine.logps_and_gradients(
+            p, STATISTICS, GroupLoss(lambda a, b, *_: c[p.groups[a] : p.groups[b]]), ALL
         )
-        return [*result, *(g for g in found if g is not None)]
+        found = result.gradients
+        return [result.logps, result.lse, result.statistics, *(g for g in found if g is not None)]
 
     first = run()
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
@@ -234,15 +238,15 @@ def test_repeated_runs_are_bitwise_equal(engine: Engine, dtype: torch.dtype) -> 
 def test_poisoned_memory_does_not_show(engine: Engine) -> None:
     """`torch.empty` filled with NaN: nothing unwritten is read."""
     p = problem()
-    want = engine.logps_and_direction(p, STATISTICS)
+    want = engine.logps_and_dlogp_dhidden(p, STATISTICS)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        got = engine.logps_and_direction(p, STATISTICS)
+        got = engine.logps_and_dlogp_dhidden(p, STATISTICS)
     finally:
         torch.use_deterministic_algorithms(False)
-    for a, b in zip([*want[0], want[1]], [*got[0], got[1]], strict=True):
-        assert torch.equal(a, b)
+    for name in ("logps", "lse", "statistics", "dlogp_dhidden"):
+        assert torch.equal(getattr(want, name), getattr(got, name))
 
 
 def test_nan_hidden_gives_nan_for_its_row_only(engine: Engine) -> None:
@@ -267,7 +271,7 @@ def test_sixteen_bit_inputs_never_meet_sixteen_bit_logits(engine: Engine) -> Non
         bias=False,
         scale=4.0,
     )
-    exact = reference.token_logps(p.hidden, p.weight, p.targets)
+    exact = naive.token_logps(p.hidden, p.weight, p.targets)
     ours = engine.logps(p, ()).logps
     rounded = (
         torch.log_softmax((p.hidden @ p.weight.T).float(), 1)
@@ -309,13 +313,21 @@ def test_cost_in_units(engine: Engine) -> None:
         return c[fits.groups[first] : fits.groups[last]]
 
     lse = engine.logps(fits, ()).lse
-    trained, frozen = Wanted(True, True, False), Wanted(True, False, False)
+    trained, frozen = NeedsGrad(True, True, False), NeedsGrad(True, False, False)
     assert count_units(fits, lambda: engine.logps(fits, ())) == 2
-    assert count_units(fits, lambda: engine.logps_and_direction(fits, ())) == 4
-    assert count_units(beyond, lambda: engine.logps_and_direction(beyond, ())) == 4
-    assert count_units(fits, lambda: engine.logps_and_gradients(fits, (), of_chunk, trained)) == 6
+    assert count_units(fits, lambda: engine.logps_and_dlogp_dhidden(fits, ())) == 4
+    assert count_units(beyond, lambda: engine.logps_and_dlogp_dhidden(beyond, ())) == 4
     assert (
-        count_units(beyond, lambda: engine.logps_and_gradients(beyond, (), of_chunk, trained)) == 8
+        count_units(
+            fits, lambda: engine.logps_and_gradients(fits, (), GroupLoss(of_chunk), trained)
+        )
+        == 6
+    )
+    assert (
+        count_units(
+            beyond, lambda: engine.logps_and_gradients(beyond, (), GroupLoss(of_chunk), trained)
+        )
+        == 8
     )
     assert count_units(fits, lambda: engine.gradients(fits, lse, c, trained)) == 6
     assert count_units(fits, lambda: engine.gradients(fits, lse, c, frozen)) == 4

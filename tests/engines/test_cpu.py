@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpop import engines, fused_logps, fused_preference_loss, losses, reference
-from fastdpop.engines import Problem, Wanted
+from fastdpop import engines, fused_logps, fused_preference_loss, losses, naive
+from fastdpop.engines import GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.cpu import CPUEngine, _library, instruction_sets
-from fastdpop.head import Head
+from fastdpop.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(
     not instruction_sets(), reason="fastdpop was installed without a C++ compiler"
 )
-ALL = Wanted(True, True, True)
+ALL = NeedsGrad(True, True, True)
 
 
 @pytest.fixture(params=instruction_sets())
@@ -31,7 +31,7 @@ def problem(rows: int, dtype: torch.dtype, **changes: object) -> Problem:
         bias=torch.randn(700).to(dtype),
         targets=torch.randint(0, 700, (rows,)),
         groups=[0, rows // 3, rows],
-        head=Head(),
+        transform=LogitTransform(),
         compute_dtype=dtype,
         workspace_bytes=1 << 26,
     )
@@ -39,9 +39,10 @@ def problem(rows: int, dtype: torch.dtype, **changes: object) -> Problem:
 
 
 def one_pass(engine: CPUEngine, p: Problem, c: Tensor) -> list[Tensor]:
-    result, found = engine.logps_and_gradients(
-        p, (), lambda a, b, *_: c[p.groups[a] : p.groups[b]], ALL
+    result = engine.logps_and_gradients(
+        p, (), GroupLoss(lambda a, b, *_: c[p.groups[a] : p.groups[b]]), ALL
     )
+    found = result.gradients
     return [result.logps, result.lse, *(g for g in found if g is not None)]
 
 
@@ -89,10 +90,10 @@ def test_a_larger_workspace_keeps_larger_groups(
     p, c = problem(300, torch.bfloat16), torch.randn(300)
     kept = one_pass(engine, p, c)
     monkeypatch.setattr("fastdpop.engines.cpu._KEPT_BYTES", 0)
-    assert 0 < engine._call(p, ()).kept_rows() < 100, "smaller than the first group"
+    assert 0 < engine.chunk_rows(p, ALL) < 100, "smaller than the first group"
     again = one_pass(engine, p, c)
     larger = dataclasses.replace(p, workspace_bytes=1 << 30)
-    assert engine._call(larger, ()).kept_rows() > 300
+    assert engine.chunk_rows(larger, ALL) == 300, "all of them"
     for a, b, other in zip(kept[3:], one_pass(engine, larger, c)[3:], again[3:], strict=True):
         assert torch.equal(a, b)
         assert (a - other).abs().max() > 1e-5 * a.abs().max()
@@ -103,10 +104,10 @@ def test_near_certainty_keeps_its_gradient(engine: CPUEngine) -> None:
     p = problem(64, torch.bfloat16, bias=None)
     p.hidden.copy_(p.weight[p.targets] * 4)
     exact_hidden = p.hidden.double().requires_grad_()
-    logps = reference.token_logps(exact_hidden, p.weight, p.targets)
+    logps = naive.token_logps(exact_hidden, p.weight, p.targets)
     assert logps.median() > -0.01
     (want,) = torch.autograd.grad(logps.sum(), exact_hidden)
-    _, direction = engine.logps_and_direction(p, ())
+    direction = engine.logps_and_dlogp_dhidden(p, ()).dlogp_dhidden
     error = (direction.double() - want).norm(dim=1) / want.norm(dim=1)
     assert error.max() < 0.05  # float32 logits of size 40 leave 1 - p = 1e-4 that much
 
@@ -161,11 +162,11 @@ def test_directions_that_wait_for_their_coefficients(engine: CPUEngine, certain:
     c[:32], c[100:132] = 0.37, -0.37  # cancel in dWeight, not in dHidden
     c[32:60] = c[132:160] = 0.0
     exact = p.hidden.double().requires_grad_()
-    logps = reference.token_logps(exact, p.weight, p.targets)
+    logps = naive.token_logps(exact, p.weight, p.targets)
     (want,) = torch.autograd.grad((c.double() * logps).sum(), exact)
     hidden = one_pass(engine, dataclasses.replace(p, groups=[0, 200]), c)[2].double()
     assert torch.equal(hidden[c == 0], torch.zeros_like(hidden[c == 0]))
-    _, direction = engine.logps_and_direction(p, ())
+    direction = engine.logps_and_dlogp_dhidden(p, ()).dlogp_dhidden
     at_once = direction.double() * c[:, None].double()
     error, theirs = (((x - want).norm(dim=1) / want.norm(dim=1))[c != 0] for x in (hidden, at_once))
     assert (error <= 2 * theirs + 2**-8).all()

@@ -13,19 +13,19 @@ import torch
 
 from fastdpop.engines import STATISTICS
 from fastdpop.engines.triton import TritonEngine
-from fastdpop.head import Head
 from fastdpop.kernels import config
+from fastdpop.transform import LogitTransform
 from tests.gpu.problems import TRAINED, coefficients, one_pass, problem, two_passes
 
 CASES = (
     # rows, width, vocabulary, head, bias; one step of the sum, fewer tiles than multiprocessors,
     # whole tiles and none, and more tiles than a program takes by itself
-    (1, 64, 300, Head(), False),
-    (129, 72, 1_000, Head(), False),
-    (257, 4_096, 8_192, Head(), True),
-    (300, 512, 30_011, Head(softcap=5.0), False),
-    (640, 2_304, 4_097, Head(softcap=5.0), True),
-    (4_096, 4_096, 128_256, Head(), False),
+    (1, 64, 300, LogitTransform(), False),
+    (129, 72, 1_000, LogitTransform(), False),
+    (257, 4_096, 8_192, LogitTransform(), True),
+    (300, 512, 30_011, LogitTransform(softcap=5.0), False),
+    (640, 2_304, 4_097, LogitTransform(softcap=5.0), True),
+    (4_096, 4_096, 128_256, LogitTransform(), False),
 )
 TIMES = 20
 
@@ -37,7 +37,8 @@ def results(engine: TritonEngine, dtype: torch.dtype, device: torch.device, case
     )
     c = coefficients(p)
     found = [*engine.logps(p, ())[:2], *engine.logps(p, STATISTICS)]
-    kept, direction = engine.logps_and_direction(p, ())
+    kept = engine.logps_and_dlogp_dhidden(p, ())
+    direction = kept.dlogp_dhidden
     found += [kept.logps, direction, *one_pass(engine, p, c, TRAINED)]
     small = dataclasses.replace(p, workspace_bytes=p.workspace_bytes // 32)
     return found + two_passes(engine, small, c, TRAINED)

@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpop import reference
-from fastdpop.engines import Engine, Problem, Wanted
-from fastdpop.head import Head
+from fastdpop import naive
+from fastdpop.engines import Engine, GroupLoss, NeedsGrad, Problem
+from fastdpop.transform import LogitTransform
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-ALL = Wanted(True, True, True)
-TRAINED = Wanted(True, True, False)
+ALL = NeedsGrad(True, True, True)
+TRAINED = NeedsGrad(True, True, False)
 
-PLAIN = Head()
-SOFTCAP = Head(softcap=2.0, logit_scale=1.5, temperature=0.7)
-SCALED = Head(logit_scale=0.25, temperature=0.6)
+PLAIN = LogitTransform()
+SOFTCAP = LogitTransform(softcap=2.0, logit_scale=1.5, temperature=0.7)
+SCALED = LogitTransform(logit_scale=0.25, temperature=0.6)
 
 KEEP, CHUNKS, RECOMPUTE = 4.0, 0.45, 0.15
 """Workspaces, as parts of what all rows take: enough for everything; so little that of three groups
@@ -42,7 +42,7 @@ def problem(
     width: int = 512,
     vocabulary: int = 3_001,
     pieces: int = 3,
-    head: Head = PLAIN,
+    head: LogitTransform = PLAIN,
     bias: bool = False,
     workspace: float = KEEP,
 ) -> Problem:
@@ -64,7 +64,7 @@ def problem(
         bias=randn(vocabulary).to(dtype) if bias else None,
         targets=torch.randint(vocabulary, (rows,), generator=generator, device=device),
         groups=[0, *(rows * (i + 1) ** 2 // pieces**2 for i in range(pieces))],
-        head=head,
+        transform=head,
         compute_dtype=dtype,
         workspace_bytes=int(workspace * rows * row),
     )
@@ -77,15 +77,16 @@ def coefficients(p: Problem) -> Tensor:
     return c
 
 
-def one_pass(engine: Engine, p: Problem, c: Tensor, wanted: Wanted) -> list[Tensor]:
+def one_pass(engine: Engine, p: Problem, c: Tensor, wanted: NeedsGrad) -> list[Tensor]:
     """Log-probs and the wanted gradients."""
-    result, found = engine.logps_and_gradients(
-        p, (), lambda first, last, *_: c[p.groups[first] : p.groups[last]], wanted
+    result = engine.logps_and_gradients(
+        p, (), GroupLoss(lambda first, last, *_: c[p.groups[first] : p.groups[last]]), wanted
     )
+    found = result.gradients
     return [result.logps, *(g for g in found if g is not None)]
 
 
-def two_passes(engine: Engine, p: Problem, c: Tensor, wanted: Wanted) -> list[Tensor]:
+def two_passes(engine: Engine, p: Problem, c: Tensor, wanted: NeedsGrad) -> list[Tensor]:
     """The same with coefficients that are known before the gradients."""
     result = engine.logps(p, ())
     found = engine.gradients(p, result.lse, c, wanted)
@@ -121,12 +122,12 @@ def by_torch(p: Problem, c: Tensor, multiply: Multiply) -> tuple[Tensor, list[li
     rounded once: dWeight with the coefficients on the logits' side or on that of the hidden states.
     """
     u = multiply(p.hidden, p.weight.T) + (0.0 if p.bias is None else p.bias.float())
-    z = p.head.transform_(u)
+    z = p.transform.transform_(u)
     logps = -F.cross_entropy(z, p.targets, reduction="none")
     g = torch.zeros_like(z).scatter_(1, p.targets[:, None], 1.0) - z.softmax(1)
     dtype, c = p.compute_dtype, c[:, None].float()
-    direction = p.head.scale_by_slope_(g.clone(), z).to(dtype)
-    scaled = p.head.scale_by_slope_(g * c, z).to(dtype)
+    direction = p.transform.scale_by_slope_(g.clone(), z).to(dtype)
+    scaled = p.transform.scale_by_slope_(g * c, z).to(dtype)
     of_bias = [] if p.bias is None else [(direction.float() * c).sum(0)]
     hidden = multiply(direction, p.weight) * c
     one = multiply(direction.T, (p.hidden.float() * c).to(dtype))
@@ -138,7 +139,7 @@ def exactly(p: Problem, c: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The same in float64, by the definition and autograd."""
     leaves = [t.double().requires_grad_() for t in (p.hidden, p.weight, p.bias) if t is not None]
     hidden, weight, *bias = leaves
-    logps = reference.token_logps(hidden, weight, p.targets, bias[0] if bias else None, p.head)
+    logps = naive.token_logps(hidden, weight, p.targets, bias[0] if bias else None, p.transform)
     return logps.detach(), list(torch.autograd.grad((c.double() * logps).sum(), leaves))
 
 
@@ -182,12 +183,13 @@ def assert_exact(engine: Engine, p: Problem) -> None:
     theirs = [by_torch(p, c, multiply) for multiply in multiplications(p)]
     log_probs = [one for one, _ in theirs]
     of_torch = [list(each) for each in zip(*(g for _, both in theirs for g in both), strict=True)]
-    wanted = Wanted(True, True, p.bias is not None)
+    wanted = NeedsGrad(True, True, p.bias is not None)
 
     alone = engine.logps(p, ())
     assert_bounded(alone.logps, exact, log_probs, factor=2.0)
     assert_log_probs(alone.logps, exact)
-    logps, direction = engine.logps_and_direction(p, ())
+    logps = engine.logps_and_dlogp_dhidden(p, ())
+    direction = logps.dlogp_dhidden
     assert torch.equal(logps.logps, alone.logps), "every route gives the same bits"
     # One more rounding than theirs: of the direction to the dtype of the hidden states; and of a
     # row's largest entry, that of its target, to the dtype of the products, which theirs are spared
@@ -205,14 +207,14 @@ def exact_by_chunks(p: Problem, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, dHidden and dWeight in float64, 512 rows at a time, where all logits at once would
     not fit; of a plain head.
     """
-    assert p.head == Head()
+    assert p.transform == LogitTransform()
     assert p.bias is None
     logps, hidden_gradient = [], []
     weight = p.weight.double()
     weight_gradient = torch.zeros_like(weight)
     for rows in torch.arange(len(p.targets), device=p.targets.device).split(512):
         h, y = p.hidden[rows].double(), p.targets[rows]
-        logps.append(reference.token_logps(h, weight, y))
+        logps.append(naive.token_logps(h, weight, y))
         g = torch.softmax(h @ weight.T, 1).neg_()
         g[torch.arange(len(rows), device=rows.device), y] = 0.0
         # 1 - p from the others: of a p near 1 it keeps all its bits.

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdpop.engines import STATISTICS, Engine, Problem, Wanted
-from fastdpop.head import Head
+from fastdpop.engines import STATISTICS, Engine, NeedsGrad, Problem
+from fastdpop.transform import LogitTransform
 from tests.gpu.conftest import KERNELS
 from tests.gpu.problems import (
     ALL,
@@ -135,7 +135,7 @@ def test_a_gradient_by_itself_is_the_same(
     for route in (one_pass, two_passes):
         logps, *every = route(any_engine, p, c, ALL)
         for i, gradient in enumerate(every):
-            wanted = Wanted(*(i == j for j in range(3)))
+            wanted = NeedsGrad(*(i == j for j in range(3)))
             assert_same(route(any_engine, p, c, wanted), [logps, gradient])
 
 
@@ -173,7 +173,7 @@ def test_a_row_has_the_same_bits_in_every_place(
             p, hidden=p.hidden[own].contiguous(), targets=p.targets[own], groups=[0, count]
         )
         assert torch.equal(triton_engine.logps(some, ()).logps, want[own])
-        assert torch.equal(triton_engine.logps_and_direction(some, ())[0].logps, want[own])
+        assert torch.equal(triton_engine.logps_and_dlogp_dhidden(some, ()).logps, want[own])
         c = coefficients(some)
         small = dataclasses.replace(some, workspace_bytes=count * len(p.weight) // 2)
         assert torch.equal(one_pass(triton_engine, small, c, TRAINED)[0], want[own])
@@ -181,7 +181,7 @@ def test_a_row_has_the_same_bits_in_every_place(
 
 def exact_statistics(p: Problem) -> dict[str, torch.Tensor]:
     u = p.hidden.double() @ p.weight.double().T + (0.0 if p.bias is None else p.bias.double())
-    z = p.head.transform_(u)
+    z = p.transform.transform_(u)
     logp = z.log_softmax(1)
     return {
         "entropy": -(logp.exp() * logp).sum(1),
@@ -212,7 +212,7 @@ def test_statistics(device: torch.device, engine: Engine, dtype: torch.dtype, he
     alone = engine.logps(p, STATISTICS)
     assert_statistics(alone.statistics, p)
     assert 0.4 < float(alone.statistics[STATISTICS.index("token_accuracy")].mean()) < 0.7
-    kept = engine.logps_and_direction(p, STATISTICS)[0]
+    kept = engine.logps_and_dlogp_dhidden(p, STATISTICS)
     assert torch.equal(kept.logps, engine.logps(p, ()).logps)
     assert torch.equal(kept.statistics, alone.statistics)
 
@@ -225,7 +225,7 @@ def with_improbable_targets(p: Problem) -> Problem:
     for i, nats in enumerate((138.0, 69.0, 46.0)):
         rows = torch.arange(3 * i, len(p.targets), 9, device=p.targets.device)
         other = (p.targets[rows] + 1) % len(p.weight)
-        slope = p.head.logit_scale / p.head.temperature
+        slope = p.transform.logit_scale / p.transform.temperature
         p.hidden[rows] = (p.weight[other].float() * (nats / slope / norm[other])[:, None]).to(
             p.hidden.dtype
         )
@@ -240,7 +240,7 @@ def test_improbable_targets(
 ) -> None:
     transform, bias = HEADS[head]
     # A softcap that leaves room for such log-probs.
-    transform = transform if transform.softcap is None else Head(softcap=300.0)
+    transform = transform if transform.softcap is None else LogitTransform(softcap=300.0)
     p = with_improbable_targets(
         problem(device, dtype, head=transform, bias=bias, workspace=WORKSPACES[workspace])
     )
@@ -253,7 +253,7 @@ def test_improbable_targets(
 def test_statistics_of_improbable_targets(device: torch.device, triton_engine: Engine) -> None:
     p = with_improbable_targets(problem(device, torch.bfloat16))
     assert_statistics(triton_engine.logps(p, STATISTICS).statistics, p)
-    assert_statistics(triton_engine.logps_and_direction(p, STATISTICS)[0].statistics, p)
+    assert_statistics(triton_engine.logps_and_dlogp_dhidden(p, STATISTICS).statistics, p)
 
 
 @over(OURS)
@@ -271,7 +271,8 @@ def test_near_certainty_keeps_its_gradient(
     c = torch.ones(len(p.targets), device=device)
     exact, direction, of_weight = exact_by_chunks(p, c)
     assert 1e-8 < -float(exact.median()) < 1e-6
-    logps, found = any_engine.logps_and_direction(p, ())
+    logps = any_engine.logps_and_dlogp_dhidden(p, ())
+    found = logps.dlogp_dhidden
     assert float(((logps.logps.double() - exact) / exact).abs().max()) < 1e-2
     if dtype != torch.float16:  # a direction has the dtype of the hidden states: nothing below 6e-8
         assert float(row_error(found, direction).max()) < 1e-2
@@ -328,8 +329,8 @@ def test_more_logits_than_32_bits_count(
 
 
 @pytest.mark.takes(4.0)
-@pytest.mark.parametrize("head", [PLAIN, Head(softcap=30.0)], ids=["plain", "softcap"])
-def test_full_size(chip: torch.device, triton_engine: Engine, head: Head) -> None:
+@pytest.mark.parametrize("head", [PLAIN, LogitTransform(softcap=30.0)], ids=["plain", "softcap"])
+def test_full_size(chip: torch.device, triton_engine: Engine, head: LogitTransform) -> None:
     """Llama-3-8B's head, 2,048 rows: log-probs within 1e-5 of float64."""
     p = problem(
         chip,

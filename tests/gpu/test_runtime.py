@@ -144,7 +144,7 @@ def every_call(engine: Engine, p: Problem) -> list[Callable[[], object]]:
     small = dataclasses.replace(p, workspace_bytes=p.workspace_bytes // 20)
     return [
         lambda: engine.logps(p, ()),
-        lambda: engine.logps_and_direction(p, ()),
+        lambda: engine.logps_and_dlogp_dhidden(p, ()),
         lambda: engine.gradients(p, lse, c, TRAINED),
         lambda: one_pass(engine, p, c, TRAINED),
         lambda: one_pass(engine, small, c, TRAINED),

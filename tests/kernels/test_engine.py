@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpop import engines, fused_logps, fused_preference_loss, losses, reference
-from fastdpop.engines import STATISTICS, Engine, Problem, Wanted
+from fastdpop import engines, fused_logps, fused_preference_loss, losses, naive
+from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.triton import TritonEngine
-from fastdpop.head import Head
 from fastdpop.kernels import forward, gradients
+from fastdpop.transform import LogitTransform
 from tests.batches import HEADS, batch
 from tests.engines.test_conformance import compare
 from tests.engines.test_conformance import problem as conformance_problem
 
-ALL = Wanted(True, True, True)
+ALL = NeedsGrad(True, True, True)
 CPU = torch.device("cpu")
 
 
@@ -29,7 +29,7 @@ def problem(rows: int = 60, dtype: torch.dtype = torch.float32, **changes: objec
         bias=torch.randn(100).to(dtype),
         targets=torch.randint(0, 100, (rows,)),
         groups=[0, rows // 3, rows],
-        head=Head(),
+        transform=LogitTransform(),
         compute_dtype=dtype,
         workspace_bytes=1 << 26,
     )
@@ -37,9 +37,10 @@ def problem(rows: int = 60, dtype: torch.dtype = torch.float32, **changes: objec
 
 
 def one_pass(engine: Engine, p: Problem, c: Tensor) -> list[Tensor]:
-    result, found = engine.logps_and_gradients(
-        p, (), lambda a, b, *_: c[p.groups[a] : p.groups[b]], ALL
+    result = engine.logps_and_gradients(
+        p, (), GroupLoss(lambda a, b, *_: c[p.groups[a] : p.groups[b]]), ALL
     )
+    found = result.gradients
     return [result.logps, result.lse, *(g for g in found if g is not None)]
 
 
@@ -71,10 +72,11 @@ def test_near_certainty_keeps_its_gradient(dtype: torch.dtype) -> None:
     p.targets.zero_()
     p.hidden.mul_(0.01).add_(torch.linspace(12.0, 19.0, 64)[:, None] / 40)
     exact_hidden = p.hidden.double().requires_grad_()
-    logps = reference.token_logps(exact_hidden, p.weight, p.targets)
+    logps = naive.token_logps(exact_hidden, p.weight, p.targets)
     assert 1e-8 < -logps.max() < 1e-6
     (want,) = torch.autograd.grad(logps.sum(), exact_hidden)
-    got, direction = engine.logps_and_direction(p, ())
+    got = engine.logps_and_dlogp_dhidden(p, ())
+    direction = got.dlogp_dhidden
     torch.testing.assert_close(got.logps.double(), logps.detach(), rtol=1e-5, atol=0)
     error = (direction.double() - want).norm(dim=1) / want.norm(dim=1)
     # float16 itself holds directions of this size to a part of 2**-24 / 1e-7.
@@ -82,7 +84,9 @@ def test_near_certainty_keeps_its_gradient(dtype: torch.dtype) -> None:
     assert error.max() < bound
     c = torch.ones(64)
     for found in (
-        engine.logps_and_gradients(p, (), lambda a, b, *_: c[p.groups[a] : p.groups[b]], ALL)[1],
+        engine.logps_and_gradients(
+            p, (), GroupLoss(lambda a, b, *_: c[p.groups[a] : p.groups[b]]), ALL
+        ).gradients,
         engine.gradients(p, got.lse, c, ALL),
     ):
         assert found.hidden is not None
@@ -113,11 +117,11 @@ def test_float16_of_all_certainties(
     p.hidden[:, 20:] = -odds[:, None] / 20
     c = torch.randn(rows)
     leaves = [t.double().requires_grad_() for t in (p.hidden, p.weight)]
-    logps = reference.token_logps(*leaves, p.targets)
+    logps = naive.token_logps(*leaves, p.targets)
     want = torch.autograd.grad((c.double() * logps).sum(), leaves)
     engine = TritonEngine()
-    got = engine.logps_and_direction(p, ())
-    again = engine.gradients(p, got[0].lse, c, ALL)
+    got = engine.logps_and_dlogp_dhidden(p, ())
+    again = engine.gradients(p, got.lse, c, ALL)
     once = one_pass(engine, p, c)
     for ours, exact in (
         (once[2], want[0]),
@@ -127,7 +131,7 @@ def test_float16_of_all_certainties(
     ):
         assert ours is not None
         assert (ours.double() - exact).norm() <= 2e-3 * exact.norm()
-    for hidden in (once[2], again.hidden, got[1] * c[:, None]):
+    for hidden in (once[2], again.hidden, got.dlogp_dhidden * c[:, None]):
         # float16 itself loses directions below 6e-8; float32 logits, what 1 - p has of their size.
         assert hidden is not None
         slack = 1e-6 * logit * c.abs() + 2e-6
@@ -180,7 +184,7 @@ def test_an_impossible_target(dtype: torch.dtype, products: str) -> None:
     p.weight[7] = p.weight[7] * 0.1
     c = torch.randn(40)
     compared = [t.double().requires_grad_() for t in (p.hidden, p.weight)]
-    logps = reference.token_logps(compared[0], compared[1], p.targets)
+    logps = naive.token_logps(compared[0], compared[1], p.targets)
     assert logps[::5].max() < -138
     want = torch.autograd.grad((c.double() * logps).sum(), compared)
     alone = engine.logps(p, STATISTICS)
@@ -188,7 +192,7 @@ def test_an_impossible_target(dtype: torch.dtype, products: str) -> None:
     assert alone.statistics.isfinite().all()
     got = one_pass(engine, p, c)
     assert torch.equal(got[0], alone.logps)
-    direction = engine.logps_and_direction(p, ())[1]
+    direction = engine.logps_and_dlogp_dhidden(p, ()).dlogp_dhidden
     again = engine.gradients(p, alone.lse, c, ALL)
     eps = torch.finfo(dtype).eps
     for ours, exact in (

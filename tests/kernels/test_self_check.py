@@ -14,17 +14,17 @@ import triton
 
 from fastdpop import losses
 from fastdpop.engines import Problem, self_check
-from fastdpop.engines.base import PairLossPlan, Wanted
+from fastdpop.engines.base import NeedsGrad, PairLossPlan
 from fastdpop.engines.self_check import Step
-from fastdpop.engines.triton_pass import Pass
-from fastdpop.head import Head
+from fastdpop.engines.triton_pass import TritonPass
 from fastdpop.kernels import combine, forward, gradients, pair_loss
 from fastdpop.kernels import losses as jitted_losses
+from fastdpop.transform import LogitTransform
 
 CPU = torch.device("cpu")
-ALL, NONE = Wanted(True, True, False), Wanted(False, False, False)
+ALL, NONE = NeedsGrad(True, True, False), NeedsGrad(False, False, False)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-GRADIENTS = Step("recompute", CPU, BF16, BF16, wanted=ALL)
+GRADIENTS = Step("recompute", CPU, BF16, BF16, needs_grad=ALL)
 LOGPS = Step("forward_only", CPU, FP32, FP32)
 
 
@@ -32,7 +32,7 @@ def a_plan(name: str = "dpop", **options: Any) -> PairLossPlan:
     loss = losses.get(name, **options)
     nothing = torch.zeros(0)
     fields = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)}  # type: ignore[arg-type]
-    return PairLossPlan(nothing, nothing, nothing, type(loss).__name__, fields, 1.0)
+    return PairLossPlan(nothing, nothing, nothing, True, type(loss).__name__, fields, 1.0)
 
 
 def of_plan(plan: PairLossPlan) -> Step:
@@ -47,18 +47,19 @@ def a_pass(
     workspace: int = 1 << 20,
     statistics: tuple[str, ...] = (),
     softcap: float | None = None,
-) -> Pass:
+    needs_grad: NeedsGrad = NONE,
+) -> TritonPass:
     problem = Problem(
         torch.zeros(groups[-1], 16, dtype=dtype),
         torch.zeros(40, 16, dtype=dtype),
         None,
         torch.zeros(groups[-1], dtype=torch.int64),
         list(groups),
-        Head(softcap=softcap),
+        LogitTransform(softcap=softcap),
         dtype,
         workspace,
     )
-    return Pass(problem, statistics, "auto", "plain")
+    return TritonPass(problem, statistics, needs_grad, "auto", "plain")
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 @pytest.mark.parametrize(
     "step",
     [
-        Step("one_pass", CPU, FP32, FP32, statistics=True, wanted=ALL, products="kernels"),
-        Step("one_pass", CPU, BF16, BF16, True, True, True, Wanted(True, True, True)),
-        Step("one_pass", CPU, FP16, FP16, bias=True, wanted=Wanted(False, True, True)),
-        Step("recompute", CPU, BF16, FP32, softcap=True, wanted=ALL),
+        Step("one_pass", CPU, FP32, FP32, statistics=True, needs_grad=ALL, products="kernels"),
+        Step("one_pass", CPU, BF16, BF16, True, True, True, NeedsGrad(True, True, True)),
+        Step("one_pass", CPU, FP16, FP16, bias=True, needs_grad=NeedsGrad(False, True, True)),
+        Step("recompute", CPU, BF16, FP32, softcap=True, needs_grad=ALL),
         Step("dlogp_dhidden", CPU, FP16, FP32, softcap=True),
         Step("dlogp_dhidden", CPU, BF16, BF16, bias=True, products="kernels"),
         Step("forward_only", CPU, FP16, FP16, True, True, True),
@@ -201,7 +202,7 @@ def bias_swapped(real: Callable[..., None]) -> Callable[..., None]:
     return faulty
 
 
-WITH_BIAS = dataclasses.replace(GRADIENTS, bias=True, wanted=Wanted(False, False, True))
+WITH_BIAS = dataclasses.replace(GRADIENTS, bias=True, needs_grad=NeedsGrad(False, False, True))
 
 
 @pytest.mark.parametrize(
@@ -251,17 +252,17 @@ def test_once_a_process_for_each_set(checks: list[Step]) -> None:
     self_check.ensure(a_pass(softcap=30.0), "forward_only")
     self_check.ensure(a_pass(statistics=("entropy",)), "forward_only")
     self_check.ensure(a_pass(), "dlogp_dhidden")
-    self_check.ensure(a_pass(), "recompute", ALL)
+    self_check.ensure(a_pass(needs_grad=ALL), "recompute")
     assert len({*checks}) == len(checks) == 6
 
 
 def test_one_pass_checks_the_ways_it_goes(checks: list[Step]) -> None:
     plan = a_plan()
 
-    def routes(run: Pass, plan: PairLossPlan | None = None) -> list[str]:
+    def routes(run: TritonPass, plan: PairLossPlan | None = None) -> list[str]:
         checks.clear()
         self_check._checked.clear()
-        self_check.ensure(run, "one_pass", ALL, plan)
+        self_check.ensure(run, "one_pass", plan)
         return [step.route for step in checks]
 
     assert routes(a_pass()) == ["one_pass"]

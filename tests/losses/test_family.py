@@ -171,7 +171,7 @@ def test_pairwise_is_put_to_the_test() -> None:
 
 def test_a_function_must_give_one_value_a_pair(four_pairs: PairLogps) -> None:
     loss = losses.as_loss(lambda pairs: pairs.chosen.sum())
-    with pytest.raises(ValueError, match=r"returned \(\), expected one value a pair"):
+    with pytest.raises(ValueError, match=r"returned \(\), expected one value per pair"):
         loss(four_pairs)
 
 

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastdpop import attach, losses, reference
+from fastdpop import attach, losses, naive
 from tests.models.shrink import LEFT_OUT, V, build
 
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -67,7 +67,7 @@ def compare(name: str) -> Outcome:
     # Two pairs below and above the reference, so that DPOP's penalty is on in one.
     ref_logps = own.detach() + torch.tensor([1.0, -1.0, 0.5, 0.5])
     router_loss = _router_loss(model, inputs | {"labels": labels})
-    expected = reference.dpop_loss(own, ref_logps) + router_loss
+    expected = naive.dpop_loss(own, ref_logps) + router_loss
     expected.backward()
     expected_gradients = _gradients(model)
     model.zero_grad()
