@@ -63,6 +63,8 @@ build/trl-%/.ready: requirements/trl-%.txt
 test-axolotl: $(AXOLOTL)/.ready ## `axolotl train` on fastdpop, in an environment of its own (5 GB)
 	$(AXOLOTL)/bin/python -m pytest tests/axolotl $(ARGS)
 
+# From 3.13 on, one of its pins has to be compiled.
+$(AXOLOTL)/.ready: PYTHONS := python3.12 python3.11 python3.13 python3.14 python3
 $(AXOLOTL)/.ready: pyproject.toml setup.py requirements/axolotl.txt $(wildcard csrc/*)
 	@echo "Setting up $(AXOLOTL): several minutes the first time"
 	@$(call environment,$(AXOLOTL))

@@ -1,6 +1,6 @@
 """Preference pairs: reading them, tokenising them, and laying them out as a batch.
 
-A file of pairs is JSONL, one object a line with the fields ``prompt``, ``chosen`` and ``rejected``;
+A file of pairs is JSONL, one object per line with the fields ``prompt``, ``chosen`` and ``rejected``;
 further fields are left alone. ``prompt`` is a string or a list of chat messages; the completions
 are strings, and an empty one is legal (the model is then scored on ending its turn at once).
 Nothing here ever cuts a text: a pair that is too long is an error, or is dropped whole and counted.

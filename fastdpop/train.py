@@ -52,7 +52,7 @@ def train(
         title: of the progress bar.
 
     Returns:
-        The metrics, one dict a step and one an evaluation, as in ``metrics.jsonl``.
+        The metrics, one dict per step and one per evaluation, as in ``metrics.jsonl``.
 
     Raises:
         ValueError: nothing to train on; the checkpoint belongs to other settings or data.
@@ -147,7 +147,8 @@ def _step(
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    # One fused kernel a step where there is one: on CPU the plain loop takes as long as a small model's forward pass.
+    # One fused kernel per step where there is one: on a CPU the plain loop takes as long as a small
+    # model's forward pass.
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
     return torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
