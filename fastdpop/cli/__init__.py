@@ -1,7 +1,8 @@
 """The ``fastdpop`` command: ``train``, ``demo`` and ``doctor``, a module each.
 
-A command's module has its ``NAME``, what it is (``ABOUT``), ``add_arguments`` and ``run``. What
-takes long to import is imported by ``run``, so that ``--help`` answers at once.
+A command's module has its ``NAME``, what it is (``ABOUT``), ``add_arguments`` and ``run``. What a
+command needs beyond the package itself is imported by its ``run``, so that ``--help`` and mistakes
+are answered as fast as ``import fastdpop`` allows.
 """
 
 from __future__ import annotations
