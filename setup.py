@@ -5,11 +5,15 @@ one build serves every version of it. Without a compiler the package installs wi
 and computes with plain torch.
 """
 
+import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+COMPILERS = ["c++", "g++", "clang++"]
 SOURCES = ["library", "generic", "avx2", "avx512", "avx512bf16"]
 FLAGS = [
     "-std=c++17",
@@ -19,6 +23,16 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wno-maybe-uninitialized",
 ]
+
+
+def name_compiler() -> None:
+    """Let ``CXX`` name a compiler that is there, where Python's own build names one that is not."""
+    built_with = (sysconfig.get_config_var("CXX") or "").split()
+    if os.environ.get("CXX") or (built_with and shutil.which(built_with[0])):
+        return
+    found = next(filter(shutil.which, COMPILERS), None)
+    if found is not None:
+        os.environ["CXX"] = found
 
 
 class BuildKernels(build_ext):
@@ -37,15 +51,17 @@ class BuildKernels(build_ext):
         self.warn("fastdpop is installed without its C++ library: it computes with plain torch")
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "fastdpop.engines._cpu",
-            sources=[f"csrc/{name}.cpp" for name in SOURCES],
-            depends=[*map(str, Path("csrc").glob("*.[hi]*"))],
-            language="c++",
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    name_compiler()
+    setup(
+        ext_modules=[
+            Extension(
+                "fastdpop.engines._cpu",
+                sources=[f"csrc/{name}.cpp" for name in SOURCES],
+                depends=[*map(str, Path("csrc").glob("*.[hi]*"))],
+                language="c++",
+                optional=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildKernels},
+    )

@@ -1,6 +1,6 @@
 """Preference pairs: reading them, tokenising them, and laying them out as a batch.
 
-A file of pairs is JSONL, one object a line with the fields ``prompt``, ``chosen`` and ``rejected``;
+A file of pairs is JSONL, one object per line with the fields ``prompt``, ``chosen`` and ``rejected``;
 further fields are left alone. ``prompt`` is a string or a list of chat messages; the completions
 are strings, and an empty one is legal (the model is then scored on ending its turn at once).
 Nothing here ever cuts a text: a pair that is too long is an error, or is dropped whole and counted.
@@ -25,6 +25,9 @@ from torch import Tensor
 
 IGNORED = -100
 """The label of a token that is not scored, as in Hugging Face."""
+
+TOO_LONG = ("error", "drop")
+"""What may become of a pair beyond the greatest length; the first is the default."""
 
 Message = dict[str, str]
 Batch = dict[str, Tensor]
@@ -188,7 +191,11 @@ _STANDIN = "fastdpop-completion"
 
 
 def tokenise(
-    pairs: Sequence[Pair], tokenizer: Any, *, max_length: int | None = None, too_long: str = "error"
+    pairs: Sequence[Pair],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    too_long: str = TOO_LONG[0],
 ) -> tuple[list[TokenPair], int]:
     """Token ids of pairs, through the tokenizer's chat template if it has one.
 
@@ -211,7 +218,7 @@ def tokenise(
             tokenizer without a way to end a turn; a prompt without tokens (the first token of a
             completion needs one before it); all pairs dropped.
     """
-    if too_long not in ("error", "drop"):
+    if too_long not in TOO_LONG:
         raise ValueError(f"too_long is {too_long!r}, expected 'error' or 'drop'")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length is {max_length}, expected at least 2")

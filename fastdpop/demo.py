@@ -189,7 +189,7 @@ def _factor(logratio: float) -> str:
 
 
 def draw(evaluations: dict[str, list[Metrics]], path: Path) -> None:
-    """Held-out log-ratios of correct and corrupted solutions against the step, a panel a loss."""
+    """Held-out log-ratios of correct and corrupted solutions against the step, one panel per loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

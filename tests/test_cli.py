@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import fastdpop
 from fastdpop import demo
-from fastdpop.cli import main
+from fastdpop.cli import main, parser
+from fastdpop.cli.train import settings_of
+from fastdpop.settings import Settings
 from tests.tiny_model import CHATML, tiny_llama, tiny_tokenizer
 
 ROW = {"prompt": "2 and 2: ", "chosen": "4", "rejected": "5"}
@@ -111,6 +115,67 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         main(argv)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+REQUIRED = ["train", "--model", "m", "--pairs", "p", "--output", "o"]
+
+
+def test_defaults_are_those_of_settings() -> None:
+    assert settings_of(parser().parse_args([*REQUIRED, "--steps", "7"])) == Settings(steps=7)
+
+
+def test_every_setting_has_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the loss, which has two, changed from their default and found in the settings."""
+    changed = {
+        "steps": 7,
+        "batch_pairs": 3,
+        "accumulate": 2,
+        "learning_rate": 0.5,
+        "weight_decay": 0.25,
+        "warmup": 0,
+        "schedule": "cosine",
+        "max_grad_norm": 2.0,
+        "reference": "online",
+        "seed": 4,
+        "eval_every": 6,
+        "save_every": 8,
+        "engine": "eager",
+        "workspace_bytes": 9,
+    }
+    assert {*changed, "bf16", "loss"} == set(Settings.__dataclass_fields__)
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+    assert settings_of(parser().parse_args([*REQUIRED, "--bf16", *argv])) == Settings(
+        **changed, bf16=True
+    )
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name in changed:
+        assert Settings.__dataclass_fields__[name].metadata["help"] in said
+
+
+def test_help_imports_no_more_than_the_package() -> None:
+    code = """
+import sys
+import fastdpop
+before = set(sys.modules)
+from fastdpop.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+heavy = {"transformers", "accelerate", "peft", "trl", "datasets", "tqdm", "matplotlib", "numpy"}
+assert not (set(sys.modules) - before) & heavy, heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: fastdpop train" in done.stdout
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "fastdpop.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fastdpop {fastdpop.__version__}\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

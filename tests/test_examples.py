@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 EXAMPLES = ROOT / "examples"
+LOGGED = re.compile(r"^.*?({'loss': .*})", re.MULTILINE)
 STEP = re.compile(r"^step \d+ loss (\S+) margin (\S+) penalty (\S+)$", re.MULTILINE)
 
 
@@ -32,6 +34,32 @@ def run(script: str, *arguments: str, cwd: Path, **variables: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+def test_readme_shows_the_example_that_runs() -> None:
+    """The README's second block of Python, to the letter."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert blocks[1] == (EXAMPLES / "trl_dpop.py").read_text()
+
+
+@pytest.mark.slow
+def test_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from tests.tiny_model import tiny_llama, tiny_tokenizer
+
+    tiny_llama(initializer_range=0.2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    steps = [
+        {name: float(value) for name, value in ast.literal_eval(row).items()}
+        for row in LOGGED.findall(run("trl_dpop.py", "model", cwd=tmp_path))
+    ]
+    assert len(steps) == 5
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert steps[0]["rewards/margins"] == steps[0]["penalty"] == 0
+    assert steps[-1]["rewards/chosen"] > 0
+    assert (tmp_path / "runs" / "dpop" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

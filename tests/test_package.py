@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -60,6 +63,7 @@ def test_import_needs_torch_only(tmp_path: Path) -> None:
 import sys
 sys.modules.update(dict.fromkeys({optional!r}))
 import fastdpop, fastdpop.cli
+fastdpop.cli.parser()
 print(fastdpop.losses.get("dpop").lam)
 """
     assert run(code, tmp_path).strip() == "50.0"
@@ -68,6 +72,33 @@ print(fastdpop.losses.get("dpop").lam)
 def test_command_line_entry_point() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="fastdpop")
     assert callable(entry.load())
+
+
+@pytest.mark.parametrize(
+    ("named", "built_with", "there", "taken"),
+    [
+        (None, "g++ -pthread", {"g++", "clang++"}, None),  # as Python says
+        (None, "clang++ -pthread", {"g++"}, "g++"),
+        (None, None, {"clang++"}, "clang++"),
+        (None, "g++", set(), None),
+        ("mine", "clang++", {"g++"}, "mine"),
+    ],
+)
+def test_the_compiler_that_builds_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+    named: str | None,
+    built_with: str | None,
+    there: set[str],
+    taken: str | None,
+) -> None:
+    name_compiler = runpy.run_path(str(ROOT / "setup.py"))["name_compiler"]
+    monkeypatch.delenv("CXX", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: built_with)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    name_compiler()
+    assert os.environ.get("CXX") == taken
 
 
 @pytest.mark.slow

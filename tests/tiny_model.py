@@ -15,7 +15,7 @@ CHATML = (
 
 
 def tiny_tokenizer(chat_template: str | None = None) -> Any:
-    """One token a byte, ``<|end|>`` as EOS, ``<|pad|>``."""
+    """One token per byte, ``<|end|>`` as EOS, ``<|pad|>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

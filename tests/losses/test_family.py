@@ -47,7 +47,7 @@ def test_every_loss_is_documented(name: str) -> None:
         shown |= {"divergence", "alpha"}
     assert shown == {option.name for option in fields(loss)}  # type: ignore[arg-type]
     assert cells[4] == ("yes" if loss.traits.needs_reference else "no")
-    assert cells[5].startswith("8" if loss.traits.couples_pairs else "6")
+    assert cells[5].startswith("4" if loss.traits.couples_pairs else "3")
 
 
 def test_unknown_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")
+if sys.version_info < (3, 11):
+    pytest.skip(
+        "the sample and the page are of a transformers without Python 3.10", allow_module_level=True
+    )
 
 import transformers
 
