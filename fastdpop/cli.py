@@ -1,4 +1,4 @@
-"""The ``fastdpop`` command: ``train``, ``demo``, ``doctor`` and ``kernels``.
+"""The ``fastdpop`` command: ``train``, ``demo`` and ``doctor``.
 
 Everything heavy is imported by the subcommand that needs it, so that ``--help`` answers at once.
 """
@@ -54,12 +54,6 @@ def _doctor(_: argparse.Namespace) -> int:
 
     print(report())
     return 0
-
-
-def _kernels(args: argparse.Namespace) -> int:
-    from fastdpop import aot
-
-    return aot.run(args.target, args.out, only=args.only, jobs=args.jobs)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -184,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastdpop {fastdpop.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_demo, _add_doctor, _add_kernels):
+    for add in (_add_train, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -193,28 +187,6 @@ def _add_doctor(commands: Any) -> None:
     about = "say which engine would run here, and why"
     command = commands.add_parser("doctor", help=about, description=about)
     command.set_defaults(run=_doctor)
-
-
-def _add_kernels(commands: Any) -> None:
-    about = "compile the GPU kernels ahead of time, without a GPU, and report what they cost"
-    command = commands.add_parser("kernels", help=about, description=about)
-    command.add_argument(
-        "--target",
-        nargs="+",
-        default=["sm_90a"],
-        metavar="ARCH",
-        help="sm_80, sm_90a (H100), sm_100; several may be named (default: sm_90a)",
-    )
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for cubins and report.json"
-    )
-    command.add_argument(
-        "--only", default="*", metavar="PATTERN", help="variants with such names, as in a shell"
-    )
-    command.add_argument(
-        "--jobs", type=_positive, default=2, metavar="N", help="processes (default: %(default)s)"
-    )
-    command.set_defaults(run=_kernels)
 
 
 def _add_demo(commands: Any) -> None:
