@@ -77,7 +77,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
-	$(BIN)/mypy fastdpop
+	$(BIN)/mypy fastdpop tools
 
 format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
@@ -107,13 +107,13 @@ bench: setup ## speed and memory against plain PyTorch, TRL and Liger, into benc
 
 TARGETS ?= sm_90a
 kernels: setup ## compile the GPU kernels ahead of time, no GPU needed, and report what they cost
-	$(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels
+	$(BIN)/python -m tools.kernels --target $(TARGETS) --out build/kernels
 
 # Compilers differ in what they serialise, spill and widen: the oldest triton that is supported, and one between it and that of .venv.
 kernels-36: setup ## the same with triton 3.6
 kernels-38: setup ## the same with triton 3.8
 kernels-36 kernels-38: kernels-3%: build/triton-3.%/triton
-	PYTHONPATH=build/triton-3.$* $(BIN)/fastdpop kernels --target $(TARGETS) --out build/kernels-3.$*
+	PYTHONPATH=build/triton-3.$* $(BIN)/python -m tools.kernels --target $(TARGETS) --out build/kernels-3.$*
 
 # With the numpy of its time: triton 3.6's interpreter does not take 2.4.
 build/triton-3.%/triton: | setup
@@ -124,7 +124,7 @@ test-interpreter-36: setup build/triton-3.6/triton ## the kernels' tests in the 
 	$(INTERPRET) PYTHONPATH=build/triton-3.6 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS)
 
 estimate: kernels-36 ## what the kernels should take on an H100 as triton 3.6 compiles them, into bench/results
-	@$(BIN)/python bench/h100_estimate.py build/kernels-3.6/report.json --output bench/results
+	@$(BIN)/python -m tools.kernels.estimate build/kernels-3.6/report.json --output bench/results
 
 sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 	mkdir -p build/sanitize

@@ -86,7 +86,7 @@ def _finish(batch: Batch, mode: str, loss: Loss, logps: Tensor) -> Tensor:
     return logps.detach()
 
 
-def _of_rows(row_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+def of_rows(row_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
     """A contender that is given scored rows only: ``(hidden, weight, targets) -> logps``."""
 
     def run(batch: Batch, mode: str, loss: Loss) -> Tensor:
@@ -100,7 +100,8 @@ def _of_rows(row_logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
     return run
 
 
-def _upcast(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def upcast(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs ``(n,)`` of float32 logits, by cross-entropy."""
     return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
@@ -110,7 +111,7 @@ def _sixteen_bits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _fp32_throughout(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Rounds gradients to 16 bits once, at the end: what dWeight is compared with."""
-    return _upcast(hidden.float(), weight.float(), targets)
+    return upcast(hidden.float(), weight.float(), targets)
 
 
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -199,12 +200,12 @@ FLOOR = "bare products"
 FLOOR_AS_WRITTEN = "bare products, as written"
 
 PEERS: dict[str, Contender] = {
-    "gather, fp32 upcast": Contender(_of_rows(_upcast)),
-    "gather, 16-bit logits": Contender(_of_rows(_sixteen_bits)),
+    "gather, fp32 upcast": Contender(of_rows(upcast)),
+    "gather, 16-bit logits": Contender(of_rows(_sixteen_bits)),
     "all positions": Contender(_all_positions),
-    "F.linear_cross_entropy": Contender(_of_rows(_linear_cross_entropy)),
+    "F.linear_cross_entropy": Contender(of_rows(_linear_cross_entropy)),
     "TRL, as called": Contender(_trl_as_called, ("dpo",), "trl"),
-    "TRL, scored rows": Contender(_of_rows(_trl_scored_rows), ("dpo",), "trl"),
+    "TRL, scored rows": Contender(of_rows(_trl_scored_rows), ("dpo",), "trl"),
     "Liger": Contender(_liger(compiled=False, chunk_size=1), ("dpo",), "liger_kernel"),
     "Liger, compiled": Contender(
         _liger(compiled=True, chunk_size=4), ("dpo",), "liger_kernel", compiles=True
@@ -212,7 +213,7 @@ PEERS: dict[str, Contender] = {
 }
 
 FP32_THROUGHOUT = "fp32 throughout"
-OTHERS = {FP32_THROUGHOUT: Contender(_of_rows(_fp32_throughout))}
+OTHERS = {FP32_THROUGHOUT: Contender(of_rows(_fp32_throughout))}
 
 
 def ours(device: str) -> list[str]:

@@ -10,8 +10,8 @@
 #
 # CARRY names a folder with unpacked wheels (Liger, TRL), which are measured beside it. OUT gets h100.json, h100.md
 # (both whole after every case, so that a run which is cut off keeps what it has), tests.json, log.txt and
-# sanitizer.txt; the first two can go to bench/results as they are. `rest` with another OUT: bench/chip.py --report
-# puts the two together. The last lines printed are a short table and a verdict. The exit code is 0 when every part
+# sanitizer.txt; the first two can go to bench/results as they are. `rest` with another OUT:
+# `python -m bench.chip --report` puts the two together. The last lines printed are a short table and a verdict. The exit code is 0 when every part
 # passed; a part that fails does not keep the next one from running.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -85,7 +85,7 @@ attempt "compiling" "$COMPILE" "$PYTHON" bench/plan.py --compile "$(($(nproc) > 
 
 # chip PART SECONDS: it starts no case in the last 25 seconds, which includes its own start. Without the self-check,
 # which the smoke test has: if it is wrong, times are still worth having.
-chip() { FASTDPOP_SELF_CHECK=0 attempt "$1" "$2" "$PYTHON" bench/chip.py "$1" --output "$OUT" --seconds $(($(atmost "$2") - 25)); }
+chip() { FASTDPOP_SELF_CHECK=0 attempt "$1" "$2" "$PYTHON" -m bench.chip "$1" --output "$OUT" --seconds $(($(atmost "$2") - 25)); }
 
 run_tests() { # in shards beside each other; without the project's other plugins and fixtures
   local pids=() i code seconds
@@ -119,7 +119,7 @@ sanitize() { # memory and races, on a small step of every kernel
     seconds=$(atmost $((SANITIZER / 2)))
     say "$tool, at most $seconds s"
     FASTDPOP_SELF_CHECK=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 "$seconds" "$found" --tool "$tool" \
-      --error-exitcode 9 "$PYTHON" bench/chip.py smoke --tiny >"$SCRATCH/$tool.txt" 2>&1
+      --error-exitcode 9 "$PYTHON" -m bench.chip smoke --tiny >"$SCRATCH/$tool.txt" 2>&1
     case $? in
     0) say "$tool: clean" ;;
     124 | 137) say "$tool: not finished in time" ;;
@@ -130,7 +130,7 @@ sanitize() { # memory and races, on a small step of every kernel
 }
 
 if [[ $WHAT != rest ]]; then
-  attempt "smoke" "$SMOKE" "$PYTHON" bench/chip.py smoke --output "$OUT"
+  attempt "smoke" "$SMOKE" "$PYTHON" -m bench.chip smoke --output "$OUT"
   chip main "$MAIN"
   run_tests
 fi
@@ -141,7 +141,7 @@ if [[ $WHAT != first ]]; then
 fi
 
 echo
-[[ -f "$OUT/h100.json" ]] && "$PYTHON" bench/chip.py --report "$OUT/h100.json" --output "$OUT" | tail -c 9000
+[[ -f "$OUT/h100.json" ]] && "$PYTHON" -m bench.chip --report "$OUT/h100.json" --output "$OUT" | tail -c 9000
 echo
 for line in "${FAILED[@]}"; do echo "FAILED $line" | tee -a "$LOG"; done
 if [[ ${#FAILED[@]} -eq 0 ]]; then say "everything passed"; else say "${#FAILED[@]} parts failed"; fi

@@ -66,25 +66,22 @@ def plan_of_compiling() -> list[Any]:
     """All that may be launched on an H100 (:class:`tests.launches.Compiled`)."""
     import torch
 
-    from bench import chip
+    from bench.chip.settings import settings
+    from bench.chip.setup import Setup
     from tests import launches
 
     launches.settle_keys()
     found = dict.fromkeys(launches.everything("sm_90a").compiled)
-    device, chip.DEVICE = chip.DEVICE, "meta"
-    try:
-        with launches.recorded("sm_90a") as recording:
-            head, rows = chip.MAIN
-            width, vocabulary = chip.HEADS[head]
-            operands = (
-                torch.empty(rows, width, dtype=torch.bfloat16, device="meta"),
-                torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta"),
-                torch.empty(rows, dtype=torch.int64, device="meta"),
-            )
-            for _, launch in chip.settings(*operands):
-                launch()
-    finally:
-        chip.DEVICE = device
+    head, rows = Setup().main
+    width, vocabulary = Setup().heads[head]
+    operands = (
+        torch.empty(rows, width, dtype=torch.bfloat16, device="meta"),
+        torch.empty(vocabulary, width, dtype=torch.bfloat16, device="meta"),
+        torch.empty(rows, dtype=torch.int64, device="meta"),
+    )
+    with launches.recorded("sm_90a") as recording:
+        for _, launch in settings(*operands):
+            launch()
     return list(found | dict.fromkeys(recording.compiled))
 
 
@@ -131,11 +128,11 @@ def compile_share(task: tuple[int, int, list[str] | None]) -> dict[str, float]:
 
 def compile_all(jobs: int, wanted: list[str] | None = None) -> dict[str, float]:
     """In as many processes; seconds of each, by key."""
-    from fastdpop import aot
+    from tools.kernels.compiler import processes
 
     tasks = [(i, jobs, wanted) for i in range(jobs)]
     done: dict[str, float] = {}
-    with aot.processes(jobs) as pool:
+    with processes(jobs) as pool:
         for found in pool.map(compile_share, tasks):
             done |= found
     return done

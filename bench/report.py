@@ -86,7 +86,7 @@ def tables(rows: list[Row]) -> str:
             ]
             for row in of_group
         ]
-        parts.append(f"### {', '.join(group)}\n\n{count}\n\n{_table(header, body)}")
+        parts.append(f"### {', '.join(group)}\n\n{count}\n\n{table(header, body)}")
 
     pairs = [row for row in rows if row["kind"] == "gradient"]
     if pairs:
@@ -95,7 +95,7 @@ def tables(rows: list[Row]) -> str:
             [r["contender"], _error(r["dweight_error"]), _error(r["logp_error_nat"])] for r in pairs
         ]
         title = f"### dWeight of {pairs[0]['pairs']} pairs, bf16, DPO"
-        parts.append(f"{title}\n\n{_table(header, body)}")
+        parts.append(f"{title}\n\n{table(header, body)}")
 
     steps = [row for row in rows if row["kind"] == "trainer"]
     if steps:
@@ -111,7 +111,7 @@ def tables(rows: list[Row]) -> str:
         ]
         count = f"{steps[0]['positions']:,} positions, {steps[0]['scored_rows']:,} of them scored"
         title = f"### A training step of TRL's DPOTrainer\n\n{count}"
-        parts.append(f"{title}\n\n{_table(header, body)}")
+        parts.append(f"{title}\n\n{table(header, body)}")
 
     for series, what in (("rows", "scored_rows"), ("vocabulary", "vocabulary")):
         of_series = [r for r in rows if r["kind"] == "memory" and r["series"] == series]
@@ -124,9 +124,7 @@ def tables(rows: list[Row]) -> str:
         for contender, mode in dict.fromkeys((r["contender"], r["mode"]) for r in of_series):
             found = [peaks.get((contender, mode, point)) for point in points]
             body.append([f"{contender}, {mode}", *("" if n is None else _mib(n) for n in found)])
-        parts.append(
-            f"### Peak extra memory, MiB, over {header[0]}, bf16\n\n{_table(header, body)}"
-        )
+        parts.append(f"### Peak extra memory, MiB, over {header[0]}, bf16\n\n{table(header, body)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -143,7 +141,8 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def _table(header: list[str], body: list[list[str]]) -> str:
+def table(header: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown, aligned."""
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
     def text(line: list[str]) -> str:

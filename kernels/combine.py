@@ -1,6 +1,6 @@
 """From partial sums to log-probs, row by row.
 
-With R the row's reference, and the target's own term apart from the sum over the other tokens:
+With R the row's shift (see :mod:`.forward`), and the target's own term apart from the sum over the other tokens:
 
     rest    = sum over tiles of tile_sumexp
     x       = scale * t[y] - R
@@ -8,7 +8,7 @@ With R the row's reference, and the target's own term apart from the sum over th
     lse     = (R + log2 sumexp) * ln 2
     logp    = -log1p(rest / 2**x)
 
-in float64, a few operations a row. What was kept is completed here: its entry at the target, 0 so
+in float64, a few operations per row. What was kept is completed here: its entry at the target, 0 so
 far, becomes ``-rest * (1 - t**2)``, so that with ``p = exp_logits / sumexp``
 
     d logp_i / d u_iv = -slope * exp_logits[i, v] / sumexp_i
@@ -32,7 +32,9 @@ from torch import Tensor
 
 from . import tiles
 from .config import COMBINE_ROWS, COMBINE_TILES, SMALL
-from .forward import OVERFLOW, SQUARED, Forward, Transform
+from .epilogue import SQUARED
+from .forward import Forward, Transform
+from .repair import OVERFLOW
 from .tiles import LN2, grid, jit
 
 
@@ -66,7 +68,7 @@ def _log1p(x):
 def combine_kernel(
     tile_sumexp,  # (tiles, n)
     target_logit,  # (n,)
-    reference,  # (n,)
+    shift,  # (n,)
     targets,  # (n,)
     tile_statistics,  # (4, tiles, n) or None
     exp_logits,  # (n, tiles * BLOCK_V) or None
@@ -113,8 +115,8 @@ def combine_kernel(
 
     # Log-prob and log-sum-exp.
     t = tl.load(target_logit + r, inside, other=0.0)
-    ref = tl.load(reference + r, inside, other=0.0)
-    x = tl.fma(t, scale, -ref)
+    row_shift = tl.load(shift + r, inside, other=0.0)
+    x = tl.fma(t, scale, -row_shift)
     own = tl.exp2(x.to(tl.float64))
     s = others + own
     log_s = tl.log(s)
@@ -122,7 +124,7 @@ def combine_kernel(
     far = x.to(tl.float64) * LN2 - log_s
     logp = tl.where(x < -64.0, far, -_log1p(others / own))
     tl.store(logps + r, logp.to(tl.float32), inside)
-    tl.store(lse + r, (ref.to(tl.float64) * LN2 + log_s).to(tl.float32), inside)
+    tl.store(lse + r, (row_shift.to(tl.float64) * LN2 + log_s).to(tl.float32), inside)
     tl.store(rest + r, others.to(tl.float32), inside)
     factor = 1.0 / s
 
@@ -177,13 +179,13 @@ def combine(
 ) -> Softmax:
     """Launch the combination, which completes `done.exp_logits` at the targets `targets` ``(n,)``.
 
-    With `again`, an earlier result, of rows that :func:`.forward.repair` has computed once more; it
+    With `again`, an earlier result, of rows that :mod:`.repair` has computed once more; it
     is changed and returned.
     """
     tile_count, rows = done.tile_sumexp.shape
     result = again
     if result is None:
-        new = done.reference.new_empty
+        new = done.shift.new_empty
         found = None if done.statistics is None else new((4, rows))
         result = Softmax(new(rows), new(rows), new(rows), new(rows), found)
     if rows == 0:
@@ -192,7 +194,7 @@ def combine(
     combine_kernel[grid(-(-rows // COMBINE_ROWS))](
         done.tile_sumexp,
         done.target_logit,
-        done.reference,
+        done.shift,
         targets,
         done.statistics,
         kept,
@@ -221,8 +223,8 @@ def combine_naive(done: Forward, targets: Tensor, transform: Transform, vocabula
     """The same in plain torch and float64."""
     ln2 = math.log(2.0)
     others = done.tile_sumexp.double().sum(0)
-    t, ref = done.target_logit.double(), done.reference.double()
-    x = t * transform.scale - ref
+    t, row_shift = done.target_logit.double(), done.shift.double()
+    x = t * transform.scale - row_shift
     s = others + torch.exp2(x)
     logp = torch.where(x < -64, x * ln2 - s.log(), -torch.log1p(others / torch.exp2(x)))
     scale = 1 / s
@@ -248,7 +250,7 @@ def combine_naive(done: Forward, targets: Tensor, transform: Transform, vocabula
         ).float()
     return Softmax(
         logps=logp.float(),
-        lse=(ref * ln2 + s.log()).float(),
+        lse=(row_shift * ln2 + s.log()).float(),
         rest=others.float(),
         row_scale=scale.float(),
         statistics=statistics,

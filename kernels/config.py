@@ -1,5 +1,5 @@
-"""Tile sizes and launch options: one frozen table, read by the launchers and by the registry, so
-that what is compiled ahead of time is what runs.
+"""Tile sizes and launch options: one frozen table, read by the launchers and by whoever compiles
+kernels ahead of time, so that what is compiled is what runs.
 
 Nothing is tuned at run time. The sm_90a entries are those whose compiled code keeps every
 accumulator in registers and its products in flight with triton 3.6, 3.8 and 3.9.
@@ -7,8 +7,10 @@ accumulator in registers and its products in flight with triton 3.6, 3.8 and 3.9
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,11 +179,50 @@ def of(target: str, dtype: torch.dtype) -> Config:
     return TABLE.get((target, dtype), _ANY)
 
 
-@functools.cache
+_assumed: tuple[str, int] | None = None
+
+
+@contextlib.contextmanager
+def assumed(target: str, processors: int) -> Iterator[None]:
+    """Plan as if every device were a GPU of this target with so many multiprocessors, wherever the
+    tensors are, the meta device included: for plans and recordings without a GPU. It holds for the
+    whole process, and makes no launch possible.
+
+    Raises:
+        ValueError: the target is none of :data:`TARGETS`.
+    """
+    global _assumed
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    before, _assumed = _assumed, (target, processors)
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether a device is a GPU, or is :func:`assumed` to be one."""
+    return device.type == "cuda" or _assumed is not None
+
+
 def target_of(device: torch.device) -> str:
-    """The table's name of a device. A chip without entries gets the portable ones, and a warning
+    """The table's name of a device. A GPU without entries gets the portable ones, and a warning
     says so once.
     """
+    return detected(device) if _assumed is None else _assumed[0]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 1 in the interpreter."""
+    if _assumed is not None:
+        return _assumed[1]
+    return 1 if INTERPRETED else _multiprocessors(device)
+
+
+@functools.cache
+def detected(device: torch.device) -> str:
+    """The table's name of a device as it is, whatever is :func:`assumed`."""
     if INTERPRETED:
         return "interpreter"
     name = torch.cuda.get_device_name(device)
@@ -200,14 +241,11 @@ def target_of(device: torch.device) -> str:
     warnings.warn(
         f"fastdpop has no tile sizes for {what}: using the portable kernels, which load through "
         f"pointers. Tuned targets: {', '.join(TARGETS)}",
-        stacklevel=2,
+        stacklevel=3,
     )
     return "other"
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 1 in the interpreter."""
-    if INTERPRETED:
-        return 1
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -189,7 +189,7 @@ def _of_beta(function: Any) -> Callable[[Options], Choice]:
     return lambda o: (function, (o["beta"], 0.0, 0.0))
 
 
-_BY_NAME: dict[str, Callable[[Options], Choice]] = {
+BY_NAME: dict[str, Callable[[Options], Choice]] = {
     "DPOP": _dpop,
     "DPO": lambda o: (dpo, (o["beta"], o["label_smoothing"], 0.0)),
     "LengthNormalisedDPO": _of_beta(dpo_per_token),
@@ -202,14 +202,15 @@ _BY_NAME: dict[str, Callable[[Options], Choice]] = {
     "APOZero": _of_beta(apo_zero),
     "APODown": _of_beta(apo_down),
 }
+"""The losses that have a kernel, by their class: the function and its numbers of their options."""
 
 
 def jitted(name: str, options: Options) -> Choice | None:
     """The function and the numbers of a loss of :mod:`fastdpop.losses`, by its class and options;
     None where there is no kernel for it.
     """
-    if name not in _BY_NAME or options.get("divergence", "reverse_kl") != "reverse_kl":
+    if name not in BY_NAME or options.get("divergence", "reverse_kl") != "reverse_kl":
         return None
-    function, numbers = _BY_NAME[name](options)
+    function, numbers = BY_NAME[name](options)
     first, second, third = (float(n) for n in numbers)
     return function, (first, second, third)

@@ -25,13 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastdpop.aot import CHIPS
 from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.triton import FORWARDS, PRODUCTS, TritonEngine
-from fastdpop.kernels import config, gluon_forward, registry
+from fastdpop.kernels import config, gluon_forward
 from fastdpop.kernels import losses as jitted
 from fastdpop.transform import LogitTransform
 from tests.batches import LOSSES, batch, fused
+from tools.kernels import registry
+from tools.kernels.chips import CHIPS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -181,7 +182,7 @@ def recorded(target: str = "sm_90a", processors: int = PROCESSORS) -> Iterator[R
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has nothing to record")
     recording = Recording(target)
     launch, mm, addmm = JITFunction.run, torch.mm, torch.addmm
-    cannot, why_not = TritonEngine.unavailable, gluon_forward.supported
+    cannot = TritonEngine.unavailable
 
     def compile_(
         self: Any, key: str, signature: Any, device: Any, constants: Any, options: Any, attrs: Any,
@@ -230,22 +231,15 @@ def recorded(target: str = "sm_90a", processors: int = PROCESSORS) -> Iterator[R
     def unavailable(self: TritonEngine, device: torch.device, dtype: torch.dtype) -> str | None:
         return cannot(self, torch.device("cuda"), dtype)
 
-    def supported(*operands: Any) -> str | None:
-        reason = why_not(*operands)
-        on_the_chip = reason is not None and reason.endswith("not on a GPU")
-        return None if on_the_chip and target == "sm_90a" else reason
-
     with contextlib.ExitStack() as stack:
+        stack.enter_context(config.assumed(target, processors))
         for owner, name, what in (
             (driver, "_active", _Driver(CHIPS[target].capability)),
             (JITFunction, "_do_compile", compile_),
             (JITFunction, "run", run),
             (torch, "mm", mm_),
             (torch, "addmm", addmm_),
-            (config, "target_of", lambda device: target),
-            (config, "processors", lambda device: processors),
             (TritonEngine, "unavailable", unavailable),
-            (gluon_forward, "supported", supported),
         ):
             stack.enter_context(mock.patch.object(owner, name, what))
         yield recording
@@ -341,7 +335,7 @@ def odd_views(dtype: torch.dtype) -> Problem:
 def launch_losses() -> None:
     """Every loss that has a kernel, through the public function."""
     for loss in LOSSES.values():
-        if type(loss).__name__ in jitted._BY_NAME:
+        if type(loss).__name__ in jitted.BY_NAME:
             example = batch(2, length=6, width=8, vocabulary=20)
             fused(example, loss, engine="triton").loss.backward()
 

@@ -15,8 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bars, chip, plan, report
+from bench import bars, contenders, plan, report
 from bench.cases import Case, loss_cases
+from bench.chip import parts, timing
+from bench.chip import results as results_of_a_chip
+from bench.chip.command import main as chip_command
+from bench.chip.results import Results
+from bench.chip.setup import Setup
 from bench.contenders import FLOOR, FP32_THROUGHOUT, PEERS, Floor, contender, ours
 from bench.memory import peak_extra_bytes
 from bench.workloads import LOSSES, MODES, SHAPES, Batch, small
@@ -134,33 +139,34 @@ def test_a_workspace_in_a_name(batch: Batch) -> None:
 
 
 @pytest.fixture
-def tiny_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Setup:
     """The chip's bench on a CPU."""
-    monkeypatch.setattr(chip, "DEVICE", "cpu")
-    monkeypatch.setattr(chip, "HEADS", {"a tiny head": (16, 300), "another": (8, 200)})
-    monkeypatch.setattr(chip, "MAIN", ("a tiny head", 64))
-    monkeypatch.setattr(chip, "ROWS", (64, 128))
-    monkeypatch.setattr(chip, "COMPLETION", 16)
-    monkeypatch.setattr(chip, "SECONDS_A_CASE", 0.0)
-    monkeypatch.setattr(chip, "REPEATED", 2)
-    monkeypatch.setattr(chip, "PEERS", ("gather, 16-bit logits", "checkpointed chunks"))
-    monkeypatch.setattr(chip, "names_of_ours", lambda: ["fastdpop eager"])
+    monkeypatch.setattr(parts, "names_of_ours", lambda _: ["fastdpop eager"])
     monkeypatch.setattr(
-        chip, "launches", lambda *_: [{"kernel": "one", "launches": 2, "seconds": 1e-3}]
+        parts, "launches", lambda *_: [{"kernel": "one", "launches": 2, "seconds": 1e-3}]
     )
-    monkeypatch.setattr(chip, "settings", lambda *_: iter([("as shipped", lambda: None)]))
+    monkeypatch.setattr(parts, "settings", lambda *_: iter([("as shipped", lambda: None)]))
+    return Setup(
+        device="cpu",
+        heads={"a tiny head": (16, 300), "another": (8, 200)},
+        main=("a tiny head", 64),
+        rows=(64, 128),
+        completion=16,
+        peers=("gather, 16-bit logits", "checkpointed chunks"),
+        seconds=0.0,
+        repeated=2,
+    )
 
 
 def measured(results: dict[str, Any]) -> set[tuple[str, str, str]]:
     return {(r["workload"], r["mode"], r["contender"]) for r in results["rows"] if "workload" in r}
 
 
-@pytest.mark.usefixtures("tiny_chip")
 @pytest.mark.filterwarnings("default")
-def test_the_chips_bench_on_a_cpu(tmp_path: Path) -> None:
+def test_the_chips_bench_on_a_cpu(tiny: Setup, tmp_path: Path) -> None:
     """Its parts, tables and files, tiny."""
     for part in ("smoke", "main", "heads", "memory"):
-        chip.PARTS[part](chip.Results(tmp_path))
+        parts.PARTS[part](tiny, Results(tmp_path, "cpu"))
     assert {path.name for path in tmp_path.iterdir()} == {"h100.json", "h100.md"}
     results = json.loads((tmp_path / "h100.json").read_text())
     assert not results["left_out"]
@@ -188,51 +194,50 @@ def test_the_chips_bench_on_a_cpu(tmp_path: Path) -> None:
         "fastdpop eager: the same gradients in 2 runs, bit for bit",
     ):
         assert part in text, part
-    assert "x floor" in chip.summary(results)
+    assert "x floor" in results_of_a_chip.summary(results)
 
 
-@pytest.mark.usefixtures("tiny_chip")
 @pytest.mark.filterwarnings("default")
-def test_the_chips_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chips_bench_keeps_what_it_has(
+    tiny: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An error of one contender is named, the others go on; so is what there was no time for."""
-    real = chip.measure
+    real = parts.measure_step
 
-    def fail(batch: Batch, floor: Any, mode: str, name: str) -> Any:
+    def fail(setup: Setup, batch: Batch, floor: Any, mode: str, name: str) -> Any:
         if name == "fastdpop eager":
             raise torch.OutOfMemoryError("all of it")
-        return real(batch, floor, mode, name)
+        return real(setup, batch, floor, mode, name)
 
-    monkeypatch.setattr(chip, "measure", fail)
-    results = chip.Results(tmp_path)
-    chip.part_main(results)
+    monkeypatch.setattr(parts, "measure_step", fail)
+    results = Results(tmp_path, "cpu")
+    parts.part_main(tiny, results)
     first = json.loads((tmp_path / "h100.json").read_text())
     assert len(first["left_out"]) == len(MODES)
     assert all(line.endswith("fastdpop eager: out of memory") for line in first["left_out"])
     assert not results.failed, "where memory does not suffice, nothing is wrong"
     assert (main := measured(first)) >= {("a tiny head, 64 rows", mode, FLOOR) for mode in MODES}
-    chip.part_heads(chip.Results(tmp_path / "rest", seconds=-1.0))
+    parts.part_heads(tiny, Results(tmp_path / "rest", "cpu", seconds=-1.0))
     rest = json.loads((tmp_path / "rest" / "h100.json").read_text())
     assert all(line.endswith("no time left") for line in rest["left_out"])
-    whole = chip.merged([first, rest])
+    whole = results_of_a_chip.merged([first, rest])
     assert measured(whole) == main
     assert whole["left_out"] == first["left_out"] + rest["left_out"]
 
 
-@pytest.mark.usefixtures("tiny_chip")
 @pytest.mark.filterwarnings("default")
-def test_the_smoke_test_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smoke_test_can_fail(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Batch.errors
     monkeypatch.setattr(
         Batch, "errors", lambda *args: right(*args) | {"logp_error_relative": math.nan}
     )
     with pytest.raises(AssertionError):
-        chip.part_smoke(None, tiny=True)
+        parts.part_smoke(tiny, None, tiny=True)
 
 
-@pytest.mark.usefixtures("tiny_chip")
 def test_the_bare_products_of_a_chip(batch: Batch) -> None:
     """Each way forms its product, and the floor takes the fastest."""
-    floor = chip.Products(batch)
+    floor = timing.Products(batch)
     assert {name: len(ways) for name, ways in floor.seconds.items()} == {
         "logits": 2,
         "dHidden": 2,
@@ -243,11 +248,11 @@ def test_the_bare_products_of_a_chip(batch: Batch) -> None:
 
 
 def test_launches_by_kernel() -> None:
-    assert chip._product_of("forward_kernel_0d1d") == "forward_kernel"
-    assert chip._product_of("nvjet_tst_256x128") is None
-    assert chip._is_cublas("nvjet_tst_256x128_64x4_2x1_v_bz_TNT")
-    assert chip._is_cublas("sm90_xmma_gemm_bf16f32_bf16f32_f32_nt_n")
-    assert not chip._is_cublas("combine_kernel")
+    assert timing.product_of("forward_kernel_0d1d") == "forward_kernel"
+    assert timing.product_of("nvjet_tst_256x128") is None
+    assert timing.is_cublas("nvjet_tst_256x128_64x4_2x1_v_bz_TNT")
+    assert timing.is_cublas("sm90_xmma_gemm_bf16f32_bf16f32_f32_nt_n")
+    assert not timing.is_cublas("combine_kernel")
 
 
 KERNELS = [("forward_kernel", 2.0)] * 40 + [("combine_kernel", 0.5)] * 10
@@ -332,18 +337,19 @@ def test_what_is_compiled_beforehand_is_what_launches_look_for(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.usefixtures("tiny_chip")
 @pytest.mark.filterwarnings("default")
-def test_what_is_wrong_with_us_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_us_fails(
+    tiny: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An error in one of our own cases, or gradients that differ, end in an exit code; a peer's
     error does not.
     """
-    real, runs, contender = chip.measure, [], chip.contender
+    real, runs, contender = parts.measure_step, [], timing.contender
 
-    def fail(batch: Batch, floor: Any, mode: str, name: str) -> Any:
+    def fail(setup: Setup, batch: Batch, floor: Any, mode: str, name: str) -> Any:
         if name != FLOOR:
             raise RuntimeError("an illegal memory access")
-        return real(batch, floor, mode, name)
+        return real(setup, batch, floor, mode, name)
 
     def vary(name: str) -> Any:
         who = contender(name)
@@ -356,36 +362,29 @@ def test_what_is_wrong_with_us_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         return dataclasses.replace(who, run=run)
 
-    monkeypatch.setattr(chip, "measure", fail)
-    monkeypatch.setattr(chip, "contender", vary)
-    results = chip.Results(tmp_path)
-    chip.part_main(results)
+    monkeypatch.setattr(parts, "measure_step", fail)
+    monkeypatch.setattr(timing, "contender", vary)
+    results = Results(tmp_path, "cpu")
+    parts.part_main(tiny, results)
     assert sum("illegal memory access" in line for line in results.failed) == len(MODES)
     assert sum("gradients DIFFER in run 2 of 2" in line for line in results.failed) == 1
     assert all("fastdpop eager" in line for line in results.failed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(chip.contenders, "ours", lambda _: ["fastdpop eager"])
-    monkeypatch.setattr(sys, "argv", ["chip.py", "main", "--output", str(tmp_path)])
+    monkeypatch.setattr(contenders, "ours", lambda _: ["fastdpop eager"])
     with pytest.raises(SystemExit, match="failed:"):
-        chip.main()
+        chip_command(["main", "--output", str(tmp_path)], tiny)
 
 
-def test_the_chips_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chips_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions, ptxas's among them, as on a GPU; a peer that cannot be imported is no obstacle."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(chip, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a chip")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    real = importlib.import_module
-
-    def fail(name: str) -> Any:
-        if name == "liger_kernel":
-            raise OSError("built for something else")
-        return real(name)
-
-    monkeypatch.setattr(chip.importlib, "import_module", fail)
-    found = chip.machine()
+    (tmp_path / "liger_kernel.py").write_text("raise OSError('built for something else')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "liger_kernel", raising=False)
+    found = results_of_a_chip.machine("cuda")
     assert found["device"] == "a chip"
     assert re.fullmatch(r"\d+\.\d+\.\d+", found["versions"]["ptxas"])
     assert found["versions"]["liger_kernel"].startswith("broken: ")

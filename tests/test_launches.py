@@ -18,10 +18,11 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 from fastdpop import fused_logps, fused_preference_loss, losses
 from fastdpop.engines import STATISTICS, GroupLoss, NeedsGrad, PairLossPlan
 from fastdpop.engines.triton import FORWARDS, PRODUCTS, TritonEngine
-from fastdpop.kernels import config, registry
+from fastdpop.kernels import config
 from fastdpop.transform import LogitTransform
 from tests import launches
 from tests.launches import CUBLAS, DTYPES, Recording, every_route, of_variant, problem, recorded
+from tools.kernels import registry
 
 TRAINED = NeedsGrad(True, True, False)
 
@@ -55,6 +56,22 @@ def test_variants_have_their_own_names_and_meanings() -> None:
         variants = registry.variants(target)
         assert len({of_variant(v) for v in variants}) == len({v.name for v in variants})
         assert len({v.name for v in variants}) == len(variants)
+
+
+def test_a_gpu_that_is_assumed() -> None:
+    """Wherever tensors are; another one inside it, and nothing of it afterwards."""
+    meta = torch.device("meta")
+    with config.assumed("sm_80", 108):
+        assert (config.target_of(meta), config.processors(meta)) == ("sm_80", 108)
+        assert config.on_gpu(meta)
+        with config.assumed("sm_90a", 132):
+            assert (config.target_of(meta), config.processors(meta)) == ("sm_90a", 132)
+        with pytest.raises(KeyError), config.assumed("sm_90a", 132):
+            raise KeyError
+        assert (config.target_of(meta), config.processors(meta)) == ("sm_80", 108)
+    assert not config.on_gpu(meta)
+    with pytest.raises(ValueError, match="target is 'sm_1', expected one of sm_80, "):
+        config.assumed("sm_1", 1).__enter__()
 
 
 WIDTH, VOCABULARY = 40, 700
@@ -203,7 +220,7 @@ def test_who_forms_the_products() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_units(dtype: torch.dtype) -> None:
+def test_rows_through_the_forward_product(dtype: torch.dtype) -> None:
     """Rows through the forward product: once where a group fits the workspace, twice where it does
     not, and in float16.
     """

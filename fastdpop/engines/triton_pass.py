@@ -19,7 +19,7 @@ from fastdpop.engines.base import (
 )
 from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
 from fastdpop.kernels import combine as combining
-from fastdpop.kernels import config, gradients, losses, pair_loss, tiles
+from fastdpop.kernels import config, gradients, losses, pair_loss, repair, target_logit, tiles
 from fastdpop.kernels import forward as forwarding
 from fastdpop.kernels.forward import Forward, Transform
 
@@ -274,11 +274,11 @@ class TritonRows:
     def forward(self, *, keep: bool) -> tuple[Forward, combining.Softmax]:
         """The product and its combined sums, with the targets' logits for references."""
         run = self.run
-        reference = forwarding.target_logit(*self.operands, run.transform)
+        reference = target_logit.target_logit(*self.operands, run.transform)
         done = self._product(reference, keep, bool(run.names))
         vocabulary = len(run.weight)
         softmax = combining.combine(done, self.targets, run.transform, vocabulary)
-        forwarding.repair(done, *self.operands, run.transform, run.config, softmax.rest)
+        repair.repair(done, *self.operands, run.transform, run.config, softmax.rest)
         combining.combine(done, self.targets, run.transform, vocabulary, again=softmax)
         return done, softmax
 
@@ -291,7 +291,7 @@ class TritonRows:
         run = self.run
         reference = lse * LOG2E
         if run.dtype == torch.float16:
-            target = forwarding.target_logit(*self.operands, run.transform, rounded=False)
+            target = target_logit.target_logit(*self.operands, run.transform, rounded=False)
             noise = NOISE * (1.0 + lse.abs())
             others = -torch.expm1((target - reference) / LOG2E)
             # At most 1, so that nothing exceeds the range even if the noise is all there is.

@@ -71,7 +71,7 @@ def problem(
 
 
 def coefficients(p: Problem) -> Tensor:
-    """``(N,)`` one a row, of both signs, a few of them 0."""
+    """``(N,)`` one per row, of both signs, a few of them 0."""
     c = torch.linspace(-1.0, 1.0, len(p.targets), device=p.hidden.device, dtype=p.result_dtype)
     c[::7] = 0.0
     return c

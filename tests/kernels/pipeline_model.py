@@ -1,7 +1,7 @@
 """A model of the Gluon kernel's barriers, and every order of events on it.
 
 One transition for each thing that a chip does in its own time. Beside each of them stands the line
-of kernels/gluon_forward.py that it stands for; a state is small, so that on small rings *all*
+of kernels/gluon_parts.py that it stands for; a state is small, so that on small rings *all*
 states that can be reached are looked at, and on the real ring random walks.
 
 Checked in every state:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpop import engines, fused_logps, fused_preference_loss, losses, naive
 from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.triton import TritonEngine
-from fastdpop.kernels import forward, gradients
+from fastdpop.kernels import gradients, target_logit
 from fastdpop.transform import LogitTransform
 from tests.batches import HEADS, batch
 from tests.engines.test_conformance import compare
@@ -101,9 +101,11 @@ def test_float16_of_all_certainties(
     """1 - p from 1e-1 to 1e-7, with the target's logit off by as much as a tensor core may be: what
     is kept neither leaves float16's range nor vanishes.
     """
-    original = forward.target_logit
+    original = target_logit.target_logit
     monkeypatch.setattr(
-        forward, "target_logit", lambda *args, **options: original(*args, **options) * (1 + error)
+        target_logit,
+        "target_logit",
+        lambda *args, **options: original(*args, **options) * (1 + error),
     )
     rows = 48
     p = problem(rows, torch.float16, bias=None)

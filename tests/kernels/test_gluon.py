@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdpop.kernels import config, forward, gluon_forward
+from fastdpop.kernels import config, epilogue, forward, gluon_forward, gluon_parts
 from tests.kernels import pipeline_model
 from tests.kernels.gluon_machine import Machine, Overwritten, Stuck
 from tests.kernels.pipeline_model import Hazard, Setup
@@ -40,7 +40,7 @@ def exact(rows: int, vocabulary: int, width: int, dtype: torch.dtype) -> dict[st
         "weight": weight.to(dtype),
         "bias": forward.padded_bias(bias, HOPPER[dtype]),
         "targets": torch.randint(0, vocabulary, (rows,), generator=generator),
-        "reference": torch.randint(0, 2, (rows,), generator=generator).float(),
+        "shift": torch.randint(0, 2, (rows,), generator=generator).float(),
     }
 
 
@@ -246,7 +246,7 @@ def test_every_tile_has_one_program() -> None:
     rng = random.Random(0)
     for _ in range(400):
         pipeline_model.assert_tiles_covered(
-            place=Machine(KERNEL, 0).convert(gluon_forward._place),
+            place=Machine(KERNEL, 0).convert(gluon_parts.place),
             rows=rng.choice((1, 64, 127, 128, 129, 300, 1000, 2048, 4097)),
             wanted=rng.choice((0, 1, 100, 128, 129, 5000)),
             vocabulary=rng.choice((8, 255, 256, 257, 1000, 5003)),
@@ -281,7 +281,7 @@ def statements(function: Any) -> list[str]:
 
 def test_the_epilogue_is_the_plain_kernels() -> None:
     """Statement by statement, but for how bias is loaded and how E leaves."""
-    ours, plain = statements(gluon_forward._quarter), statements(forward._quarter)
+    ours, plain = statements(gluon_parts.quarter), statements(epilogue.quarter)
     assert len(ours) == len(plain)
     assert ours[1:-2] == plain[1:-2]
     assert ours[-1] == plain[-1]

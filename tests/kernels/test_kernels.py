@@ -13,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpop import losses
-from fastdpop.kernels import combine, config, forward, gradients, registry, tiles
+from fastdpop.kernels import combine, config, forward, gradients, tiles
 from fastdpop.kernels import losses as jitted_losses
 from fastdpop.kernels.forward import Transform
+from fastdpop.kernels.repair import repair
+from fastdpop.kernels.target_logit import target_logit
 from fastdpop.losses import PairLogps
+from tools.kernels import registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMS = {
@@ -109,7 +112,7 @@ class Case:
         """The targets' logits, or the log-sum-exp where the dtype asks for it."""
         if self.dtype == torch.float16:
             return self.logits().mul(math.log(2.0)).logsumexp(1).div(math.log(2.0)).float().round()
-        return forward.target_logit(*self.operands, self.transform)
+        return target_logit(*self.operands, self.transform)
 
     def run(self, **options: Any) -> tuple[forward.Forward, combine.Softmax]:
         done = forward.forward(
@@ -133,9 +136,9 @@ def test_kernels_agree_with_plain_torch(dtype: torch.dtype, use_tma: bool, trans
     case = Case.of_dtype(dtype, transform, use_tma=use_tma)
     of = case.transform
     exact = case.logits().gather(1, case.targets[:, None])[:, 0]
-    found = forward.target_logit(*case.operands, of, rounded=False)
+    found = target_logit(*case.operands, of, rounded=False)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    found = forward.target_logit(*case.operands, of)
+    found = target_logit(*case.operands, of)
     assert torch.equal(found, found.round())
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.5 + 1e-4)
 
@@ -200,7 +203,7 @@ def test_certainty_beyond_the_last_bit_of_one() -> None:
     """
     mass = torch.cat([torch.zeros(1), torch.logspace(-36, 12, 97)])
     done = forward.Forward(
-        reference=torch.zeros(len(mass)),
+        shift=torch.zeros(len(mass)),
         tile_sumexp=mass[None],
         target_logit=torch.zeros(len(mass)),
         statistics=None,
@@ -300,7 +303,7 @@ def test_rows_that_overflow_their_reference_are_repaired(dtype: torch.dtype, kee
     exact = torch.log_softmax(case.logits() * math.log(2.0), 1)
     exact = exact.gather(1, case.targets[:, None])[:, 0]
     assert exact[rows].max() < -138
-    reference = forward.target_logit(*case.operands, case.transform)
+    reference = target_logit(*case.operands, case.transform)
     done = forward.forward(
         *case.operands,
         reference.clone(),
@@ -313,14 +316,14 @@ def test_rows_that_overflow_their_reference_are_repaired(dtype: torch.dtype, kee
     others = torch.ones(ROWS, dtype=torch.bool)
     others[rows] = False
     before = softmax.logps.clone()
-    forward.repair(done, *case.operands, case.transform, case.of, softmax.rest)
+    repair(done, *case.operands, case.transform, case.of, softmax.rest)
     combine.combine(done, case.targets, case.transform, VOCABULARY, again=softmax)
-    assert torch.equal(done.reference[others], reference[others])
+    assert torch.equal(done.shift[others], reference[others])
     assert torch.equal(softmax.logps[others], before[others])
     torch.testing.assert_close(softmax.logps.double(), exact, rtol=1e-5, atol=1e-6)
     want = forward.forward_naive(
         *case.operands,
-        done.reference,
+        done.shift,
         case.transform,
         case.of,
         exp_logits=None if done.exp_logits is None else case.kept(),
@@ -443,7 +446,7 @@ def test_bias_is_aligned(vocabulary: int) -> None:
 
 def test_rocm_is_not_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gfx9 reports capability 9, too."""
-    target_of = config.target_of.__wrapped__
+    target_of = config.detected.__wrapped__
     monkeypatch.setattr(config, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a chip")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -17,7 +17,7 @@ from fastdpop.engines import Problem, self_check
 from fastdpop.engines.base import NeedsGrad, PairLossPlan
 from fastdpop.engines.self_check import Step
 from fastdpop.engines.triton_pass import TritonPass
-from fastdpop.kernels import combine, forward, gradients, pair_loss
+from fastdpop.kernels import combine, gradients, pair_loss, repair
 from fastdpop.kernels import losses as jitted_losses
 from fastdpop.transform import LogitTransform
 
@@ -215,7 +215,7 @@ WITH_BIAS = dataclasses.replace(GRADIENTS, bias=True, needs_grad=NeedsGrad(False
         (gradients, "hidden_gradient", vocabulary_step_missing, GRADIENTS, "dHidden is off"),
         (combine, "combine", target_entry_missing, GRADIENTS, "dHidden is off at .*dWeight is off"),
         (gradients, "bias_gradient", bias_swapped, WITH_BIAS, "dBias is off at 2 of"),
-        (forward, "repair", nothing, LOGPS, "repair_kernel: logp is off"),
+        (repair, "repair", nothing, LOGPS, "repair_kernel: logp is off"),
         (combine, "combine", logps_off, LOGPS, "forward_kernel or combine_kernel: logp is off"),
         (pair_loss, "pair_loss", derivatives_cut, None, "pair_loss_kernel: loss's derivatives is"),
     ],

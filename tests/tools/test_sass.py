@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdpop import sass
+from tools.kernels import disassembly, sass
 
 USAGE = """
 Resource usage:
@@ -17,7 +17,7 @@ Resource usage:
 """
 
 
-def disassembly(*lines: str, kernel: str = "pipelined") -> str:
+def disassembled(*lines: str, kernel: str = "pipelined") -> str:
     """As nvdisasm prints: labels at the margin, an address before each instruction."""
     body = [
         line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
@@ -28,7 +28,7 @@ def disassembly(*lines: str, kernel: str = "pipelined") -> str:
     return "\n".join([*head, f".text.{kernel}:", *body, *tail])
 
 
-PIPELINED = disassembly(
+PIPELINED = disassembled(
     "LDC R1, c[0x0][0x28]",
     "@UP0 UTMALDG.2D [UR4], [UR38]",
     ".L_x_0:",  # of every tile
@@ -64,14 +64,16 @@ PIPELINED = disassembly(
 
 
 def test_resources() -> None:
-    assert sass.resources(USAGE, "pipelined") == (255, 160, 8)
-    assert sass.resources(USAGE, "other") == sass.Resources(registers=24, stack=0, local=0)
+    assert disassembly.resources(USAGE, "pipelined") == (255, 160, 8)
+    assert disassembly.resources(USAGE, "other") == disassembly.Resources(
+        registers=24, stack=0, local=0
+    )
     with pytest.raises(ValueError, match="nothing of kernel 'third'"):
-        sass.resources(USAGE, "third")
+        disassembly.resources(USAGE, "third")
 
 
 def test_the_main_loop_is_the_innermost_with_products() -> None:
-    code = sass.read(PIPELINED, "pipelined")
+    code = disassembly.read(PIPELINED, "pipelined")
     assert len(code.loops) == 3, "tiles, steps and the wait; going back is not a loop"
     (loop,) = code.main_loops()
     steps = code.once_an_iteration(loop)
@@ -82,7 +84,7 @@ def test_the_main_loop_is_the_innermost_with_products() -> None:
 
 
 def test_the_rest_is_prologue_and_epilogue() -> None:
-    code = sass.read(PIPELINED, "pipelined")
+    code = disassembly.read(PIPELINED, "pipelined")
     rest = sass.mix(code.beside_the_main_loops())
     assert rest == {
         "tma load": 1,
@@ -104,8 +106,8 @@ def test_the_rest_is_prologue_and_epilogue() -> None:
 
 def test_an_epilogue_inside_the_only_loop_is_not_part_of_every_step() -> None:
     """As the compiler leaves it where it flattened tiles and steps into one loop."""
-    code = sass.read(
-        disassembly(
+    code = disassembly.read(
+        disassembled(
             ".L_x_0:",
             "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
             "@P0 BRA `(.L_x_1)",
@@ -122,15 +124,15 @@ def test_an_epilogue_inside_the_only_loop_is_not_part_of_every_step() -> None:
 
 
 def test_products_outside_of_loops() -> None:
-    code = sass.read(disassembly("HMMA.16816.F32.BF16 R4, R8, R2, R4", "EXIT"), "pipelined")
+    code = disassembly.read(disassembled("HMMA.16816.F32.BF16 R4, R8, R2, R4", "EXIT"), "pipelined")
     assert code.main_loops() == []
     assert sass.mix(code.beside_the_main_loops()) == {"tensor": 1, "branch": 1}
 
 
 def test_the_longest_and_the_shortest_way_past_a_branch() -> None:
     """One of two sides, and an exit before the main loop is no way to be counted."""
-    code = sass.read(
-        disassembly(
+    code = disassembly.read(
+        disassembled(
             "@P2 EXIT",
             ".L_x_0:",
             "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
@@ -155,8 +157,8 @@ def test_the_longest_and_the_shortest_way_past_a_branch() -> None:
 
 def test_threads_that_part_meet_again() -> None:
     """`BSYNC` out of line goes to where its `BSSY` says."""
-    code = sass.read(
-        disassembly(
+    code = disassembly.read(
+        disassembled(
             "BSSY B0, `(.L_x_1)",
             "@P0 BRA `(.L_x_2)",
             "BSYNC B0",
@@ -176,8 +178,8 @@ def test_threads_that_part_meet_again() -> None:
 
 
 def test_branches_with_a_condition_among_their_operands() -> None:
-    code = sass.read(
-        disassembly("BRA.DIV UR4, `(.L_x_0)", "MUFU.EX2 R6, R5", ".L_x_0:", "@P0 EXIT", "EXIT"),
+    code = disassembly.read(
+        disassembled("BRA.DIV UR4, `(.L_x_0)", "MUFU.EX2 R6, R5", ".L_x_0:", "@P0 EXIT", "EXIT"),
         "pipelined",
     )
     assert sass.count(code.instructions(), "MUFU") == 1
@@ -229,7 +231,9 @@ def products(*steps: str) -> tuple[sass.Code, sass.Loop]:
         )
         for step in steps
     ]
-    code = sass.read(disassembly(".L_x_0:", *lines, "@P1 BRA `(.L_x_0)", "EXIT"), "pipelined")
+    code = disassembly.read(
+        disassembled(".L_x_0:", *lines, "@P1 BRA `(.L_x_0)", "EXIT"), "pipelined"
+    )
     return code, code.main_loops()[0]
 
 
@@ -238,7 +242,7 @@ GIVEN = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x8], RZ"
 
 
 def test_products_in_flight() -> None:
-    code = sass.read(PIPELINED, "pipelined")
+    code = disassembly.read(PIPELINED, "pipelined")
     assert code.in_flight(code.main_loops()[0]) == 1
     for waits, most in ((("WAIT 0x0",), 0), (("WAIT 0x0", "WAIT 0x2"), 2), (("WAIT 0x0",) * 2, 0)):
         code, loop = products(LAST, *waits)
@@ -337,7 +341,7 @@ def test_roles_behind_an_indirect_branch(listed: bool) -> None:
     if not listed:
         lines = [line.replace("@P1 BRA `(.L_x_2)", "NOP") for line in lines]
         lines = [line.replace("@P1 BRA `(.L_x_4)", "NOP") for line in lines]
-    code = sass.read(disassembly(*lines), "pipelined")
+    code = disassembly.read(disassembled(*lines), "pipelined")
     assert sass.count(code.instructions(), "HGMMA") == 2
     if listed:
         assert [code.in_flight(loop) for loop in code.main_loops()] == [1, 0]
@@ -345,8 +349,8 @@ def test_roles_behind_an_indirect_branch(listed: bool) -> None:
 
 
 def test_subroutines_are_counted_and_are_no_loops() -> None:
-    code = sass.read(
-        disassembly(
+    code = disassembly.read(
+        disassembled(
             "CALL.REL.NOINC `($pipelined$__internal_0_$__cuda_sm20_div_rn_f64_full)",
             "MUFU.EX2 R6, R5",
             "CALL.REL.NOINC `($pipelined$__internal_0_$__cuda_sm20_div_rn_f64_full)",
@@ -379,18 +383,18 @@ ptxas info    : Function properties for another
 
 
 def test_messages_of_ptxas() -> None:
-    found = sass.messages(LOG)
+    found = disassembly.messages(LOG)
     assert (found.spill_stores, found.spill_loads) == (24, 24)
     assert found.losses == (
         "(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to X",
     )
-    assert sass.messages(LOG.replace("Potential", "No")).losses == ()
+    assert disassembly.messages(LOG.replace("Potential", "No")).losses == ()
     with pytest.raises(ValueError, match="ptxas says nothing of spills: 'gone'"):
-        sass.messages("gone")
+        disassembly.messages("gone")
 
 
 def test_what_cannot_be_read() -> None:
     with pytest.raises(ValueError, match="no code of kernel 'third'"):
-        sass.read(PIPELINED, "third")
+        disassembly.read(PIPELINED, "third")
     with pytest.raises(ValueError, match="BRX R2 -0x40 jumps to a place known at run time only"):
-        sass.read(disassembly("BRX R2 -0x40"), "pipelined")
+        disassembly.read(disassembled("BRX R2 -0x40"), "pipelined")

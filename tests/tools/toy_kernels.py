@@ -1,13 +1,11 @@
-"""Small kernels that compile well or badly, and a registry of them, for ``tests/test_aot.py``.
+"""Small kernels that compile well or badly, and a registry of them, for ``test_compiler.py``.
 
-Each bad one has a fault that a check of :mod:`fastdpop.aot` is for, planted with whatever brings it
+Each bad one has a fault that a check of :mod:`tools.kernels.gate` is for, planted with whatever brings it
 about in the triton of the tests; the same faults come from other code in other versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -15,6 +13,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
+
+from tools.kernels.variant import Variant
 
 # What 3.6 calls otherwise than later versions.
 _tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
@@ -24,7 +24,7 @@ _tma_load = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_glo
 def toy_product(
     a, b, out, width, rows, columns: tl.constexpr, depth: tl.constexpr, lines: tl.constexpr
 ):
-    """``(rows, width) @ (columns, width).T``, one tile a program, descriptors in."""
+    """``(rows, width) @ (columns, width).T``, one tile per program, descriptors in."""
     tl.assume(width > 0)  # where there may be none, 3.6 makes products wait for one another
     at = tl.program_id(0) * lines
     total = tl.zeros((lines, columns), tl.float32)
@@ -165,23 +165,15 @@ def toy_roles(
     )
 
 
-@dataclass(frozen=True)
-class Toy:
-    """A variant as :class:`fastdpop.aot.Variant` wants it."""
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    attrs: Mapping[Any, Any]
-    num_warps: int = 8
-    num_stages: int = 3
-    target: str = "sm_90a"
-    default: bool = True
-    options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
-    gluon: bool = False
-    float64: bool = False
-    warpgroup: bool = True
+DEFAULTS: dict[str, Any] = {
+    "num_warps": 8,
+    "num_stages": 3,
+    "target": "sm_90a",
+    "default": True,
+    "options": {"enable_fp_fusion": False},
+    "warpgroup": True,
+}
+"""What a toy is, unless something else is said."""
 
 
 def product(
@@ -191,7 +183,7 @@ def product(
     kernel: Any = toy_product,
     turned: bool = False,
     **more: Any,
-) -> Toy:
+) -> Variant:
     """A product of bf16 with tiles of lines x columns, 64 deep."""
     depth = 64
     box = f"{depth}, {lines}" if turned else f"{lines}, {depth}"
@@ -204,16 +196,18 @@ def product(
         **dict.fromkeys(("columns", "depth", "lines"), "constexpr"),
     }
     constants = {"columns": columns, "depth": depth, "lines": lines}
-    return Toy(name, kernel, signature, constants, {(2,): [["tt.divisibility", 16]]}, **more)
+    aligned = {(2,): [["tt.divisibility", 16]]}
+    return Variant(name, kernel, signature, constants, attrs=aligned, **{**DEFAULTS, **more})
 
 
-def elements(name: str, kernel: Any, **more: Any) -> Toy:
-    """Of 1,024 numbers a program."""
+def elements(name: str, kernel: Any, **more: Any) -> Variant:
+    """Of 1,024 numbers per program."""
     signature = {"a": "*fp32", "out": "*fp32", "size": "constexpr"}
-    return Toy(name, kernel, signature, {"size": 1024}, {}, num_warps=4, **more)
+    own = {**DEFAULTS, "num_warps": 4, **more}
+    return Variant(name, kernel, signature, {"size": 1024}, **own)
 
 
-def roles(name: str, waits: int) -> Toy:
+def roles(name: str, waits: int) -> Variant:
     """`toy_roles`, 64 x 256."""
     box = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     constants = {"depth": 64, "columns": 256, "stages": 3, "waits": waits}
@@ -225,7 +219,8 @@ def roles(name: str, waits: int) -> Toy:
         **dict.fromkeys(constants, "constexpr"),
     }
     options = {"enable_fp_fusion": False, "maxnreg": 128}
-    return Toy(name, toy_roles, signature, constants, {}, 4, options=options, gluon=True)
+    own = {**DEFAULTS, "num_warps": 4, "options": options, "gluon": True}
+    return Variant(name, toy_roles, signature, constants, **own)
 
 
 TOYS = (
@@ -255,5 +250,6 @@ TOYS = (
 )
 
 
-def variants(target: str) -> list[Toy]:
+def variants(target: str) -> list[Variant]:
+    """In the registry's place."""
     return [toy for toy in TOYS if toy.target == target]

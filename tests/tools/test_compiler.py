@@ -1,20 +1,26 @@
-"""``fastdpop kernels``: small kernels, good and bad, compiled for targets that are not here."""
+"""``python -m tools.kernels``: small kernels, good and bad, compiled for targets that are not here."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastdpop import aot, sass
-from fastdpop.cli import main
-from tests.test_sass import disassembly
+from tests.tools.test_sass import disassembled
+from tools.kernels import compiler, disassembly, gate, report, sass
+from tools.kernels.chips import chip
+from tools.kernels.command import main
 
 pytest.importorskip("triton")
+
+from tests.tools import toy_kernels
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +33,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toys(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(aot, "REGISTRY", "tests.aot_kernels")
 
 
-def report(
+def run(out: Path, *arguments: str) -> int:
+    return main(["--out", str(out), *arguments], toy_kernels.variants)
+
+
+def compiled(
     out: Path, only: str, *more: str, jobs: int = 1
 ) -> tuple[int, dict[str, dict[str, Any]]]:
-    code = main(["kernels", "--out", str(out), "--only", only, "--jobs", str(jobs), *more])
+    code = run(out, "--only", only, "--jobs", str(jobs), *more)
     written = json.loads((out / "report.json").read_text())
     assert written["triton"]
     assert all(version[0].isdigit() for version in written["ptxas"].values())
@@ -42,7 +51,7 @@ def report(
 
 @pytest.mark.usefixtures("toys")
 def test_good_variants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, entries = report(tmp_path, "[gc]o[op]*[8y]")
+    code, entries = compiled(tmp_path, "[gc]o[op]*[8y]")
     assert code == 0
     for entry in entries.values():
         assert entry["errors"] == entry["losses"] == []
@@ -101,7 +110,7 @@ REGISTERS = "4 of 4 HGMMA take their left operand from registers"
 def test_bad_variants_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], only: str, messages: list[str]
 ) -> None:
-    code, entries = report(tmp_path, only)
+    code, entries = compiled(tmp_path, only)
     assert code == 1
     (entry,) = entries.values()
     said = capsys.readouterr()
@@ -114,7 +123,7 @@ def test_bad_variants_fail(
 @pytest.mark.usefixtures("toys")
 def test_warps_in_roles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A Gluon kernel: its roles are reached by an indirect branch, and each has a main loop."""
-    code, entries = report(tmp_path, "*roles*", jobs=2)
+    code, entries = compiled(tmp_path, "*roles*", jobs=2)
     assert code == 1
     assert "leaked" not in capfd.readouterr().err, "triton reports what Gluon leaves behind"
     good, bad = entries["good/roles"], entries["roles/in step"]
@@ -132,7 +141,7 @@ def test_warps_in_roles(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.usefixtures("toys")
 def test_what_a_variant_declares(tmp_path: Path) -> None:
-    code, entries = report(tmp_path, "allowed*")
+    code, entries = compiled(tmp_path, "allowed*")
     assert code == 0, {name: entry["errors"] for name, entry in entries.items()}
     rare, precise = entries["allowed/16x64"], entries["allowed/float64"]
     assert rare["hgmma"] == 0
@@ -143,7 +152,7 @@ def test_what_a_variant_declares(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("toys")
 def test_other_targets(tmp_path: Path) -> None:
-    code, entries = report(tmp_path, "ampere*", "--target", "sm_80")
+    code, entries = compiled(tmp_path, "ampere*", "--target", "sm_80")
     assert code == 1
     fine, spills = entries["ampere/64x64"], entries["ampere spills/64x64"]
     assert fine["errors"] == []
@@ -157,13 +166,13 @@ def test_other_targets(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("toys")
 def test_barriers_and_waits_that_are_missing(tmp_path: Path) -> None:
     """Taken out of good code, they are missed."""
-    _, entries = report(tmp_path, "good*")
+    _, entries = compiled(tmp_path, "good*")
     for entry in entries.values():
-        text = aot._tool("nvdisasm", "-c", str(tmp_path / entry["cubin"]))
+        text = compiler.tool("nvdisasm", "-c", str(tmp_path / entry["cubin"]))
 
         def judged(without: str, text: str = text, entry: dict[str, Any] = entry) -> list[str]:
             kept = "\n".join(line for line in text.splitlines() if without not in line)
-            return errors(entry, sass.read(kept, entry["kernel"]))
+            return errors(entry, disassembly.read(kept, entry["kernel"]))
 
         assert judged("nothing") == []
         (early,) = judged(" BAR.SYNC")
@@ -175,7 +184,7 @@ def test_barriers_and_waits_that_are_missing(tmp_path: Path) -> None:
 
 def errors(entry: dict[str, Any], code: sass.Code) -> list[str]:
     """Of a variant, if this were its code."""
-    found: list[str] = aot.judge({**entry, **aot.read_code(code)})["errors"]
+    found: list[str] = gate.judge({**entry, **report.read_code(code)})["errors"]
     return found
 
 
@@ -193,7 +202,8 @@ FINE = {
 
 
 def loop(*steps: str) -> sass.Code:
-    return sass.read(disassembly(".L_x_0:", *steps, "@P0 BRA `(.L_x_0)", "EXIT"), "pipelined")
+    lines = (".L_x_0:", *steps, "@P0 BRA `(.L_x_0)", "EXIT")
+    return disassembly.read(disassembled(*lines), "pipelined")
 
 
 SHARED = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0"
@@ -243,7 +253,7 @@ def test_what_ptxas_says_is_judged() -> None:
 
 
 def test_programs_per_sm() -> None:
-    h100 = aot.chip("sm_90a")
+    h100 = chip("sm_90a")
     assert h100.programs_per_sm(registers=255, shared=0, warps=8) == 1
     assert h100.programs_per_sm(registers=128, shared=0, warps=8) == 2
     assert h100.programs_per_sm(registers=129, shared=0, warps=8) == 1, "granted by eight"
@@ -259,7 +269,7 @@ def test_products() -> None:
     %a = tt.dot %x, %y#1, %z, inputPrecision = tf32x3 : tensor<64x32xf32> * tensor<32x16xf32> -> ...
     %b = tt.dot %x, %y, %z : tensor<128x64xbf16> * tensor<64x256xbf16> -> tensor<128x256xf32>
     """
-    assert aot.products(ttir) == [
+    assert report.products(ttir) == [
         {"m": 64, "n": 16, "k": 32, "dtype": "f32", "precision": "tf32x3"},
         {"m": 128, "n": 256, "k": 64, "dtype": "bf16", "precision": "ieee"},
     ]
@@ -269,7 +279,7 @@ def test_products() -> None:
     %d = ttng.warp_group_dot %x, %y, %z : tensor<64x8xf32, #dot> * !ttg.memdesc<8x16xf32, #s> -> ...
     %e = ttng.warp_group_dot_wait %d {pendings = 1 : i32} : tensor<64x16xf32, #mma>
     """
-    assert aot.products(ttgir.replace("\\\n", "")) == [
+    assert report.products(ttgir.replace("\\\n", "")) == [
         {"m": 64, "n": 256, "k": 32, "dtype": "bf16", "precision": "ieee"},
         {"m": 64, "n": 16, "k": 8, "dtype": "f32", "precision": "tf32"},
     ]
@@ -286,9 +296,18 @@ def test_products() -> None:
 def test_wrong_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:
-    assert main(["kernels", "--out", str(tmp_path), *more]) == 1
-    assert f"fastdpop: error: {message}" in capsys.readouterr().err
+    assert run(tmp_path, *more) == 1
+    assert f"tools.kernels: error: {message}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("toys")
+def test_as_a_module() -> None:
+    """Of a checkout, with the registry's variants."""
+    command = [sys.executable, "-m", "tools.kernels", "--out", "/dev/null", "--only", "nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: no kernel variant for target 'sm_90a' matches 'nothing'" in done.stderr
 
 
 @pytest.mark.usefixtures("toys")
@@ -296,7 +315,7 @@ def test_the_interpreter_compiles_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert main(["kernels", "--out", str(tmp_path)]) == 1
+    assert run(tmp_path) == 1
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
@@ -304,7 +323,7 @@ def test_without_triton(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert main(["kernels", "--out", str(tmp_path)]) == 1
+    assert run(tmp_path) == 1
     assert "needs triton: pip install 'fastdpop[triton]'" in capsys.readouterr().err
 
 
@@ -313,9 +332,9 @@ def test_without_the_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(OSError, match="cuobjdump is missing: this triton was built without"):
-        aot._tool("cuobjdump", "-res-usage", "nothing")
+        compiler.tool("cuobjdump", "-res-usage", "nothing")
     fails = tmp_path / "backends" / "nvidia" / "bin" / "cuobjdump"
     fails.parent.mkdir(parents=True)
     shutil.copy(shutil.which("false") or "/bin/false", fails)
     with pytest.raises(OSError, match="cuobjdump failed with 1"):
-        aot._tool("cuobjdump", "-res-usage", "nothing")
+        compiler.tool("cuobjdump", "-res-usage", "nothing")

@@ -5,58 +5,34 @@
         triton.compile(source, target=.., options={"num_warps": variant.num_warps, ..})
 
 Tile sizes and launches come from the table that the launchers read, and no argument specialises
-(:func:`.tiles.jit`), so what is compiled here is what runs.
+(:func:`fastdpop.kernels.tiles.jit`), so what is compiled here is what runs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from . import combine, config, forward, gluon_forward, gradients, losses, pair_loss
-from .config import Blocks, Config, Launch
+from fastdpop.kernels import (
+    combine,
+    config,
+    forward,
+    gluon_forward,
+    gradients,
+    losses,
+    pair_loss,
+    repair,
+    target_logit,
+)
+from fastdpop.kernels.config import Blocks, Config, Launch
+from tools.kernels.variant import Variant
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Triton's names of the dtypes."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel in one configuration.
-
-    Attributes:
-        name: kernel and options, target, dtype and tile, joined by slashes.
-        kernel: the jitted function.
-        signature: Triton's type of every argument, "constexpr" for constants.
-        constants: their values; None for arguments that this variant does without.
-        attrs: what is known of arguments, as Triton's compiler takes it: nothing.
-        num_warps, num_stages: launch options.
-        target: one of :data:`.config.TARGETS`.
-        default: whether a call without options beyond the common ones gets it.
-        float64: whether it computes in float64 on purpose.
-        warpgroup: whether its 16-bit products should be those of warpgroups on sm_90a.
-        gluon: whether it is written in Gluon.
-        options: further launch options.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    attrs: dict[tuple[int, ...], list[list[Any]]]
-    num_warps: int
-    num_stages: int
-    target: str
-    default: bool
-    float64: bool = False
-    warpgroup: bool = False
-    gluon: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 # Types of arguments that are the same in every variant. Sizes fit 32 bits; where one is multiplied
@@ -64,7 +40,7 @@ class Variant:
 _TYPES = {
     **dict.fromkeys(
         (
-            "reference",
+            "shift",
             "tile_sumexp",
             "tile_maximum",
             "target_logit",
@@ -140,7 +116,7 @@ def _make(
     launch: Launch,
     constants: dict[str, Any],
     types: dict[str, str] | None = None,
-    **facts: bool,
+    **facts: Any,
 ) -> Variant:
     """A variant; `constants` has the arguments that it does without as None."""
     types = types or {}
@@ -154,7 +130,6 @@ def _make(
         kernel=kernel,
         signature=signature,
         constants={name: constants[name] for name in kernel.arg_names if name in constants},
-        attrs={},
         num_warps=options.pop("num_warps"),
         num_stages=options.pop("num_stages"),
         target=target,
@@ -200,13 +175,13 @@ def _forward(target: str, name: str, of: Config) -> Iterator[Variant]:
     """Targets' logits and the forward product."""
     pointers = {"hidden": f"*{name}", "weight": f"*{name}", "bias": f"*{name}"}
     for flags in _flags("ROUNDED", "BIAS", "SOFTCAP"):
-        # Unrounded only where the dtype asks for more than a reference.
+        # Unrounded only where the dtype asks for more than a shift.
         if not flags["ROUNDED"] and name != "fp16":
             continue
         yield _make(
             _label("target_logit", flags, target, name, f"{config.TARGET_ROWS}"),
             target,
-            forward.target_logit_kernel,
+            target_logit.target_logit_kernel,
             config.SMALL,
             {
                 "BLOCK_N": config.TARGET_ROWS,
@@ -253,7 +228,7 @@ def _repair(target: str, name: str, of: Config) -> Iterator[Variant]:
     yield _make(
         f"repair/{target}/{name}/{blocks.name}",
         target,
-        forward.repair_kernel,
+        repair.repair_kernel,
         blocks.launch,
         {"TILE": of.forward.v, **blocks.constants, "SCAN": config.SCAN_ROWS},
         dict.fromkeys(("hidden", "weight", "exp_logits", "bias"), f"*{name}"),
@@ -385,7 +360,6 @@ def _gluon(target: str) -> Iterator[Variant]:
                 kernel=gluon_forward.forward_kernel,
                 signature=signature,
                 constants=constants,
-                attrs={},
                 num_warps=launch.pop("num_warps"),
                 num_stages=launch.pop("num_stages"),
                 target=target,

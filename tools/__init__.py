@@ -1,0 +1,1 @@
+"""Tools for developers, run from a checkout; nothing here is installed."""
