@@ -91,11 +91,11 @@ def _edited(found: _Results, ours: str) -> Iterator[Bar]:
     """Time on edited pairs against pairs with nothing in common, row for row; at most the share of
     the work that is left, and a tenth for everything else.
 
-    DPOP needs every product on each distinct row once. DPO's coefficients cancel on the rows that a
+    DPOP needs every product on each distinct row once. DPO's derivatives cancel on the rows that a
     pair shares, so that dWeight is left for the others alone; the hidden states of both completions
     still get a gradient.
     """
-    for mode, of_weight, units in ((TRAINED, 2, 6), (FROZEN, 0, 4), (LOGPS, 0, 2)):
+    for mode, of_weight, products in ((TRAINED, 1, 3), (FROZEN, 0, 2), (LOGPS, 0, 1)):
         for loss in ("dpop", "dpo") if mode != LOGPS else ("dpop",):
             edited = found.row("edited pairs", "bf16", mode, loss, ours)
             value = None
@@ -107,7 +107,7 @@ def _edited(found: _Results, ours: str) -> Iterator[Bar]:
                 distinct = edited["distinct_rows"] / edited["scored_rows"]
                 alone = 2 * distinct - 1
                 rest = alone if loss == "dpo" else distinct
-                limit = 1.1 * ((units - of_weight) * distinct + of_weight * rest) / units
+                limit = 1.1 * ((products - of_weight) * distinct + of_weight * rest) / products
             name = f"edited pairs, bf16, {mode}, {loss.upper()}, against disjoint pairs"
             yield Bar(name, value, limit)
 

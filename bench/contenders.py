@@ -3,7 +3,7 @@
 | contender | setting |
 |---|---|
 | bare products | one `torch.mm` a product on the scored rows, in the batch's dtype, into memory kept |
-| | for it, each in the orientation that is fastest: 2, 4 or 6 units. The floor, not a loss |
+| | for it, each in the orientation that is fastest: 1, 2 or 3 products. The floor, not a loss |
 | bare products, as written | `rows @ weight.T`, `logits @ weight`, `logits.T @ rows` |
 | gather, fp32 upcast | scored rows, `F.linear`, `.float()`, one `F.cross_entropy`, autograd |
 | gather, 16-bit logits | the same without `.float()`: less memory, and logits as the head rounds them |
@@ -62,7 +62,7 @@ class Floor:
         self.weight_gradient = torch.empty_like(self.weight)
 
     def run(self, mode: str) -> None:
-        """2, 4 or 6 units, with nothing between them, as fast as `torch.mm` gets."""
+        """1, 2 or 3 matrix products, with nothing between them, as fast as `torch.mm` gets."""
         torch.mm(self.weight, self.rows.T, out=self.logits)
         if mode != "log-probs only":
             torch.mm(self.logits.T, self.weight, out=self.hidden_gradient)

@@ -22,8 +22,7 @@ void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t bus
       rest(TILE * ROWS);
   const Tile rows = p.kept ? Tile{} : weight_rows<PAIRS>(p, token, count, copy.get());
   if (p.dweight) prefetch_rows(p.dweight + token * p.width, count, p.width, 0);
-  if (p.fresh && p.dbias)
-    std::fill(p.dbias + token, p.dbias + token + count, 0.0f);
+  if (p.fresh && p.dbias) std::fill(p.dbias + token, p.dbias + token + count, 0.0f);
   const int64_t blocks = (busy + BACKWARD_BLOCK - 1) / BACKWARD_BLOCK;
   for (int64_t block = 0; block < blocks; block++) {
     const bool add = !p.fresh || block > 0;
@@ -101,7 +100,7 @@ void backward_tile(const Problem& p, int64_t t, const int64_t* live, int64_t bus
   }
 }
 
-// Panels whose rows all have the coefficient 0 cost nothing.
+// Panels whose rows all have a dlogp of 0 cost nothing.
 template <bool PAIRS>
 void backward_as(const Problem& p) {
   const std::unique_ptr<int64_t[]> live(new int64_t[size_t(panels_of(p))]);

@@ -1,14 +1,14 @@
-// The first pass: log-probs, statistics and directions, block of rows by block of rows.
+// The forward pass: log-probs, statistics and d logp / d hidden, block of rows by block of rows.
 
 // What a slice of the vocabulary finds for a panel: the fields of Running, lane by lane, the
-// target's logit, and the dlogp_dhidden (width, ROWS), without the target's share.
+// target's logit, and d logp / d hidden (width, ROWS), without the target's share.
 enum Field { kMax, kSum, kLargest, kWeighted, kTotal, kSquares, kTarget, kFields };
 
 inline int64_t part_size(const Problem& p) {
   return (kFields + (p.dlogp_dhidden ? p.width : 0)) * ROWS;
 }
 
-// The operand of the dlogp_dhidden, token by token: numbers of a panel, or pairs of bfloat16.
+// The operand of d logp / d hidden, token by token: numbers of a panel, or pairs of bfloat16.
 template <bool PAIRS>
 inline void put_weights(uint32_t* weights, int64_t v, int64_t count, const vf* e, vf* before) {
   for (int j = 0; j < VECTORS; j++) {
@@ -22,7 +22,7 @@ inline void put_weights(uint32_t* weights, int64_t v, int64_t count, const vf* e
   }
 }
 
-// Whether the dlogp_dhidden of a panel is asked for.
+// Whether d logp / d hidden of a panel is asked for.
 inline bool wants_direction(const Problem& p, int64_t panel) {
   const int64_t first = panel * ROWS;
   if (!p.dlogp_dhidden || first < p.dhidden_from || first >= p.dhidden_to) return false;
@@ -53,8 +53,8 @@ void recall_tile(const Problem& p, int64_t panel, int64_t count, const uint16_t*
 }
 
 // The logits of one tile for one panel: updates the running softmax, and leaves exp(z - max) (times
-// the slope, under softcap) as the operand of the dlogp_dhidden. Returns whether the dlogp_dhidden so far
-// must be scaled by `factor`. EXTRA: statistics or softcap are wanted.
+// the slope, under softcap) as the operand of d logp / d hidden. Returns whether d logp / d hidden
+// so far must be scaled by `factor`. EXTRA: statistics or softcap are wanted.
 template <bool PAIRS, bool EXTRA>
 bool softmax_tile(const Problem& p, int64_t count, const float* z, Running* running, vf* factor,
                   uint32_t* weights, uint16_t* kept, float* kept_max) {
@@ -121,8 +121,8 @@ void merge(const Problem& p, float* total, const float* part) {
   }
 }
 
-// The dlogp_dhidden of one row, from exp(z - max) @ weight and the sum of exp(z - max); the target's
-// own share is exact: near certainty, 1 - p would drown in the rounding of p.
+// The dlogp_dhidden of one row, from exp(z - max) @ weight and the sum of exp(z - max); the
+// target's own share is exact: near certainty, 1 - p would drown in the rounding of p.
 inline void finish_direction(const Problem& p, int64_t row, double logp, float target, double sum,
                              const float* others) {
   const Operand weight = weight_of(p);
@@ -135,7 +135,7 @@ inline void finish_direction(const Problem& p, int64_t row, double logp, float t
         of_others * others[h * ROWS];
 }
 
-// Log-probs, statistics and directions of one panel, once the whole vocabulary has gone by.
+// Log-probs, statistics and d logp / d hidden of one panel, once the whole vocabulary has gone by.
 void finish_panel(const Problem& p, int64_t panel, const float* part) {
   const int64_t first = panel * ROWS, there = std::min(ROWS, p.rows - first);
   const bool directed = wants_direction(p, panel);

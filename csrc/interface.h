@@ -33,7 +33,7 @@ struct Problem {
   float* mean_logits;     // (rows)
   float* token_accuracy;  // (rows)
   float* aligned_logps;   // (rows)
-  float* dlogp_dhidden;       // (rows, width): d logp / d hidden
+  float* dlogp_dhidden;   // (rows, width): d logp / d hidden
   uint16_t* kept;         // exp(z - kept_max) in float16, (tiles, panels, tile, panel rows)
   float* kept_max;        // (tiles, panels * panel rows)
   // dlogp_dhidden is for panels whose first row is in [dhidden_from, dhidden_to) alone. `again`:
@@ -42,10 +42,10 @@ struct Problem {
   int32_t again;
 
   // backward
-  int32_t fresh;              // the gradients hold nothing yet and are overwritten, else added to
+  int32_t fresh;       // the gradients hold nothing yet and are overwritten, else added to
   const float* dlogp;  // (rows)
-  float* dweight;     // (vocabulary, width)
-  float* dbias;       // (vocabulary)
+  float* dweight;      // (vocabulary, width)
+  float* dbias;        // (vocabulary)
 };
 
 // What one instruction set provides.

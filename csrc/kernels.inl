@@ -7,9 +7,9 @@
 // tokens, (tile, ROWS), stay in the first-level cache while the softmax goes over them lane by
 // lane, without a horizontal operation.
 //
-//   logits     Z = W_tile . H                 a: W rows            b: hidden (width, ROWS)
-//   dlogp_dhidden  D += W_tile^T . P              a: W columns         b: P = exp(Z - m) (tile, ROWS)
-//   dWeight    dW_tile += G . hidden          a: G (tile, rows)    b: hidden (rows, ROWS columns)
+//   logits     Z = W_tile . H           a: W rows          b: hidden (width, ROWS)
+//   dlogp_dhidden  D += W_tile^T . P    a: W columns       b: P = exp(Z - m) (tile, ROWS)
+//   dWeight    dW_tile += G . hidden    a: G (tile, rows)  b: hidden (rows, ROWS columns)
 //
 // All three are `product` below. With bfloat16 dot products a step takes a pair of neighbours in
 // the inner dimension, as 32 bits.

@@ -147,6 +147,6 @@ class Pass(ABC, Generic[Kept]):
         )
 
 
-def zeros_where(wanted: bool, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+def zeros_where(needed: bool, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     """A gradient that chunks add to, where it is asked for."""
-    return like.new_zeros(like.shape, dtype=dtype) if wanted else None
+    return like.new_zeros(like.shape, dtype=dtype) if needed else None

@@ -110,7 +110,7 @@ class EagerPass(Pass[Tensor | None]):
         self.dtype = problem.result_dtype
         vocabulary, width = problem.weight.shape
         # Of the workspace, 6/8 hold logits, 1/8 the rows' hidden states, scaled states and
-        # directions, and 1/8 a vocabulary tile's gradients and widened weights. None of it depends
+        # derivatives, and 1/8 a vocabulary tile's gradients and widened weights. None of it depends
         # on the number of rows: tiles decide the order of additions.
         eighth = problem.workspace_bytes // 8 // self.dtype.itemsize
         limit = max(1, min(6 * eighth // vocabulary, eighth // (3 * width)))
@@ -263,7 +263,7 @@ class EagerPass(Pass[Tensor | None]):
         """``total += a @ b`` in the result dtype, through the tensor cores where the compute dtype
         is bfloat16.
 
-        float16 is widened instead: its range does not hold small coefficients.
+        float16 is widened instead: its range does not hold small derivatives.
         """
         if a.is_cuda and self.problem.compute_dtype == torch.bfloat16:
             total.add_(torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=self.dtype))

@@ -254,7 +254,7 @@ class TritonRows:
     """Rows that go through together.
 
     `places` says where each row's gradient goes, where that is not `rows`; from row `num_active`
-    on (``()`` int32, on the device), rows are not wanted.
+    on (``()`` int32, on the device), rows are not needed.
     """
 
     def __init__(
