@@ -4,28 +4,20 @@ full-vocabulary logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpop import checks, engines, losses, ops
-from fastdpop.engines.base import NO_GRAD, NeedsGrad, default_workspace
-from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop import checks, losses
+from fastdpop.call import LOGGED, Batch, Call, LMHead, Loss, Options, Pairs, Reference, RefLogps
 from fastdpop.output import PreferenceOutput
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, default_pairs
-from fastdpop.spec import Spec
 from fastdpop.transform import LogitTransform
 
-Pairs = Tensor | Sequence[Sequence[int]]
-RefLogps = Tensor | Sequence[Tensor]
-Loss = str | PreferenceLoss | Callable[[PairLogps], Tensor]
-
-LOGGED = ("entropy", "mean_logits", "token_accuracy")
-"""Statistics that a caller may ask for."""
+__all__ = ["LOGGED", "fused_dpop_loss", "fused_logps", "fused_preference_loss"]
 
 
 def fused_dpop_loss(
@@ -156,10 +148,10 @@ def fused_preference_loss(
         FloatingPointError: `check_finite` is set and the loss is not finite.
     """
     transform = LogitTransform(softcap, logit_scale, temperature)
-    head = _Head(weight, bias, transform, engine, workspace_bytes)
-    reference = _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl)
-    batch = _Batch(hidden, labels, cu_seqlens, shift_labels)
-    options = _Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite)
+    head = LMHead(weight, bias, transform, engine, workspace_bytes)
+    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl)
+    batch = Batch(hidden, labels, cu_seqlens, shift_labels)
+    options = Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite)
     return _preference_loss(batch, head, reference, options)
 
 
@@ -205,9 +197,9 @@ def fused_logps(
     checks.choice("reduction", reduction, ("sequence", "token"))
     checks.choice("dtype", dtype, (torch.float32, torch.float64))
     transform = LogitTransform(softcap, logit_scale, temperature)
-    batch = _Batch(hidden, labels, cu_seqlens, shift_labels)
+    batch = Batch(hidden, labels, cu_seqlens, shift_labels)
     batch.check()
-    call = _Call.of(hidden, _Head(weight, bias, transform, engine, workspace_bytes))
+    call = Call.of(hidden, LMHead(weight, bias, transform, engine, workspace_bytes))
     checks.weighting(token_weights, ld_alpha, labels, batch.sequences, reduction)
     rows = batch.rows(
         len(weight),
@@ -225,168 +217,15 @@ def fused_logps(
     return torch.zeros_like(sums).index_put((rows.inputs,), sums)
 
 
-class _Head(NamedTuple):
-    """An lm_head, and how products with it are computed, as the caller gave them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    transform: LogitTransform
-    engine: str
-    workspace_bytes: int | None
-
-
-class _Reference(NamedTuple):
-    """What a caller gave of the reference."""
-
-    logps: RefLogps | None
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    kl: Tensor | None
-
-    def check(self, needed: bool) -> None:
-        """One source of log-probs where they are needed."""
-        checks.reference(self.logps, self.hidden, self.weight, self.bias, needed)
-
-
-class _Options(NamedTuple):
-    """What a caller wants to be computed."""
-
-    loss: PreferenceLoss
-    pairs: Pairs | None
-    reduction: str
-    statistics: Sequence[str]
-    check_finite: bool
-
-    def check(self) -> None:
-        """Values among those that exist."""
-        checks.choice("reduction", self.reduction, ("mean", "sum", "none"))
-        checks.statistics(self.statistics, LOGGED)
-        checks.flag("check_finite", self.check_finite)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The statistics that are logged or that the loss reads."""
-        return tuple(dict.fromkeys((*self.statistics, *self.loss.traits.statistics)))
-
-
-class _Batch(NamedTuple):
-    """Sequences as the caller laid them out."""
-
-    hidden: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor | None
-    shift: bool
-
-    def check(self) -> None:
-        """Hidden states and labels fit together."""
-        checks.flag("shift_labels", self.shift)
-        checks.batch(self.hidden, self.labels, self.cu_seqlens)
-
-    @property
-    def sequences(self) -> int:
-        """S."""
-        return len(self.labels) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-
-    def rows(
-        self,
-        vocab_size: int,
-        pairs: Tensor,
-        *,
-        keep_unpaired: bool = False,
-        token_weights: Tensor | None = None,
-        ld_alpha: float | None = None,
-    ) -> Rows:
-        """The scored tokens."""
-        tensors = ops.rows_from_labels(
-            self.labels,
-            vocab_size,
-            pairs,
-            self.cu_seqlens,
-            self.shift,
-            keep_unpaired,
-            token_weights,
-            ld_alpha,
-        )
-        weighted = token_weights is not None or ld_alpha is not None
-        return Rows.of_tensors(tensors, weighted=weighted)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Hidden states and the lm_head that they go through, checked."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    spec: Spec
-
-    @staticmethod
-    def of(hidden: Tensor, head: _Head, prefix: str = "") -> _Call:
-        weight, bias = head.weight, head.bias
-        checks.projection(hidden, weight, bias, prefix)
-        checks.no_transform(hidden, weight, bias)
-        compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix)
-        needs_grad = NO_GRAD
-        if torch.is_grad_enabled():
-            of_bias = bias is not None and bias.requires_grad
-            needs_grad = NeedsGrad(hidden.requires_grad, weight.requires_grad, of_bias)
-        return _Call(
-            hidden=hidden.reshape(-1, hidden.shape[-1]),
-            weight=weight,
-            bias=bias,
-            spec=Spec(
-                transform=head.transform,
-                compute_dtype=compute_dtype,
-                workspace_bytes=checks.workspace(
-                    head.workspace_bytes, default_workspace(hidden.device)
-                ),
-                engine=engines.choose(head.engine, hidden.device, compute_dtype),
-                needs_grad=needs_grad,
-            ),
-        )
-
-    def row_logps(self, rows: Rows, statistics: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Log-probs ``(N,)``, differentiable, and statistics ``(K, N)``."""
-        logps, _, found, _ = ops.row_logps(
-            self.hidden.index_select(0, rows.index),
-            self.weight,
-            self.bias,
-            rows.targets,
-            rows.groups[0],
-            replace(self.spec, statistics=statistics).text(),
-        )
-        return logps, found.detach()
-
-    def pair_loss(self, loss: PairLoss) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, differentiable; sequence log-probs ``(S,)`` and statistics ``(K, N)``, detached."""
-        spec = replace(
-            self.spec,
-            statistics=loss.statistics,
-            reduction="mean" if loss.mean else "sum",
-            loss=losses.key_of(loss.function),
-        )
-        total, sums, found, *_ = ops.pair_loss(
-            self.hidden.index_select(0, loss.rows.index),
-            self.weight,
-            self.bias,
-            loss.rows.tensors(),
-            loss.ref_logps,
-            loss.kl,
-            spec.text(),
-        )
-        return total, sums.detach(), found.detach()
-
-
 def _preference_loss(
-    batch: _Batch, head: _Head, reference: _Reference, options: _Options
+    batch: Batch, head: LMHead, reference: Reference, options: Options
 ) -> PreferenceOutput:
     """:func:`fused_preference_loss`."""
     traits, kl = options.loss.traits, reference.kl
     options.check()
     batch.check()
     count, device = batch.sequences, batch.hidden.device
-    call = _Call.of(batch.hidden, head)
+    call = Call.of(batch.hidden, head)
     pairs = checks.pairs(options.pairs, count, traits.accepts_unpaired, device)
     if pairs is None:
         pairs = default_pairs(count, device)
@@ -437,7 +276,7 @@ def _preference_loss(
 
 
 def _ref_logps(
-    reference: _Reference, batch: _Batch, head: _Head, rows: Rows, pairs: Tensor, by_pair: bool
+    reference: Reference, batch: Batch, head: LMHead, rows: Rows, pairs: Tensor, by_pair: bool
 ) -> Tensor | None:
     """The reference's log-probs ``(2, P)``, arbitrary where a side is absent; None without one."""
     if reference.hidden is None:
@@ -453,7 +292,7 @@ def _ref_logps(
         checks.projection(reference.hidden, head.weight, head.bias, prefix="ref_")
         checks.same_vocabulary(head.weight, own)
     with torch.no_grad():
-        logps, _ = _Call.of(reference.hidden, head, "ref_").row_logps(rows, ())
+        logps, _ = Call.of(reference.hidden, head, "ref_").row_logps(rows, ())
         sums = rows.sum_per_sequence(logps)
     return sums[rows.pairs.clamp_min(0)].T.contiguous()
 
@@ -464,7 +303,7 @@ def _output(
     sums: Tensor,
     found: Tensor,
     loss: PairLoss,
-    options: _Options,
+    options: Options,
     sequences: int,
 ) -> PreferenceOutput:
     """Everything that is returned, in the result dtype, from the log-probs ``(S,)`` of the layout's

@@ -18,11 +18,7 @@ the prefix that they share: in DPO their shared rows then cost nothing in the ba
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,110 +34,16 @@ from fastdpop.engines.base import (
     Problem,
 )
 from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
+from fastdpop.engines.cpu_library import DTYPES, CProblem, Library, instruction_sets, load
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+__all__ = ["CPUEngine", "instruction_sets"]
+
 _KEPT_BYTES = 64 * 2**20
 """Memory for the softmax kept for the second pass, unless the gradient is larger or the caller gives
 more than the default workspace.
 """
 _CACHED_BYTES = 4 * 2**20
 """Hidden states that go through at once where no softmax is kept."""
-
-
-class _Problem(ctypes.Structure):
-    """``Problem`` in csrc/interface.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "vocabulary", "width")),
-        *((name, ctypes.c_void_p) for name in ("hidden", "weight")),
-        ("weight_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("bias", "targets")),
-        *((name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "compute_dtype", "softcap")),
-        *((name, ctypes.c_float) for name in ("scale", "cap_in", "cap_out")),
-        ("threads", ctypes.c_int32),
-        ("scratch_bytes", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "logps",
-                "lse",
-                "entropy",
-                "mean_logits",
-                "token_accuracy",
-                "aligned_logps",
-                "dlogp_dhidden",
-                "kept",
-                "kept_max",
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("dhidden_from", "dhidden_to")),
-        *((name, ctypes.c_int32) for name in ("again", "fresh")),
-        *((name, ctypes.c_void_p) for name in ("dlogp", "dweight", "dbias")),
-    ]
-
-
-class _Library:
-    """The shared library, and the instruction set in use: the best one, or the one named."""
-
-    def __init__(self, path: Path, instructions: str | None) -> None:
-        self.calls = ctypes.CDLL(str(path))
-        self.calls.fastdpop_name.restype = ctypes.c_char_p
-        self.calls.fastdpop_supported.restype = ctypes.c_bool
-        for name in ("panel", "tile", "problem_size", "distinct"):
-            getattr(self.calls, f"fastdpop_{name}").restype = ctypes.c_int64
-        if self.calls.fastdpop_problem_size() != ctypes.sizeof(_Problem):
-            raise OSError(f"{path} was built from another version of fastdpop")
-        names = [self.calls.fastdpop_name(i).decode() for i in range(self.calls.fastdpop_count())]
-        self.supported = [n for i, n in enumerate(names) if self.calls.fastdpop_supported(i)]
-        self.instructions = instructions or self.supported[0]
-        if self.instructions not in self.supported:
-            raise ValueError(
-                f"instructions is {self.instructions!r}, expected one of {self.supported}"
-            )
-        self.index = names.index(self.instructions)
-        self.panel: int = self.calls.fastdpop_panel(self.index)
-        self.tile: int = self.calls.fastdpop_tile(self.index)
-
-    def forward(self, problem: _Problem) -> None:
-        self.calls.fastdpop_forward(self.index, ctypes.byref(problem))
-
-    def backward(self, problem: _Problem) -> None:
-        self.calls.fastdpop_backward(self.index, ctypes.byref(problem))
-
-    def distinct(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows that repeat no earlier one, and which of them each row is; None if none repeats."""
-        rows = len(targets)
-        first, which = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-        count = self.calls.fastdpop_distinct(
-            ctypes.c_int64(rows),
-            ctypes.c_int64(hidden.shape[1] * hidden.element_size()),
-            ctypes.c_void_p(hidden.data_ptr()),
-            ctypes.c_void_p(targets.data_ptr()),
-            ctypes.c_void_p(first.data_ptr()),
-            ctypes.c_void_p(which.data_ptr()),
-        )
-        return None if count == rows else (first[:count], which)
-
-
-@functools.cache
-def _library(instructions: str | None = None) -> _Library | str:
-    """The library, or why there is none."""
-    other = os.environ.get("FASTDPOP_LIBRARY")  # another build of it, for `make sanitize`
-    found = [Path(other)] if other else sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not found:
-        return (
-            "its C++ library was not built: no C++ compiler was found when fastdpop was installed"
-        )
-    try:
-        return _Library(found[0], instructions)
-    except OSError as error:
-        return str(error)
-
-
-def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that this processor and the library both know, best first."""
-    library = _library()
-    return () if isinstance(library, str) else tuple(library.supported)
 
 
 class CPUEngine(Engine):
@@ -160,18 +62,18 @@ class CPUEngine(Engine):
         """It needs its library, a CPU, and a dtype other than float64."""
         if device.type != "cpu":
             return f"it computes on the CPU, not on {device.type}"
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
-        library = _library(self.instructions)
+        library = load(self.instructions)
         return library if isinstance(library, str) else None
 
     def describe(self) -> str:
         """The instruction set in use."""
         return f"C++ kernels for {self._loaded().instructions}"
 
-    def _loaded(self) -> _Library:
-        library = _library(self.instructions)
-        assert isinstance(library, _Library), library
+    def _loaded(self) -> Library:
+        library = load(self.instructions)
+        assert isinstance(library, Library), library
         return library
 
     def _begin(
@@ -241,7 +143,7 @@ class CPUPass(Pass["CPURows"]):
         problem: Problem,
         statistics: tuple[str, ...],
         needs_grad: NeedsGrad,
-        library: _Library,
+        library: Library,
     ) -> None:
         super().__init__(problem, statistics)
         self.library, self.needs_grad = library, needs_grad
@@ -463,7 +365,7 @@ class CPURows:
     def _kept(self) -> dict[str, Tensor]:
         return {} if self.kept is None else {"kept": self.kept[0], "kept_max": self.kept[1]}
 
-    def _problem(self, **given: Tensor | int) -> _Problem:
+    def _problem(self, **given: Tensor | int) -> CProblem:
         """The library's arguments; the tensors are the caller's to keep alive."""
         numbers = {name: value for name, value in given.items() if isinstance(value, int)}
         tensors = {n: value for n, value in given.items() if isinstance(value, Tensor)}
@@ -478,14 +380,14 @@ class CPURows:
         }
         if self.run.bias is not None:
             tensors["bias"] = self.run.bias
-        return _Problem(
+        return CProblem(
             rows=len(self.targets),
             vocabulary=p.weight.shape[0],
             width=p.weight.shape[1],
             weight_stride=self.run.weight.stride(0),
-            dtype=_DTYPES[p.hidden.dtype],
-            weight_dtype=_DTYPES[p.weight.dtype],
-            compute_dtype=_DTYPES[p.compute_dtype],
+            dtype=DTYPES[p.hidden.dtype],
+            weight_dtype=DTYPES[p.weight.dtype],
+            compute_dtype=DTYPES[p.compute_dtype],
             softcap=int(transform.softcap is not None),
             scale=transform.logit_scale / transform.temperature,
             cap_in=transform.logit_scale / softcap,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdpop.engines import Engine, GroupLoss, NeedsGrad, Problem
 from fastdpop.engines.chunks import pieces_of, plan, rows_that_fit
-from fastdpop.engines.cpu import CPUEngine, _Library, instruction_sets
+from fastdpop.engines.cpu import CPUEngine, instruction_sets
+from fastdpop.engines.cpu_library import Library
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.engines.triton import TritonEngine
 from fastdpop.transform import LogitTransform
@@ -109,13 +110,13 @@ def test_tiny_groups_pass_the_weights_gradient_together(
 ) -> None:
     """In float32, where no softmax is kept, too: each pass reads and writes all of dWeight."""
     passes = []
-    backward = _Library.backward
+    backward = Library.backward
 
-    def counted(self: _Library, problem: object) -> None:
+    def counted(self: Library, problem: object) -> None:
         passes.append(problem)
         backward(self, problem)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_Library, "backward", counted)
+    monkeypatch.setattr(Library, "backward", counted)
     groups = [*range(0, 1_001, 5)]
     asked, found = chunks_of(CPUEngine(), problem(groups, dtype), torch.randn(1_000))
     assert len(asked) == len(passes) <= 2

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastdpop import engines, fused_logps, fused_preference_loss, losses, naive
 from fastdpop.engines import GroupLoss, NeedsGrad, Problem
-from fastdpop.engines.cpu import CPUEngine, _library, instruction_sets
+from fastdpop.engines.cpu import CPUEngine, instruction_sets
+from fastdpop.engines.cpu_library import load
 from fastdpop.transform import LogitTransform
 
 pytestmark = pytest.mark.skipif(
@@ -125,7 +126,7 @@ def test_repeated_rows_are_computed_once_and_exactly(engine: CPUEngine, dtype: t
     twice = dataclasses.replace(
         p, hidden=repeated(p.hidden), targets=repeated(p.targets), groups=[0, 160]
     )
-    library = _library(engine.instructions)
+    library = load(engine.instructions)
     assert not isinstance(library, str)
     found = library.distinct(twice.hidden, twice.targets)
     assert found is not None

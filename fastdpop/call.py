@@ -1,0 +1,178 @@
+"""A call of a public function, its arguments grouped by what they describe and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpop import checks, engines, losses, ops
+from fastdpop.engines.base import NO_GRAD, NeedsGrad, default_workspace
+from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.pair_loss import PairLoss
+from fastdpop.rows import Rows
+from fastdpop.spec import Spec
+from fastdpop.transform import LogitTransform
+
+Pairs = Tensor | Sequence[Sequence[int]]
+RefLogps = Tensor | Sequence[Tensor]
+Loss = str | PreferenceLoss | Callable[[PairLogps], Tensor]
+
+LOGGED = ("entropy", "mean_logits", "token_accuracy")
+"""Statistics that a caller may ask for."""
+
+
+class LMHead(NamedTuple):
+    """An lm_head, and how products with it are computed, as the caller gave them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+    engine: str
+    workspace_bytes: int | None
+
+
+class Reference(NamedTuple):
+    """What a caller gave of the reference."""
+
+    logps: RefLogps | None
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    kl: Tensor | None
+
+    def check(self, needed: bool) -> None:
+        """One source of log-probs where they are needed."""
+        checks.reference(self.logps, self.hidden, self.weight, self.bias, needed)
+
+
+class Options(NamedTuple):
+    """What a caller wants to be computed."""
+
+    loss: PreferenceLoss
+    pairs: Pairs | None
+    reduction: str
+    statistics: Sequence[str]
+    check_finite: bool
+
+    def check(self) -> None:
+        """Values among those that exist."""
+        checks.choice("reduction", self.reduction, ("mean", "sum", "none"))
+        checks.statistics(self.statistics, LOGGED)
+        checks.flag("check_finite", self.check_finite)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics that are logged or that the loss reads."""
+        return tuple(dict.fromkeys((*self.statistics, *self.loss.traits.statistics)))
+
+
+class Batch(NamedTuple):
+    """Sequences as the caller laid them out."""
+
+    hidden: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+    shift: bool
+
+    def check(self) -> None:
+        """Hidden states and labels fit together."""
+        checks.flag("shift_labels", self.shift)
+        checks.batch(self.hidden, self.labels, self.cu_seqlens)
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return len(self.labels) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def rows(
+        self,
+        vocab_size: int,
+        pairs: Tensor,
+        *,
+        keep_unpaired: bool = False,
+        token_weights: Tensor | None = None,
+        ld_alpha: float | None = None,
+    ) -> Rows:
+        """The scored tokens."""
+        tensors = ops.rows_from_labels(
+            self.labels,
+            vocab_size,
+            pairs,
+            self.cu_seqlens,
+            self.shift,
+            keep_unpaired,
+            token_weights,
+            ld_alpha,
+        )
+        weighted = token_weights is not None or ld_alpha is not None
+        return Rows.of_tensors(tensors, weighted=weighted)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hidden states and the lm_head that they go through, checked."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    spec: Spec
+
+    @staticmethod
+    def of(hidden: Tensor, head: LMHead, prefix: str = "") -> Call:
+        weight, bias = head.weight, head.bias
+        checks.projection(hidden, weight, bias, prefix)
+        checks.no_transform(hidden, weight, bias)
+        compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix)
+        needs_grad = NO_GRAD
+        if torch.is_grad_enabled():
+            of_bias = bias is not None and bias.requires_grad
+            needs_grad = NeedsGrad(hidden.requires_grad, weight.requires_grad, of_bias)
+        return Call(
+            hidden=hidden.reshape(-1, hidden.shape[-1]),
+            weight=weight,
+            bias=bias,
+            spec=Spec(
+                transform=head.transform,
+                compute_dtype=compute_dtype,
+                workspace_bytes=checks.workspace(
+                    head.workspace_bytes, default_workspace(hidden.device)
+                ),
+                engine=engines.choose(head.engine, hidden.device, compute_dtype),
+                needs_grad=needs_grad,
+            ),
+        )
+
+    def row_logps(self, rows: Rows, statistics: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Log-probs ``(N,)``, differentiable, and statistics ``(K, N)``."""
+        logps, _, found, _ = ops.row_logps(
+            self.hidden.index_select(0, rows.index),
+            self.weight,
+            self.bias,
+            rows.targets,
+            rows.groups[0],
+            replace(self.spec, statistics=statistics).text(),
+        )
+        return logps, found.detach()
+
+    def pair_loss(self, loss: PairLoss) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, differentiable; sequence log-probs ``(S,)`` and statistics ``(K, N)``, detached."""
+        spec = replace(
+            self.spec,
+            statistics=loss.statistics,
+            reduction="mean" if loss.mean else "sum",
+            loss=losses.key_of(loss.function),
+        )
+        total, sums, found, *_ = ops.pair_loss(
+            self.hidden.index_select(0, loss.rows.index),
+            self.weight,
+            self.bias,
+            loss.rows.tensors(),
+            loss.ref_logps,
+            loss.kl,
+            spec.text(),
+        )
+        return total, sums.detach(), found.detach()
