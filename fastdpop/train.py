@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastdpop import losses
 from fastdpop.data import Batch, Batches, batch_numbers
-from fastdpop.hook import attach, detach
+from fastdpop.hf import attach, detach
 from fastdpop.losses import PreferenceLoss
 
 CHECKPOINT = "checkpoint.pt"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.head import Head
-from fastdpop.lazy_logits import LazyLogits, lazy_logits_from
+from fastdpop.hf.interception import lazy_logits_from
+from fastdpop.hf.lazy_logits import LazyLogits
 
 VOCABULARY = 11
 FACTORS = torch.linspace(-1.0, 2.0, VOCABULARY, dtype=torch.float64)
