@@ -77,6 +77,10 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
     return MethodType(forward, model)
 
 
+_SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
+"""Arguments of the fused functions that are no options of a call."""
+
+
 @dataclass
 class _Asked:
     """The arguments of a call that are fastdpop's."""
@@ -110,8 +114,30 @@ class _Asked:
                     "preference_options is given without preference, expected preference= too"
                 )
 
+    @torch.compiler.disable
+    def check_options(self) -> None:
+        """
+        Raises:
+            TypeError, ValueError: the options are no dict of further arguments of the fused function.
+        """
+        if self.options is None:
+            return
+        if not isinstance(self.options, Mapping):
+            raise TypeError(
+                f"preference_options is a {type(self.options).__name__}, expected a dict"
+            )
+        function = fused_logps if self.preference is None else fused_preference_loss
+        parameters = inspect.signature(function).parameters.values()
+        names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
+        for name in self.options:
+            if name not in names:
+                raise ValueError(
+                    f"preference_options contains {name!r}, expected names among {sorted(names)}; "
+                    "a loss's own options go to losses.get, engine and workspace_bytes to attach"
+                )
 
-# Compiling this function would gain nothing; the model's own code inside it is compiled as usual.
+
+# Under torch.compile the model's own code is compiled, and nothing of what stands around it.
 @torch.compiler.disable(recursive=False)
 def _answer(
     original: Callable[..., Any],
@@ -123,35 +149,34 @@ def _answer(
     kwargs: dict[str, Any],
 ) -> PreferenceModelOutput | tuple[Any, ...]:
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
-    fused = fused_logps if asked.preference is None else fused_preference_loss
-    options = _options(asked.options, fused)
+    asked.check_options()
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     head = output_head(model)
     with lazy_logits_from(head, type(model).__name__, adapter_columns(head)):
         outputs = original(model, **call, return_dict=True)
-    inputs = _inputs(model, outputs, labels, options) | settings | options
-    passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
-    if asked.preference is None:
-        logps = _eagerly(fused_logps, **inputs)
-        shape = labels.shape if options.get("reduction") == "token" else logps.shape
-        output = PreferenceModelOutput(logps=logps.view(shape), **passed_on)
-    else:
-        result = _eagerly(
-            fused_preference_loss, **inputs, loss=asked.preference, ref_logps=asked.ref_logps
-        )
-        values = {field.name: getattr(result, field.name) for field in fields(result)}
-        values["loss"] = _with_router_loss(
-            model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
-        )
-        values["logps"] = _by_sequence(result, options.get("pairs"))
-        output = PreferenceModelOutput(**values, **passed_on)
+    output = _fused(model, outputs, labels, asked, settings)
     return output if as_dict else output.to_tuple()
 
 
 @torch.compiler.disable
-def _eagerly(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Kernels, and numbers per sequence around them: there is nothing to compile."""
-    return function(**arguments)
+def _fused(
+    model: nn.Module, outputs: Any, labels: Tensor, asked: _Asked, settings: dict[str, Any]
+) -> PreferenceModelOutput:
+    """The loss or the log-probs from what the model returned."""
+    options = dict(asked.options or {})
+    inputs = _inputs(model, outputs, labels, options) | settings | options
+    passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
+    if asked.preference is None:
+        logps = fused_logps(**inputs)
+        shape = labels.shape if options.get("reduction") == "token" else logps.shape
+        return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
+    result = fused_preference_loss(**inputs, loss=asked.preference, ref_logps=asked.ref_logps)
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    values["loss"] = _with_router_loss(
+        model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
+    )
+    values["logps"] = _by_sequence(result, options.get("pairs"))
+    return PreferenceModelOutput(**values, **passed_on)
 
 
 _PASSED_ON = ("aux_loss", "hidden_states", "attentions")
@@ -166,26 +191,7 @@ def _extended(own: inspect.Signature, ours: inspect.Signature) -> inspect.Signat
     return own.replace(parameters=[*parameters[:cut], *added, *parameters[cut:]])
 
 
-def _options(given: Mapping[str, Any] | None, function: Callable[..., Any]) -> dict[str, Any]:
-    """The further arguments of the fused function that a caller may give."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise TypeError(f"preference_options is a {type(given).__name__}, expected a dict")
-    parameters = inspect.signature(function).parameters.values()
-    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
-    for name in given:
-        if name not in names:
-            raise ValueError(
-                f"preference_options contains {name!r}, expected names among {sorted(names)}; "
-                "a loss's own options go to losses.get, engine and workspace_bytes to attach"
-            )
-    return dict(given)
-
-
-_SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
-
-
+@torch.compiler.disable
 def _arguments(
     model: nn.Module, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], Tensor, bool]:

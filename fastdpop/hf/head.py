@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
+@torch.compiler.disable
 def output_head(model: Any) -> Any:
     """The output embedding: a module with a weight, which may do more than multiply by it (an adapter, a scale).
 
@@ -33,6 +35,7 @@ def output_head(model: Any) -> Any:
     raise RuntimeError(f"{name} of {owner} is a {kind} that fastdpop cannot read: {advice}")
 
 
+@torch.compiler.disable
 def adapter_columns(head: Any) -> int:
     """Columns that the active LoRA adapters of a head add to its weight, also while they are disabled.
 

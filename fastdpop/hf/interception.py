@@ -130,6 +130,7 @@ def _note(change: int) -> None:
         _anywhere = _count > 0
 
 
+@torch.compiler.disable
 def watch(head: nn.Module) -> None:
     """Give a head the hooks that :func:`lazy_logits_from` needs, once; by themselves they do nothing."""
     hooks.add(head, before=_begin, after=_end)
