@@ -83,7 +83,7 @@ def _reference(
     if trainer.ref_model is None and is_peft_model(trainer.model):
         policy = trainer.accelerator.unwrap_model(trainer.model)
         adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        model = model or trainer.model
+        model = trainer.model if model is None else model
     assert model is not None  # TRL keeps one where there is no adapter
     weighed = None if trainer.ld_alpha is None else {"ld_alpha": trainer.ld_alpha}
     checkpointing = disable_gradient_checkpointing(
@@ -96,9 +96,11 @@ def _reference(
 
 def precomputed(trainer: Any, *model_and_inputs: Any) -> tuple[Tensor, Tensor]:
     """``DPOTrainer.compute_ref_log_probs``, which takes the model too since TRL 1.9."""
-    *model, inputs = model_and_inputs
-    given = model[0] if model else trainer.ref_model or trainer.model
-    chosen, rejected = _reference(trainer, given, *_call(trainer, inputs)).chunk(2)
+    *given, inputs = model_and_inputs
+    # Not `or`: a compiled model has no truth value.
+    own = trainer.model if trainer.ref_model is None else trainer.ref_model
+    model = given[0] if given else own
+    chosen, rejected = _reference(trainer, model, *_call(trainer, inputs)).chunk(2)
     return chosen, rejected
 
 
