@@ -159,7 +159,7 @@ def _name(func: Any) -> str:
 def _refusal(operation: str, logits: LazyLogits) -> RuntimeError:
     return RuntimeError(
         f"{logits.product.owner} applies {operation} to its logits, which fastdpop.attach cannot follow: "
-        "it knows casts, slices, a positive scale, one factor a token, sums of linear maps and a tanh softcap. "
+        "it knows casts, slices, a positive scale, one factor per token, sums of linear maps and a tanh softcap. "
         "Call fastdpop.fused_preference_loss on the hidden states instead"
     )
 

@@ -16,7 +16,7 @@ from fastdpop.hf import attach
 from fastdpop.hf.interception import lazy_logits_from
 from fastdpop.hf.lazy_logits import LazyLogits
 from tests.hf.test_lifecycle import lora
-from tests.tiny_models import DPOP, batch, tiny
+from tests.tiny_models import DPOP, batch, gradients, tiny
 
 REF_LOGPS = torch.full((4,), -40.0, dtype=torch.float64)
 
@@ -132,3 +132,18 @@ def test_another_thread_in_the_middle_of_a_call_gets_real_logits() -> None:
         here = head(hidden)
     assert type(there) is Tensor
     assert isinstance(here, LazyLogits)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_pass_in_another_thread_recomputes_what_was(reentrant: bool) -> None:
+    model, inputs = attach(tiny()).train(), batch()
+    asked = {"preference": DPOP, "ref_logps": REF_LOGPS}
+    model(**inputs, **asked).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss = model(**inputs, **asked).loss
+    at_once(loss.backward, lambda: model(**inputs))
+    torch.testing.assert_close(gradients(model), expected)
