@@ -1,7 +1,7 @@
 """A step of TRL's ``DPOTrainer``: the reference's log-probs, one call of the attached model, TRL's metrics.
 
-The reference comes first, so that the loss is computed inside ``model.forward``, where DDP, FSDP and accelerate expect
-it. No loss is computed here; the metrics are TRL's, by its definitions, from what the model returns.
+The reference comes first, so that the loss can be computed inside ``model.forward``, where DDP, FSDP and accelerate
+expect it. No loss is computed here; the metrics are TRL's, by its definitions, from what the model returns.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _IMAGES = ("pixel", "image", "video")
 def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
     """``DPOTrainer._compute_loss``: the loss, with metrics noted in the trainer."""
     call, labels = _call(trainer, inputs)
-    # Before the policy's pass: where a pair's loss is known at once, a trained head costs 3 matrix products
-    # instead of 4.
+    # Before the policy's pass: where a pair's loss is known at once, a trained head costs 3 matrix products, not 4.
     if trainer.precompute_ref_logps:
         ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     else:
