@@ -37,7 +37,7 @@ class FusedDPOPTrainer(trainer.CustomDPOTrainer):
         self.dpop = losses.get(
             "dpop",
             beta=finetuning_args.pref_beta,
-            lam=float(os.environ.get("DPOP_LAMBDA", "50")),
+            lam=float(os.environ.get("DPOP_LAMBDA", losses.DPOP().lam)),
             label_smoothing=finetuning_args.dpo_label_smoothing,
         )
         super().__init__(model, ref_model, finetuning_args, **kwargs)

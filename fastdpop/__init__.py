@@ -14,7 +14,7 @@ from fastdpop.api import fused_dpop_loss, fused_logps, fused_preference_loss
 from fastdpop.output import PreferenceOutput
 
 if TYPE_CHECKING:
-    from fastdpop.hook import attach, detach
+    from fastdpop.hf import attach, detach, is_attached
     from fastdpop.integrations.trl import patch_trl, unpatch_trl
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "fused_dpop_loss",
     "fused_logps",
     "fused_preference_loss",
+    "is_attached",
     "losses",
     "patch_trl",
     "unpatch_trl",
@@ -35,13 +36,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """attach and detach need transformers, patch_trl and unpatch_trl also trl, the rest only torch:
-    import them when they are used.
+    """attach, detach and is_attached need transformers, patch_trl and unpatch_trl also trl, the rest
+    only torch: import them when they are used.
     """
-    if name in ("attach", "detach"):
-        from fastdpop import hook
+    if name in ("attach", "detach", "is_attached"):
+        from fastdpop import hf
 
-        return getattr(hook, name)
+        return getattr(hf, name)
     if name in ("patch_trl", "unpatch_trl"):
         from fastdpop.integrations import trl
 

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a token that is not scored, as in Hugging Face."""
+from fastdpop.rows import IGNORE
 
 TOO_LONG = ("error", "drop")
 """What may become of a pair beyond the greatest length; the first is the default."""
@@ -311,7 +310,7 @@ def collate(pairs: Sequence[TokenPair], pad_id: int) -> Batch:
     shape = (len(rows), max(pair.length for pair in pairs))
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED)
+    labels = torch.full(shape, IGNORE)
     for i, (prompt, completion) in enumerate(rows):
         start, stop = len(prompt), len(prompt) + len(completion)
         input_ids[i, :stop] = torch.tensor(prompt + completion)

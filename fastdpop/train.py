@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastdpop import checkpoint
 from fastdpop.checkpoint import Metrics
 from fastdpop.data import Batch, Batches, batch_numbers
-from fastdpop.hook import attach, detach
+from fastdpop.hf import attach, detach
 from fastdpop.settings import Settings
 
 __all__ = ["Metrics", "Settings", "train"]

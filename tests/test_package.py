@@ -48,6 +48,7 @@ def test_public_names() -> None:
         "fused_dpop_loss",
         "fused_logps",
         "fused_preference_loss",
+        "is_attached",
         "losses",
         "patch_trl",
         "unpatch_trl",

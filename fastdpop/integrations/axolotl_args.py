@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, field_validator, model_validator
 
-from fastdpop import engines, losses
+from fastdpop import engines
+from fastdpop.integrations import dpop_lambda as lambdas
 
 TRAINERS = ("dpo", "ipo")
 """Values of ``rl`` that Axolotl trains with TRL's ``DPOTrainer``."""
@@ -39,7 +40,7 @@ class FastDpopArgs(BaseModel):
         default=None,
         ge=0,
         allow_inf_nan=False,
-        json_schema_extra={"description": "DPOP's lambda, inside beta. The default is 50."},
+        json_schema_extra={"description": lambdas.HELP},
     )
     fastdpop_engine: str | None = Field(
         default=None,
@@ -151,6 +152,6 @@ class FastDpopTrainingArgs:
     """Mixed into Axolotl's training arguments, also those of other trainers, where it has no effect."""
 
     dpop_lambda: float = field(
-        default=losses.DPOP().lam,
-        metadata={"help": "DPOP's lambda, for the loss type 'dpop'."},
+        default=lambdas.DEFAULT,
+        metadata={"help": lambdas.HELP},
     )

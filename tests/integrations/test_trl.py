@@ -249,7 +249,7 @@ def test_reference_comes_before_the_policy(tmp_path: Path) -> None:
 def test_a_trained_head_is_passed_once(
     name: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradients of a pair in one go, for 6 units; a loss that couples pairs needs all log-probs first."""
+    """Loss and gradients of a pair in one go: 3 matrix products. One that couples pairs needs all log-probs first."""
     calls: list[Any] = []
     own = api._Call.pair_loss
     monkeypatch.setattr(api._Call, "pair_loss", lambda *args: calls.append(args) or own(*args))

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("trl")
 
 import fastdpop
-from fastdpop.integrations import trl_cpo
+from fastdpop.integrations.trl.cpo import preference
 from tests.integrations.trl_setup import WARNINGS, arguments, gradients, model, namespace, pairs
 from tests.tiny_model import tiny_tokenizer
 
@@ -118,4 +118,4 @@ def test_unknown_loss(tmp_path: Path, patched: None) -> None:
     of = trainer(tmp_path)
     of.loss_type = "dpo"
     with pytest.raises(ValueError, match="loss_type is 'dpo', expected one of"):
-        trl_cpo.preference(of)
+        preference(of)

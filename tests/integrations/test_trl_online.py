@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("trl")
 
 import fastdpop
-from fastdpop.integrations import trl_online
+from fastdpop.integrations.trl.online import completion_logps
 from tests.integrations.trl_setup import WARNINGS, arguments, gradients, model, namespace, pairs
 from tests.tiny_model import tiny_tokenizer
 
@@ -60,7 +60,7 @@ def batch() -> list[Tensor]:
 @pytest.mark.parametrize("max_length", [512, 9])
 def test_log_probs_of_completions(max_length: int, tmp_path: Path, patched: None) -> None:
     of, inputs, coefficients = trainer(tmp_path, max_length=max_length), batch(), torch.randn(3, 5)
-    assert trl_online.completion_logps(of, of.model, *inputs) is not None
+    assert completion_logps(of, of.model, *inputs) is not None
     found = []
     for _ in range(2):
         of.model.zero_grad()
@@ -77,7 +77,7 @@ def test_log_probs_of_completions(max_length: int, tmp_path: Path, patched: None
 def test_no_room_for_a_prompt_is_left_to_trl(tmp_path: Path, patched: None) -> None:
     of, inputs = trainer(tmp_path), batch()
     of.max_length = 5
-    assert trl_online.completion_logps(of, of.model, *inputs) is None
+    assert completion_logps(of, of.model, *inputs) is None
     assert of._forward(of.model, *inputs).shape == (3, 5)
 
 

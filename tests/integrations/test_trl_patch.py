@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 import fastdpop
 from fastdpop.integrations import trl as integration
-from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer
+from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, models
 from tests.integrations.trl_setup import (
     RELEASE,
     WARNINGS,
@@ -35,6 +35,7 @@ from tests.integrations.trl_setup import (
     logged,
     model,
     namespace,
+    pairs,
     step,
     trainer,
 )
@@ -120,7 +121,7 @@ def test_models_are_attached_once_and_not_if_their_owner_did(
         attached.append((of, settings["engine"], settings["workspace_bytes"]))
         return fastdpop.attach(of, **settings)
 
-    monkeypatch.setattr(integration, "attach", attach)
+    monkeypatch.setattr(models, "attach", attach)
     policy, reference = fastdpop.attach(model(), engine="eager"), model()
     settings = {"engine": "eager", "workspace_bytes": 2**20}
     for _ in range(2):
@@ -153,11 +154,11 @@ def test_config_field(tmp_path: Path, patched: None) -> None:
     assert arguments(tmp_path).dpop_lambda == 50.0
 
 
-@pytest.mark.parametrize("kind", ["DPOConfig", "FastDPOConfig"])
-def test_command_line(kind: str, tmp_path: Path, patched: None) -> None:
+@pytest.mark.parametrize("kind", [DPOConfig, FastDPOConfig])
+def test_command_line(kind: Any, tmp_path: Path, patched: None) -> None:
     line = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--report_to", "none"]
     line += ["--loss_type", "dpop", "sft", "--loss_weights", "1.0", "0.5", "--dpop_lambda", "2.5"]
-    (config,) = HfArgumentParser(getattr(integration, kind)).parse_args_into_dataclasses(line)
+    (config,) = HfArgumentParser(kind).parse_args_into_dataclasses(line)
     assert (config.loss_type, config.dpop_lambda) == (["dpop", "sft"], 2.5)
     assert (
         "lambda" in {f.name: f for f in dataclasses.fields(config)}["dpop_lambda"].metadata["help"]
@@ -224,6 +225,13 @@ class Calls(TrainerCallback):
         self.function()
 
 
+class Predicts(TrainerCallback):
+    """Undoes the patch in the middle of an evaluation."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        fastdpop.unpatch_trl()
+
+
 @pytest.mark.parametrize("function", [fastdpop.patch_trl, fastdpop.unpatch_trl])
 def test_while_training(function: Any, tmp_path: Path, patched: None) -> None:
     of = trainer(DPOTrainer, tmp_path, given={"callbacks": [Calls(function)]})
@@ -234,10 +242,33 @@ def test_while_training(function: Any, tmp_path: Path, patched: None) -> None:
     fastdpop.patch_trl()
 
 
-def test_a_stock_trainer_is_not_patched_while_it_runs(tmp_path: Path) -> None:
-    of = trainer(DPOTrainer, tmp_path, given={"callbacks": [Calls(fastdpop.patch_trl)]})
-    with pytest.raises(RuntimeError, match="patch_trl is called while a DPOTrainer is running"):
+def test_a_stock_trainer_stays_one_when_it_is_patched_while_it_runs(tmp_path: Path) -> None:
+    """Also one whose model is assigned anew, as Trainer does it now and then."""
+
+    def patch() -> None:
+        fastdpop.patch_trl()
+        of.model = of.model
+
+    of = trainer(DPOTrainer, tmp_path, given={"callbacks": [Calls(patch)]})
+    own = trainer(DPOTrainer, tmp_path)
+    own.train()
+    try:
         of.train()
+        assert not fastdpop.is_attached(of.model)
+        assert "penalty" not in step(of)[2]
+        assert "penalty" in step(trainer(DPOTrainer, tmp_path))[2]
+    finally:
+        fastdpop.unpatch_trl()
+    assert logged(of, "loss", "grad_norm") == logged(own, "loss", "grad_norm")
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_while_evaluating(method: str, tmp_path: Path, patched: None) -> None:
+    evaluated = {"eval_dataset": pairs(4), "callbacks": [Predicts()]}
+    of = trainer(DPOTrainer, tmp_path, given=evaluated)
+    arguments = (of.eval_dataset,) if method == "predict" else ()
+    with pytest.raises(RuntimeError, match=rf"while a DPOTrainer is running {method}\(\)"):
+        getattr(of, method)(*arguments)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -106,7 +106,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _kind_of_head(model: nn.Module, inputs: dict[str, object]) -> tuple[str, ...]:
-    from fastdpop.lazy_logits import lazy_logits_from
+    from fastdpop.hf.interception import lazy_logits_from
 
     head = model.get_output_embeddings()
     with lazy_logits_from(head, ""), torch.no_grad():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpop.rows import IGNORE
+
 
 def serves(trainer: Any) -> bool:
     """Images and encoder-decoders are left to TRL."""
@@ -31,7 +33,7 @@ def completion_logps(
     prompt_ids, prompt_mask = prompt_ids[:, -room:], prompt_mask[:, -room:]
     ids = torch.cat([prompt_ids, completion_ids], dim=1)
     labels = ids.clone()
-    labels[:, : prompt_ids.shape[1]] = -100
+    labels[:, : prompt_ids.shape[1]] = IGNORE
     out = model(
         input_ids=ids,
         attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),

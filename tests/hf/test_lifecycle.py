@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastdpop import naive
-from fastdpop.hook import PreferenceModelOutput, attach, detach
+from fastdpop.hf import PreferenceModelOutput, attach, detach
 from tests.tiny_models import CONFIGS, DPOP, V, batch, gradients, own_logps, tiny
 
 

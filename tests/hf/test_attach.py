@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaForCausalLM
 
 from fastdpop import naive
-from fastdpop.hook import PreferenceModelOutput, attach
+from fastdpop.hf import PreferenceModelOutput, attach
 from tests.tiny_models import CONFIGS, DPOP, V, batch, gradients, own_logps, tiny
 
 # ---- the numbers --------------------------------------------------------------------------------

@@ -1,22 +1,18 @@
 """Logits that are never computed: what a model does to them is noted down instead.
 
-For the length of a call, :func:`lazy_logits_from` lets an output head return :class:`LazyLogits`: the head runs its own
-code, in which a linear map onto the vocabulary is noted down. The model then scales, caps, casts and cuts them as it
-always does; what it returns tells the hidden states, the weight and the transform.
+A head returns :class:`LazyLogits` where :mod:`fastdpop.hf.interception` asks it to. The model then scales, caps, casts
+and cuts them as it always does; what it returns tells the hidden states, the weight and the transform.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Index = slice | int
@@ -42,7 +38,7 @@ class Product:
 
     @property
     def logit_scale(self) -> float:
-        """As :class:`fastdpop.transform.LogitTransform` has it: ``softcap * tanh(logit_scale * u / softcap)``."""
+        """The scale as the fused losses take it: ``softcap * tanh(logit_scale * u / softcap)``."""
         return self.scale if self.softcap is None else self.scale * self.softcap
 
     def times(self, factor: float) -> Product:
@@ -118,6 +114,7 @@ class LazyLogits(Tensor):
         return f"LazyLogits(shape={shape}, dtype={dtype}, owner={self.product.owner!r})"
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -143,70 +140,6 @@ class LazyLogits(Tensor):
         raise _refusal(str(func), next(leaf for leaf in leaves if isinstance(leaf, LazyLogits)))
 
 
-class _LinearMaps(TorchFunctionMode):
-    """Lets every linear map onto `vocabulary` tokens return lazy logits."""
-
-    def __init__(self, vocabulary: int, owner: str) -> None:
-        super().__init__()
-        self.vocabulary, self.owner = vocabulary, owner
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.linear:
-            return func(*args, **kwargs)
-        return self._linear(*args, **kwargs)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if len(weight) != self.vocabulary:
-            return nn.functional.linear(input, weight, bias)
-        if type(weight) not in (Tensor, nn.Parameter):
-            raise RuntimeError(
-                f"the weight of {self.owner}'s head is a {type(weight).__name__} during forward, "
-                "expected a plain tensor: keep the head unsharded and unquantised"
-            )
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        return LazyLogits(Product(input, weight, bias, self.owner), dtype)
-
-
-@contextlib.contextmanager
-def lazy_logits_from(head: Any, owner: str, columns: int = 0) -> Iterator[None]:
-    """Let a head return lazy logits inside the context.
-
-    Args:
-        head: a module with a ``(V, H)`` ``weight``; it may be more than a linear map.
-        owner: class name of the model, for messages.
-        columns: widen every product to at least so many columns more than the weight has.
-    """
-    vocabulary, width = head.weight.shape
-
-    def forward(*args: Any, **kwargs: Any) -> LazyLogits:
-        with _LinearMaps(vocabulary, owner):
-            logits = type(head).forward(head, *args, **kwargs)
-        if not isinstance(logits, LazyLogits):
-            raise RuntimeError(
-                f"the head of {owner} is a {type(head).__name__} that computes its logits by itself, "
-                "expected torch.nn.functional.linear: keep the head unquantised, or call "
-                "fastdpop.fused_preference_loss on the hidden states"
-            )
-        missing = width + columns - logits.product.weight.shape[1]
-        if missing > 0:
-            logits.product = logits.product.widened(missing)
-        return logits
-
-    vars(head)["forward"] = forward  # on the instance, where it is found before the class's
-    try:
-        yield
-    finally:
-        del vars(head)["forward"]
-
-
 _METADATA = {"shape", "size", "dim", "ndim", "numel", "__len__", "dtype", "device", "layout"}
 _METADATA |= {"is_cuda", "is_floating_point"}
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
@@ -226,7 +159,7 @@ def _name(func: Any) -> str:
 def _refusal(operation: str, logits: LazyLogits) -> RuntimeError:
     return RuntimeError(
         f"{logits.product.owner} applies {operation} to its logits, which fastdpop.attach cannot follow: "
-        "it knows casts, slices, a positive scale, one factor a token, sums of linear maps and a tanh softcap. "
+        "it knows casts, slices, a positive scale, one factor per token, sums of linear maps and a tanh softcap. "
         "Call fastdpop.fused_preference_loss on the hidden states instead"
     )
 

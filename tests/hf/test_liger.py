@@ -13,8 +13,8 @@ pytest.importorskip("liger_kernel")
 from liger_kernel.transformers import monkey_patch
 from transformers import LlamaForCausalLM
 
-from fastdpop.hook import attach, detach
-from tests.test_hook_lifecycle import lora
+from fastdpop.hf import attach, detach
+from tests.hf.test_lifecycle import lora
 from tests.tiny_models import DPOP, batch, gradients, own_logps, tiny
 
 # Liger reads names that transformers has renamed.

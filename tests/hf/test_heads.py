@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from fastdpop import naive
 from fastdpop.engines import available
-from fastdpop.hook import attach
-from tests.test_hook import Watch
-from tests.test_hook_lifecycle import lora
+from fastdpop.hf import attach
+from tests.hf.test_attach import Watch
+from tests.hf.test_lifecycle import lora
 from tests.tiny_models import DPOP, SIZES, V, batch, gradients, own_logps, tiny
 
 

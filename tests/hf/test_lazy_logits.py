@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdpop.lazy_logits import LazyLogits, lazy_logits_from
+from fastdpop.hf.interception import lazy_logits_from
+from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.transform import LogitTransform
 
 VOCABULARY = 11

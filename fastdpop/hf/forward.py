@@ -1,0 +1,283 @@
+"""The ``forward`` of an attached model: its own code on logits that do not exist, then the fused loss."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpop.api import fused_logps, fused_preference_loss
+from fastdpop.hf.head import adapter_columns, output_head
+from fastdpop.hf.interception import lazy_logits_from
+from fastdpop.hf.lazy_logits import LazyLogits
+from fastdpop.hf.output import PreferenceModelOutput
+from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.output import PreferenceOutput
+from fastdpop.rows import IGNORE
+
+Preference = str | PreferenceLoss | Callable[[PairLogps], Tensor]
+RefLogps = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` replaced and was told; an attribute of the function it puts in the place of ``forward``."""
+
+    previous: Any  # the instance's own forward (other libraries set one), None for the class's
+    bound: bool  # it was a method of the model
+    settings: dict[str, Any]
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is known about a model whose ``forward`` is an attached one, also inside other libraries' wrappers."""
+    forward = model.forward
+    while hasattr(forward, "__wrapped__"):  # wrappers copy attributes: only the innermost counts
+        forward = forward.__wrapped__
+    return getattr(forward, "fastdpop", None)
+
+
+def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
+    """A bound ``forward`` that knows the model by its binding only, so that a copy of the model binds its own."""
+    before = model.forward
+    signature = inspect.signature(before)
+    bound = getattr(before, "__self__", None) is model
+    if bound:
+        original = before.__func__
+    else:
+
+        def original(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return before(*args, **kwargs)
+
+    answer = functools.partial(_answer, original, signature, settings)
+
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        preference: Preference | None = None,
+        ref_logps: RefLogps | None = None,
+        return_logps: bool = False,
+        preference_options: Mapping[str, Any] | None = None,
+        router_loss_weight: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        asked = _Asked(preference, ref_logps, return_logps, preference_options, router_loss_weight)
+        asked.check()
+        if preference is None and not return_logps:
+            return original(self, *args, **kwargs)
+        return answer(self, asked, args, kwargs)
+
+    forward.__signature__ = _extended(signature, inspect.signature(forward))  # type: ignore[attr-defined]
+    forward.fastdpop = Attachment(vars(model).get("forward"), bound, settings)  # type: ignore[attr-defined]
+    return MethodType(forward, model)
+
+
+_SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
+"""Arguments of the fused functions that are no options of a call."""
+
+
+@dataclass
+class _Asked:
+    """The arguments of a call that are fastdpop's."""
+
+    preference: Preference | None
+    ref_logps: RefLogps | None
+    return_logps: bool
+    options: Mapping[str, Any] | None
+    router_loss_weight: float | None
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: arguments are given that do not go together.
+        """
+        if self.preference is None and self.router_loss_weight is not None:
+            raise ValueError(
+                "router_loss_weight is given without preference, expected preference= too"
+            )
+        if self.return_logps:
+            for name in ("preference", "ref_logps"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} is given with return_logps=True, expected one of the two"
+                    )
+        elif self.preference is None:
+            if self.ref_logps is not None:
+                raise ValueError("ref_logps is given without preference, expected preference= too")
+            if self.options is not None:
+                raise ValueError(
+                    "preference_options is given without preference, expected preference= too"
+                )
+
+    @torch.compiler.disable
+    def check_options(self) -> None:
+        """
+        Raises:
+            TypeError, ValueError: the options are no dict of further arguments of the fused function.
+        """
+        if self.options is None:
+            return
+        if not isinstance(self.options, Mapping):
+            raise TypeError(
+                f"preference_options is a {type(self.options).__name__}, expected a dict"
+            )
+        function = fused_logps if self.preference is None else fused_preference_loss
+        parameters = inspect.signature(function).parameters.values()
+        names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
+        for name in self.options:
+            if name not in names:
+                raise ValueError(
+                    f"preference_options contains {name!r}, expected names among {sorted(names)}; "
+                    "a loss's own options go to losses.get, engine and workspace_bytes to attach"
+                )
+
+
+# Under torch.compile the model's own code is compiled, and nothing of what stands around it.
+@torch.compiler.disable(recursive=False)
+def _answer(
+    original: Callable[..., Any],
+    signature: inspect.Signature,
+    settings: dict[str, Any],
+    model: nn.Module,
+    asked: _Asked,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> PreferenceModelOutput | tuple[Any, ...]:
+    """The model's own forward on lazy logits, and the fused function on what they stand for."""
+    asked.check_options()
+    call, labels, as_dict = _arguments(model, signature, args, kwargs)
+    head = output_head(model)
+    with lazy_logits_from(head, type(model).__name__, adapter_columns(head)):
+        outputs = original(model, **call, return_dict=True)
+    output = _fused(model, outputs, labels, asked, settings)
+    return output if as_dict else output.to_tuple()
+
+
+@torch.compiler.disable
+def _fused(
+    model: nn.Module, outputs: Any, labels: Tensor, asked: _Asked, settings: dict[str, Any]
+) -> PreferenceModelOutput:
+    """The loss or the log-probs from what the model returned."""
+    options = dict(asked.options or {})
+    inputs = _inputs(model, outputs, labels, options) | settings | options
+    passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
+    if asked.preference is None:
+        logps = fused_logps(**inputs)
+        shape = labels.shape if options.get("reduction") == "token" else logps.shape
+        return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
+    result = fused_preference_loss(**inputs, loss=asked.preference, ref_logps=asked.ref_logps)
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    values["loss"] = _with_router_loss(
+        model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
+    )
+    values["logps"] = _by_sequence(result, options.get("pairs"))
+    return PreferenceModelOutput(**values, **passed_on)
+
+
+_PASSED_ON = ("aux_loss", "hidden_states", "attentions")
+
+
+def _extended(own: inspect.Signature, ours: inspect.Signature) -> inspect.Signature:
+    """The model's signature, `self` and our keywords added: Trainer and ``generate`` read it."""
+    added = [p for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = [ours.parameters["self"], *own.parameters.values()]
+    last = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    cut = len(parameters) - last
+    return own.replace(parameters=[*parameters[:cut], *added, *parameters[cut:]])
+
+
+@torch.compiler.disable
+def _arguments(
+    model: nn.Module, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Tensor, bool]:
+    """Keywords for the model's own forward; the labels, kept from its loss; whether to return a ModelOutput."""
+    as_dict = kwargs.pop("return_dict", None)
+    call = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            call.update(call.pop(name, {}))
+    as_dict = call.pop("return_dict", as_dict)
+    if as_dict is None:
+        as_dict = getattr(getattr(model, "config", None), "return_dict", True)
+    labels = call.pop("labels", None)
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"labels is {labels!r}, expected a tensor of token ids, {IGNORE} where not scored"
+        )
+    for name, value in (("logits_to_keep", 0), ("num_logits_to_keep", 0), ("use_cache", False)):
+        given = call.get(name)
+        if isinstance(given, Tensor) or given:
+            raise ValueError(
+                f"{name} is {given!r}, expected {value} with preference or return_logps"
+            )
+        if name in signature.parameters:
+            call[name] = value
+    return call, labels, bool(as_dict)
+
+
+def _inputs(
+    model: nn.Module, outputs: Any, labels: Tensor, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the fused function, read from the lazy logits that the model returned."""
+    owner, logits = type(model).__name__, getattr(outputs, "logits", None)
+    if not isinstance(logits, LazyLogits):
+        found = type(logits).__name__
+        raise RuntimeError(f"{owner} returned logits of type {found}, expected what its head gave")
+    product = logits.product
+    hidden = product.hidden
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}, "
+            f"the positions of {owner}'s logits"
+        )
+    if options.get("cu_seqlens") is not None:
+        if len(labels) != 1:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, expected (1, positions) with cu_seqlens"
+            )
+        hidden, labels = hidden[0], labels[0]
+    return {
+        "hidden": hidden,
+        "weight": product.weight,
+        "bias": product.bias,
+        "labels": labels,
+        "softcap": product.softcap,
+        "logit_scale": product.logit_scale,
+    }
+
+
+def _by_sequence(result: PreferenceOutput, pairs: Any) -> Tensor:
+    """The ``(S,)`` log-probs of a result, in the order of the batch."""
+    if pairs is None:
+        return torch.cat([result.chosen_logps, result.rejected_logps])
+    logps = result.chosen_logps.new_zeros(len(result.lengths))
+    sequences = torch.as_tensor(pairs, device=logps.device)
+    for side, values in enumerate((result.chosen_logps, result.rejected_logps)):
+        present = sequences[:, side] >= 0
+        logps[sequences[present, side]] = values[present]
+    return logps
+
+
+def _with_router_loss(
+    model: nn.Module, loss: Tensor, router_loss: Tensor | None, weight: float | None
+) -> Tensor:
+    """Add the load-balancing loss as a mixture of experts itself does when it gets labels."""
+    if router_loss is None:
+        return loss
+    if weight is not None:
+        return loss + weight * router_loss.to(loss.device)
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "text_config", None)
+    for owner in (model, config, text_config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            coefficient = getattr(owner, name, None)
+            if coefficient is not None:
+                return loss + coefficient * router_loss.to(loss.device)
+    raise RuntimeError(
+        f"{type(model).__name__} reports an aux_loss, but no router_aux_loss_coef is found in it or its config"
+    )

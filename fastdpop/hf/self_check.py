@@ -1,0 +1,68 @@
+"""Comparing an attached model with its own logits."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Allowed difference of log-probs, over 1 + the largest logit, by the logits' coarsest dtype."""
+
+
+def check(model: Any, head: Any) -> None:
+    """Compare the log-probs of ten tokens with those of the model's own logits, and leave no trace.
+
+    Raises:
+        RuntimeError: the model does not run on token ids alone, or the log-probs differ.
+    """
+    owner, device = type(model).__name__, head.weight.device
+    vocabulary = min(len(head.weight), len(model.get_input_embeddings().weight))
+    ids = (torch.arange(3, 13, device=device) % vocabulary).view(2, 5)
+    cacheless = (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
+    dtypes: list[torch.dtype] = []
+    with _undisturbed(model, device), torch.no_grad():
+        watch = head.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
+        try:
+            logits = model(input_ids=ids, return_dict=True, **cacheless).logits
+        except Exception as error:
+            raise RuntimeError(
+                f"{owner} does not run on token ids alone, so it cannot be checked: pass check=False "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            watch.remove()
+        options = {"reduction": "token"}
+        output = model(input_ids=ids, labels=ids, return_logps=True, preference_options=options)
+    every = logits.cpu().double().log_softmax(-1)[:, :-1]
+    own = every.gather(-1, ids[:, 1:, None].cpu())[..., 0]
+    difference = (own - output.logps[:, 1:].cpu().double()).abs().max().item()
+    largest = logits[logits.isfinite()].abs().max().item()
+    # What the head gave may have been cast up since, by autocast or by the model.
+    tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, *dtypes)) * (1.0 + largest)
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"log-probs from {owner}'s own logits and from fastdpop differ by {difference:.3g}, "
+            f"expected at most {tolerance:.3g}: it does something to its logits that fastdpop.attach does not see"
+        )
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, with every module's mode and the random state restored at the end."""
+    modes = {module: module.training for module in model.modules()}
+    accelerators = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(accelerators, device_type=kind):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training

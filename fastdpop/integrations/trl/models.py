@@ -1,0 +1,155 @@
+"""The models of a trainer: attached when they are assigned, or refused with what to do instead."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+
+from fastdpop import checks, engines
+from fastdpop.hf import attach, is_attached
+from fastdpop.hf.wrappers import wrapped
+from fastdpop.integrations.trl import cpo, online
+from fastdpop.integrations.trl.loss import preference
+
+
+@dataclass
+class Settings:
+    """How the models of a trainer are attached. A trainer whose ``_fastdpop`` this is computes with fastdpop."""
+
+    engine: str = "auto"
+    workspace_bytes: int | None = None
+
+
+def checked_settings(engine: str, workspace_bytes: int | None) -> Settings:
+    """
+    Raises:
+        ValueError, TypeError: there is no such engine, or the workspace is not a positive int.
+    """
+    if engine != "auto":
+        engines.get(engine)
+    checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
+    return Settings(engine, workspace_bytes)
+
+
+def on_fastdpop(trainer: Any) -> bool:
+    """Whether a trainer computes with fastdpop: it is a ``FastDPOTrainer``, or was made while TRL was patched."""
+    return "_fastdpop" in vars(trainer)
+
+
+class AttachedWhenSet:
+    """A trainer's attribute that holds a model: what is assigned is attached, before accelerate wraps it.
+
+    Reading and the place of the value, the instance, are those of a plain attribute.
+    """
+
+    def __init__(self, name: str, take: Callable[[Any, Any], None] | None = None) -> None:
+        self.name = name
+        self.take = take or _take
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        if trainer is None:
+            return self
+        try:
+            return vars(trainer)[self.name]
+        except KeyError:
+            raise AttributeError(
+                f"{type(trainer).__name__!r} object has no attribute {self.name!r}"
+            ) from None
+
+    def __set__(self, trainer: Any, model: Any) -> None:
+        vars(trainer)[self.name] = model
+        # Before there is an accelerator, Trainer holds the model for a moment only, not yet on its device. The model
+        # inside a wrapper was a trainer's before.
+        if (
+            on_fastdpop(trainer)
+            and "accelerator" in vars(trainer)
+            and isinstance(model, nn.Module)
+            and wrapped(model) is None
+        ):
+            self.take(trainer, model)
+
+    def __delete__(self, trainer: Any) -> None:
+        del vars(trainer)[self.name]
+
+
+def _take(trainer: Any, model: Any) -> None:
+    """Attach a model that a trainer was given; refuse what fastdpop cannot train."""
+    if trainer._is_vision_dataset:
+        raise ValueError(
+            "train_dataset holds images, expected text only: train on images without fastdpop "
+            "(trl.DPOTrainer, after fastdpop.unpatch_trl())"
+        )
+    if getattr(trainer, "use_liger_kernel", False):
+        raise ValueError(
+            "use_liger_kernel is True, expected False: before TRL 1.15 it replaces the loss that fastdpop computes"
+        )
+    _check_devices(trainer)
+    preference(trainer)  # what does not go together fails before training starts
+    _attach(trainer, model)
+
+
+def take_for_cpo(trainer: Any, model: Any) -> None:
+    """The same for CPO; what fastdpop cannot train is left to TRL."""
+    if cpo.serves(trainer):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            _check_devices(trainer)
+            _attach(trainer, model)
+            return
+    del trainer._fastdpop
+
+
+def take_for_online(trainer: Any, model: Any) -> None:
+    """The same for online DPO, whose reference is there already, and not yet wrapped."""
+    if online.serves(trainer):
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            _check_devices(trainer)
+            if trainer.ref_model is not None:
+                _attach(trainer, trainer.ref_model)
+            _attach(trainer, model)
+            return
+    del trainer._fastdpop
+
+
+_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that were attached here: what TRL wraps around their forward hides that from `is_attached`."""
+
+
+def _attach(trainer: Any, model: Any) -> None:
+    settings = trainer._fastdpop
+    inner = model.get_base_model() if is_peft_model(model) else model
+    # The second condition: not detached since.
+    if not is_attached(model) and not (inner in _taken and "forward" in vars(inner)):
+        head = model.get_output_embeddings()
+        whole = not (trainer.is_fsdp_enabled or head is None or head.weight.is_meta)
+        try:
+            attach(
+                model,
+                engine=settings.engine,
+                workspace_bytes=settings.workspace_bytes,
+                check=whole,
+            )
+        except (RuntimeError, TypeError) as error:
+            raise type(error)(
+                f"{error}. To train this model without fastdpop, use trl.DPOTrainer after fastdpop.unpatch_trl()"
+            ) from error
+    _taken.add(inner)
+
+
+def _check_devices(trainer: Any) -> None:
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs in one process would be served by DataParallel, expected one process per GPU: "
+            "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "zero_stage is 3, expected 1 or 2: ZeRO-3 takes the head's weight away before the loss has read it. "
+            "FSDP with the head in the root group also works"
+        )

@@ -1,0 +1,235 @@
+"""Patching TRL's own classes, and undoing it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from typing import Any
+
+import trl
+from torch import nn
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from fastdpop.integrations import dpop_lambda as lambdas
+from fastdpop.integrations.trl import cpo, online
+from fastdpop.integrations.trl.config import FastDPOConfig
+from fastdpop.integrations.trl.models import (
+    AttachedWhenSet,
+    Settings,
+    checked_settings,
+    on_fastdpop,
+    take_for_cpo,
+    take_for_online,
+)
+from fastdpop.integrations.trl.step import Inputs, precomputed, step, with_own_cache
+from fastdpop.integrations.trl.version import check_version
+
+_settings = Settings()
+_undo: list[Callable[[], None]] = []
+_patched: list[type] = []
+_running: list[tuple[Any, str]] = []
+"""Trainers of patched classes that are at work, each with the name of the method."""
+
+
+def patch_trl(*, engine: str = "auto", workspace_bytes: int | None = None) -> None:
+    """Let TRL's ``DPOTrainer`` compute its losses with fastdpop, and ``DPOConfig`` know DPOP.
+
+    Afterwards ``DPOConfig`` takes ``loss_type="dpop"``, alone or in a list, and ``dpop_lambda`` (the paper's 50), also
+    from the command line; every trainer made from then on, of a subclass too, computes its log-probs and losses without
+    logits. A trainer that exists already is left alone, also while it trains. The experimental ``CPOTrainer`` and
+    ``OnlineDPOTrainer`` are patched too, if their modules have been imported. Patching again changes the settings for
+    trainers made later.
+
+    Args:
+        engine, workspace_bytes: as in :func:`fastdpop.attach`.
+
+    Raises:
+        ImportError: TRL is not installed, or of a version that is not served.
+        RuntimeError: a trainer of a patched class is running.
+        ValueError, TypeError: there is no such engine, or the workspace is not a positive int.
+    """
+    global _settings
+    settings = checked_settings(engine, workspace_bytes)
+    check_version(trl.__version__)
+    _refuse_while_running("patch_trl")
+    _settings = settings
+    for kind, patch in _classes():
+        if kind not in _patched:
+            _patched.append(kind)
+            _mark_new_trainers(kind)
+            _note_running_trainers(kind)
+            patch(kind)
+
+
+def unpatch_trl() -> None:
+    """Undo :func:`patch_trl` exactly. Without a patch, nothing happens.
+
+    A trainer made under the patch computes as TRL does from then on. A model that a trainer attached stays attached,
+    which changes nothing for calls without fastdpop's arguments.
+
+    Raises:
+        RuntimeError: a trainer of a patched class is running.
+    """
+    _refuse_while_running("unpatch_trl")
+    while _undo:
+        _undo.pop()()
+    _patched.clear()
+
+
+def _classes() -> Iterator[tuple[Any, Callable[[Any], None]]]:
+    """What there is to patch. To import the experimental trainers would show their warning to those who use none."""
+    yield DPOTrainer, _patch_dpo
+    for module, name, patch in (
+        ("cpo.cpo_trainer", "CPOTrainer", _patch_cpo),
+        ("online_dpo.online_dpo_trainer", "OnlineDPOTrainer", _patch_online),
+    ):
+        kind = getattr(sys.modules.get(f"trl.experimental.{module}"), name, None)
+        if kind is not None:
+            yield kind, patch
+
+
+def _refuse_while_running(function: str) -> None:
+    for trainer, method in _running:
+        raise RuntimeError(
+            f"{function} is called while a {type(trainer).__name__} is running {method}(): "
+            "call it before, or after"
+        )
+
+
+def _set(owner: type, name: str, value: Any) -> None:
+    """Set an attribute of a class, to be undone."""
+    before = vars(owner).get(name, MISSING)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if before is MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    _undo.append(undo)
+
+
+# ---- what all trainers get ----------------------------------------------------------------------
+
+
+def _mark_new_trainers(kind: Any) -> None:
+    """Only trainers that are made under the patch compute with fastdpop: no other has its models attached."""
+    own_init = kind.__init__
+
+    @functools.wraps(own_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        vars(self).setdefault("_fastdpop", _settings)  # FastDPOTrainer has its own
+        own_init(self, *args, **kwargs)
+
+    _set(kind, "__init__", init)
+
+
+def _note_running_trainers(kind: Any) -> None:
+    """A trainer may not go over from one computation to another between two steps."""
+    for name in ("train", "evaluate", "predict"):
+        _set(kind, name, _noted(getattr(kind, name), name))
+
+
+def _noted(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        entry = (self, name)
+        _running.append(entry)
+        try:
+            return own(self, *args, **kwargs)
+        finally:
+            _running.remove(entry)
+
+    return run
+
+
+# ---- DPO ----------------------------------------------------------------------------------------
+
+
+def _patch_dpo(kind: Any) -> None:
+    _patch_config()
+    own_step = kind._compute_loss
+    own_reference = kind.compute_ref_log_probs
+    own_precompute = kind._precompute_ref_logps
+
+    @functools.wraps(own_step)
+    def compute_loss(self: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
+        own = step if on_fastdpop(self) else own_step
+        return own(self, model, inputs, return_outputs)
+
+    @functools.wraps(own_reference)
+    def reference(self: Any, *model_and_inputs: Any) -> Any:
+        own = precomputed if on_fastdpop(self) else own_reference
+        return own(self, *model_and_inputs)
+
+    @functools.wraps(own_precompute)
+    def precompute(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
+        if on_fastdpop(self):
+            dataset = with_own_cache(self, dataset)
+        return own_precompute(self, dataset, name, batch_size)
+
+    for name in ("model", "ref_model"):
+        _set(kind, name, AttachedWhenSet(name))
+    _set(kind, "_compute_loss", compute_loss)
+    _set(kind, "compute_ref_log_probs", reference)
+    _set(kind, "_precompute_ref_logps", precompute)
+
+
+def _patch_config() -> None:
+    """Make `dpop_lambda` a field of DPOConfig itself, where parsers, serialisers and subclasses look for fields."""
+    own_init = DPOConfig.__init__
+    signature = inspect.signature(own_init)
+    (new,) = (f for f in fields(FastDPOConfig) if f.name == "dpop_lambda")
+
+    @functools.wraps(own_init)
+    def init(self: Any, *args: Any, dpop_lambda: float = lambdas.DEFAULT, **kwargs: Any) -> None:
+        lambdas.check(dpop_lambda)
+        self.dpop_lambda = dpop_lambda
+        own_init(self, *args, **kwargs)
+
+    parameter = inspect.Parameter(
+        new.name, inspect.Parameter.KEYWORD_ONLY, default=new.default, annotation=float
+    )
+    init.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), parameter]
+    )
+    _set(DPOConfig, "__init__", init)
+    _set(DPOConfig, "dpop_lambda", new.default)
+    _set(DPOConfig, "__annotations__", {**vars(DPOConfig)["__annotations__"], new.name: float})
+    known = {**vars(DPOConfig)["__dataclass_fields__"], new.name: new}
+    _set(DPOConfig, "__dataclass_fields__", known)
+
+
+# ---- the experimental trainers ------------------------------------------------------------------
+
+
+def _patch_cpo(kind: Any) -> None:
+    own_step = kind.get_batch_loss_metrics
+
+    @functools.wraps(own_step)
+    def step(self: Any, model: nn.Module, batch: Inputs, train_eval: str = "train") -> Any:
+        own = cpo.step if on_fastdpop(self) else own_step
+        return own(self, model, batch, train_eval)
+
+    _set(kind, "model", AttachedWhenSet("model", take_for_cpo))
+    _set(kind, "get_batch_loss_metrics", step)
+
+
+def _patch_online(kind: Any) -> None:
+    own_forward = kind._forward
+
+    @functools.wraps(own_forward)
+    def forward(self: Any, model: nn.Module, *batch: Any, vision_inputs: Any = None) -> Any:
+        *texts, images = batch if len(batch) == 5 else (*batch, vision_inputs)
+        logps = None
+        if on_fastdpop(self) and images is None:
+            logps = online.completion_logps(self, model, *texts)
+        return own_forward(self, model, *texts, images) if logps is None else logps
+
+    _set(kind, "model", AttachedWhenSet("model", take_for_online))
+    _set(kind, "_forward", forward)
