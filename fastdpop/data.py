@@ -324,7 +324,8 @@ class Batches:
 
     Attributes:
         pairs: all pairs, in the order of the batches.
-        ref_logps: from a batch's number to ``(2B,)`` float32 on the CPU, chosen first.
+        ref_logps: from a batch's number to ``(2B,)`` on the CPU, chosen first; float64 where the
+            device has it.
     """
 
     def __init__(self, pairs: Sequence[TokenPair], size: int, pad_id: int) -> None:

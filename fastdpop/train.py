@@ -23,6 +23,7 @@ from fastdpop import checkpoint
 from fastdpop.checkpoint import Metrics
 from fastdpop.data import Batch, Batches, batch_numbers
 from fastdpop.hf import attach, detach
+from fastdpop.rows import wide_dtype
 from fastdpop.settings import Settings
 
 __all__ = ["Metrics", "Settings", "train"]
@@ -188,8 +189,10 @@ def _summary(metrics: Metrics) -> str:
 
 @torch.no_grad()
 def _logps(model: nn.Module, batch: Batch, settings: Settings) -> Tensor:
-    alpha = settings.loss.traits.ld_alpha  # policy and reference are weighted alike
-    options = None if alpha is None else {"ld_alpha": alpha}
+    options = {
+        "ld_alpha": settings.loss.traits.ld_alpha,  # policy and reference are weighted alike
+        "dtype": wide_dtype(batch["labels"].device),
+    }
     with _autocast(model, settings):
         logps: Tensor = model(
             **_on_device(batch, model), return_logps=True, preference_options=options

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from fastdpop import api
+from fastdpop.call import Call
 from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer
 from tests.integrations.trl_setup import (
     RELEASE,
@@ -251,8 +251,8 @@ def test_a_trained_head_is_passed_once(
 ) -> None:
     """Loss and gradients of a pair in one go: 3 matrix products. One that couples pairs needs all log-probs first."""
     calls: list[Any] = []
-    own = api._Call.pair_loss
-    monkeypatch.setattr(api._Call, "pair_loss", lambda *args: calls.append(args) or own(*args))
+    own = Call.pair_loss
+    monkeypatch.setattr(Call, "pair_loss", lambda *args: calls.append(args) or own(*args))
     step(trainer(FastDPOTrainer, tmp_path, loss_type=name))
     assert len(calls) == at_once
 

@@ -21,7 +21,7 @@ from trl.trainer.utils import use_adapter
 
 from fastdpop.api import LOGGED
 from fastdpop.integrations.trl.loss import preference
-from fastdpop.rows import IGNORE
+from fastdpop.rows import IGNORE, wide_dtype
 
 Inputs = Mapping[str, Any]
 
@@ -36,7 +36,9 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
     if trainer.precompute_ref_logps:
         ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     else:
-        ref_logps = _reference(trainer, trainer.ref_model, call, labels)
+        # Unrounded: both sides of a log-ratio stay float64 until the loss.
+        options = {"dtype": wide_dtype(labels.device)}
+        ref_logps = _reference(trainer, trainer.ref_model, call, labels, options)
     routes = bool(getattr(trainer, "aux_loss_enabled", False))
     outputs = model(
         **call,
@@ -75,7 +77,11 @@ def _call(trainer: Any, inputs: Inputs) -> tuple[dict[str, Any], Tensor]:
 
 
 def _reference(
-    trainer: Any, model: nn.Module | None, call: dict[str, Any], labels: Tensor
+    trainer: Any,
+    model: nn.Module | None,
+    call: dict[str, Any],
+    labels: Tensor,
+    options: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The reference's log-probs, ``(2B,)``: of the adapter "ref", of no adapter, or of `model`."""
     adapter: Any = contextlib.nullcontext()
@@ -84,12 +90,12 @@ def _reference(
         adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         model = trainer.model if model is None else model
     assert model is not None  # TRL keeps one where there is no adapter
-    weighed = None if trainer.ld_alpha is None else {"ld_alpha": trainer.ld_alpha}
+    options = {**(options or {}), "ld_alpha": trainer.ld_alpha}
     checkpointing = disable_gradient_checkpointing(
         trainer.model, trainer.args.gradient_checkpointing_kwargs
     )
     with torch.no_grad(), checkpointing, adapter, trainer.accelerator.autocast():
-        outputs = model(**call, labels=labels, return_logps=True, preference_options=weighed)
+        outputs = model(**call, labels=labels, return_logps=True, preference_options=options)
     return outputs.logps
 
 
