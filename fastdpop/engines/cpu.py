@@ -42,7 +42,7 @@ _KEPT_BYTES = 64 * 2**20
 """Memory for the softmax kept for the second pass, unless the gradient is larger or the caller gives
 more than the default workspace.
 """
-_CACHED_BYTES = 4 * 2**20
+_CACHED_BYTES = 8 * 2**20
 """Hidden states that go through at once where no softmax is kept."""
 
 
