@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpop import fused_dpop_loss, fused_logps, fused_preference_loss, losses
+from fastdpop import fused_dpop_loss, fused_preference_loss, losses
 
 S, T, H, V = 4, 6, 5, 11
 KTO = {"loss": "kto"}
@@ -391,52 +391,6 @@ def test_fused_dpop_loss_names_its_options(
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
         fused_dpop_loss(**{**good(), **option})
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "options"),
-    [
-        (
-            ValueError,
-            "reduction is 'mean', expected one of ('sequence', 'token')",
-            {"reduction": "mean"},
-        ),
-        (
-            ValueError,
-            "token_weights has shape (4,), expected (4, 6): one weight per label",
-            {"token_weights": torch.ones(S)},
-        ),
-        (TypeError, "token_weights is list, expected a torch.Tensor", {"token_weights": [1.0]}),
-        (ValueError, "token_weights is on meta", {"token_weights": torch.ones(S, T, device=META)}),
-        (
-            ValueError,
-            "expected neither with 'token'",
-            {"reduction": "token", "token_weights": torch.ones(S, T)},
-        ),
-        (ValueError, "expected neither with 'token'", {"reduction": "token", "ld_alpha": 0.5}),
-        (ValueError, "ld_alpha is 1.5, expected a value in [0, 1]", {"ld_alpha": 1.5}),
-        (ValueError, "ld_alpha is nan", {"ld_alpha": float("nan")}),
-        (ValueError, "ld_alpha is '0.5'", {"ld_alpha": "0.5"}),
-        (TypeError, "shift_labels is 0, expected True or False", {"shift_labels": 0}),
-        (ValueError, "labels contain 11, expected token ids", {"labels": labels(V)}),
-        (
-            ValueError,
-            "ld_alpha compares sequences i and i + S / 2, expected an even number",
-            {
-                "ld_alpha": 0.5,
-                "hidden": torch.randn(3, T, H),
-                "labels": torch.ones(3, T, dtype=torch.int64),
-            },
-        ),
-    ],
-)
-def test_fused_logps_names_its_arguments(
-    error: type[Exception], message: str, options: dict[str, Any]
-) -> None:
-    arguments = {**good(), **options}
-    del arguments["ref_logps"]
-    with pytest.raises(error, match=re.escape(message)):
-        fused_logps(**arguments)
 
 
 def test_autocast_takes_no_float64_weight() -> None:
