@@ -101,7 +101,9 @@ class Rows:
         The sums stay in float64: at -6,000 nats the next float32 is 5e-4 away, which DPOP
         multiplies by 15.
         """
-        values = row_values[self.members].to(wide_dtype(row_values.device))
+        # Widened first: backward then adds up what a row gets from several sequences in float64, in
+        # one order, where PyTorch adds float32 atomically.
+        values = row_values.to(wide_dtype(row_values.device))[self.members]
         if self.weights is not None:
             values = values * self.weights.to(values.dtype)
         return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0)

@@ -255,3 +255,16 @@ def test_sequences_that_share_a_row_are_one_group() -> None:
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
     rows = rows_from_members(index, targets, offsets, pairs)
     assert rows.groups.tolist() == [[0, 3, 5], [0, 4, 6], [0, 2, 3]]
+
+
+def test_what_a_row_gets_from_several_sequences_is_added_up_in_float64() -> None:
+    count = 40_000  # enough for several threads
+    index, targets = torch.arange(count).repeat(3), torch.zeros(3 * count, dtype=torch.int64)
+    offsets = torch.arange(4) * count
+    pairs = torch.tensor([[0, 1], [0, 2]])
+    rows = rows_from_members(index, targets, offsets, pairs)
+    x = torch.randn(count, requires_grad=True)
+    y = torch.tensor([0.1, 0.7, -0.8], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(rows.sum_per_sequence(x) @ y, x)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, y.sum().float().expand(count))
