@@ -120,8 +120,8 @@ def fused_preference_loss(
         loss: a name (:func:`fastdpop.losses.available`), a loss (:func:`fastdpop.losses.get`), or a function of
             :class:`~fastdpop.losses.PairLogps` (see :func:`fastdpop.losses.pairwise`).
         ref_logps: the reference's summed log-probs: ``(chosen, rejected)``, each ``(P,)``, or one ``(S,)`` tensor. In
-            float64 they are compared with unrounded ones of the policy, in float32 with ones rounded alike. For a loss
-            with LD-DPO's token weights they must be weighted alike (`ld_alpha` of :func:`fused_logps`).
+            float64 they are compared with unrounded ones of the policy, in float32 with ones rounded alike (unless
+            `hidden` is float64). With LD-DPO's token weights they must be weighted alike (`ld_alpha` of fused_logps).
         ref_hidden: the reference's hidden states instead, shaped as `hidden` up to H; scored in this call, without
             gradients, through `ref_weight` and `ref_bias`, or through the policy's lm_head where those are None.
         kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read it.
@@ -214,7 +214,8 @@ def fused_logps(
         flat = values.new_zeros(labels.numel())
         return flat.index_put((rows.label_index,), values).reshape(labels.shape)
     sums = rows.sum_per_sequence(logps).to(torch.promote_types(logps.dtype, dtype))
-    return torch.zeros_like(sums).index_put((rows.inputs,), sums)
+    # All of them, of a length that a compiler knows.
+    return sums.new_zeros(batch.sequences).index_put((rows.inputs,), sums)
 
 
 def _preference_loss(
@@ -249,11 +250,11 @@ def _preference_loss(
         # The loss of a pair is known as soon as its log-probs are: one pass.
         total, sums, found = call.pair_loss(loss)
         with torch.no_grad():
-            values = options.loss(loss.pairs(sums, found))
+            values = loss.losses(sums, found)
     else:
         row_logps, found = call.row_logps(rows, loss.statistics)
         sums = rows.sum_per_sequence(row_logps)
-        values = options.loss(loss.pairs(sums, found))
+        values = loss.losses(sums, found)
         total = values
         if options.reduction != "none":
             total = values.mean() if options.reduction == "mean" else values.sum()
@@ -318,7 +319,7 @@ def _output(
     accuracy = ((margins > 0) & both).sum() / both.sum().clamp_min(1).to(dtype)
     penalty = None
     if pairs.ref_chosen is not None:
-        penalty = (-pairs.chosen_logratios).relu().to(dtype)
+        penalty = (0.0 - pairs.chosen_logratios).relu().to(dtype)
     lengths = rows.lengths.new_zeros(sequences).index_put((rows.inputs,), rows.lengths)
     means: dict[str, Any] = {}
     for name in options.statistics:

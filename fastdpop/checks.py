@@ -197,7 +197,7 @@ def pairs(
         return None
     try:
         table = torch.as_tensor(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"pairs is {value!r}, expected (P, 2) sequence indices") from error
     if (
         table.dim() != 2
@@ -311,8 +311,10 @@ def weighting(
             "one weight per label",
         )
         _device("token_weights", token_weights, labels.device)
+        _floats("token_weights", token_weights)
     if ld_alpha is not None:
-        if not isinstance(ld_alpha, (int, float)) or not 0.0 <= ld_alpha <= 1.0:
+        number = isinstance(ld_alpha, (int, float)) and not isinstance(ld_alpha, bool)
+        if not number or not 0.0 <= ld_alpha <= 1.0:
             raise ValueError(f"ld_alpha is {ld_alpha!r}, expected a value in [0, 1]")
         if sequences % 2:
             raise ValueError(

@@ -23,10 +23,10 @@ class PreferenceOutput:
         accuracy: 0-d, the part of the pairs with a positive margin, of those that have both sides.
         penalty: ``(P,)`` DPOP's hinge ``max(0, log ref(y_w|x) - log pi(y_w|x))`` in nats, not
             scaled by lambda; None without a reference.
-        lengths: ``(S,)`` scored tokens of each input sequence, int64.
+        lengths: ``(S,)`` scored tokens of each input sequence that a pair uses, else 0; int64.
         entropy, mean_logits, token_accuracy: ``(S,)`` token means over each input sequence (0 for
-            an empty one) of the statistics in :data:`fastdpop.engines.STATISTICS`; None unless
-            asked for.
+            an empty one, and for one that no pair uses) of the statistics in
+            :data:`fastdpop.engines.STATISTICS`; None unless asked for.
     """
 
     loss: Tensor

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpop import losses
 from fastdpop.engines.base import PairLossPlan
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.rows import Rows, wide_dtype
@@ -75,9 +76,17 @@ class PairLoss:
         """
         return self._pairs(self.rows, sequence_logps, statistics, self.ref_logps)
 
+    def losses(self, sequence_logps: Tensor, statistics: Tensor) -> Tensor:
+        """The loss of every pair, ``(P,)``; differentiable.
+
+        Raises:
+            ValueError: the loss is of integers, which have no derivative.
+        """
+        return self._losses(self.pairs(sequence_logps, statistics))
+
     def total(self, sequence_logps: Tensor, statistics: Tensor) -> Tensor:
         """The loss of the batch, 0-d."""
-        return self.function(self.pairs(sequence_logps, statistics)).sum() * self.share
+        return self.losses(sequence_logps, statistics).sum() * self.share
 
     def dlogp(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
         """The derivatives of the loss with respect to the log-probs ``(n,)`` of the rows of groups
@@ -88,7 +97,7 @@ class PairLoss:
         own = self.rows.order[self.rows.groups[2, first] : self.rows.groups[2, last]]
         ref_logps = None if self.ref_logps is None else self.ref_logps[:, own]
         sums = part.sum_per_sequence(logps).requires_grad_()
-        total = self.function(self._pairs(part, sums, statistics, ref_logps)).sum() * self.share
+        total = self._losses(self._pairs(part, sums, statistics, ref_logps)).sum() * self.share
         # A loss may ignore the policy altogether.
         found = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
         return part.sum_per_row(found.detach())
@@ -99,19 +108,29 @@ class PairLoss:
         """
         if self.ref_logps is None or self.rows.weights is not None:
             return None
-        if not dataclasses.is_dataclass(self.function) or not self.rows.one_pair_per_group():
+        kind = type(self.function)
+        # The package's own: a user's class may have the name of one.
+        if getattr(losses, kind.__name__, None) is not kind or not self.rows.one_pair_per_group():
             return None
-        options = dataclasses.fields(self.function)
+        options = dataclasses.fields(self.function)  # type: ignore[arg-type]
         wide = wide_dtype(self.ref_logps.device)
         return PairLossPlan(
             offsets=self.rows.offsets,
             order=self.rows.order,
             ref_logps=self.ref_logps.to(wide).contiguous(),
             rounded=self.ref_logps.dtype != wide,
-            loss=type(self.function).__name__,
+            loss=kind.__name__,
             options={f.name: getattr(self.function, f.name) for f in options},
             share=self.share,
         )
+
+    def _losses(self, pairs: PairLogps) -> Tensor:
+        values = self.function(pairs)
+        if not values.is_floating_point():
+            raise ValueError(
+                f"the loss {self.function!r} returned {values.dtype}, expected floating point"
+            )
+        return values
 
     def _pairs(
         self, part: Rows, sequence_logps: Tensor, statistics: Tensor, ref_logps: Tensor | None

@@ -199,19 +199,18 @@ def rows_from_labels(
         bounds = torch.arange(len(labels) + 1, device=labels.device) * labels.shape[1]
     else:
         bounds = cu_seqlens.to(device=labels.device, dtype=torch.int64)
-        _check_bounds(bounds, labels.numel())
+        _checked_bounds("cu_seqlens", bounds, labels.numel(), "positions")
     scored = flat != IGNORE
     if shift:
         # The first token of a sequence has no hidden state before it.
         scored[bounds[:-1][bounds[1:] > bounds[:-1]]] = False
     (position,) = scored.nonzero(as_tuple=True)
-    targets = flat[position].long()
-    _check_targets(targets, vocab_size)
     return rows_from_members(
         position - int(shift),
-        targets,
+        flat[position],
         torch.searchsorted(position, bounds),
         pairs,
+        vocab_size,
         label_index=position,
         weights=None if token_weights is None else token_weights.detach().reshape(-1)[position],
         keep_unpaired=keep_unpaired,
@@ -224,6 +223,7 @@ def rows_from_members(
     targets: Tensor,
     offsets: Tensor,
     pairs: Tensor,
+    vocab_size: int,
     *,
     label_index: Tensor | None = None,
     weights: Tensor | None = None,
@@ -238,19 +238,32 @@ def rows_from_members(
             token. Sequence by sequence, in reading order.
         offsets: ``(S + 1,)`` bounds of the sequences.
         pairs: ``(P, 2)`` chosen and rejected sequence, -1 for an absent side.
+        vocab_size: V; targets must lie in ``[0, V)``.
         label_index: ``(M,)`` place of each token among the caller's labels; its own number by
             default.
         weights: ``(M,)`` weight of each token in its sequence's sum.
         keep_unpaired: sequences that no pair uses are scored too, each in a group of its own.
         ld_alpha: LD-DPO's weight of tokens past the shorter completion's length; each side of a
             pair is then a sequence of its own.
+
+    Raises:
+        ValueError: a target outside the vocabulary, bounds that do not fit the tokens, or a pair of
+            no such sequences.
     """
     device, host = index.device, torch.device("cpu")
-    starts = offsets.tolist()
+    index, targets = index.long(), targets.long()
+    _check_targets(targets, vocab_size)
+    starts = _checked_bounds("offsets", offsets, len(index), "tokens")
     lengths = [b - a for a, b in itertools.pairwise(starts)]
     sides: list[list[int]] = pairs.tolist()
+    for pair in sides:
+        if max(pair) < 0 or min(pair) < -1 or max(pair) >= len(lengths):
+            raise ValueError(
+                f"pairs contains {pair}, expected sequence indices in [0, {len(lengths)}), at most "
+                "one of them -1"
+            )
     # Which tokens are the same row.
-    key = index * (int(targets.max()) + 1) + targets if len(targets) else index
+    key = index * vocab_size + targets
     distinct, row_of = torch.unique(key, return_inverse=True)
     links = [] if len(distinct) == len(key) else _shared_by(row_of, offsets)
     groups = _groups(sides, links, len(lengths), keep_unpaired)
@@ -300,14 +313,15 @@ def rows_from_members(
     )
 
 
-def _check_bounds(bounds: Tensor, positions: int) -> None:
-    values = bounds.tolist()
+def _checked_bounds(name: str, bounds: Tensor, count: int, what: str) -> list[int]:
+    values: list[int] = bounds.tolist()
     ordered = all(a <= b for a, b in itertools.pairwise(values))
-    if len(values) < 2 or values[0] != 0 or values[-1] != positions or not ordered:
+    if len(values) < 2 or values[0] != 0 or values[-1] != count or not ordered:
         raise ValueError(
-            f"cu_seqlens is {reprlib.repr(values)}, expected non-decreasing bounds from 0 to the "
-            f"number of positions, {positions}"
+            f"{name} is {reprlib.repr(values)}, expected non-decreasing bounds from 0 to the "
+            f"number of {what}, {count}"
         )
+    return values
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:

@@ -181,3 +181,15 @@ def test_inductor() -> None:
     run = step(LOSSES["dpop"])
     compiled = torch.compile(run, fullgraph=True)
     assert_equal_to_eager(run, compiled, batch(3, bias=True))
+
+
+def test_one_graph_of_a_loop_with_its_reference() -> None:
+    """README's: the reference's log-probs and the loss, in one compiled function."""
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, ref: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref_logps = fused_logps(hidden + 0.1, weight, labels, dtype=torch.float64)
+        return fused_dpop_loss(hidden, weight, labels, bias=bias, ref_logps=ref_logps).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_equal_to_eager(run, compiled, batch(3, bias=True))

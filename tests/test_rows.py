@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -188,7 +190,7 @@ def of_lists(sequences: list[list[tuple[int, int]]], pairs: Tensor, alpha: float
     flat = torch.tensor([pair for one in sequences for pair in one], dtype=torch.int64)
     index, targets = flat.reshape(-1, 2).T
     offsets = torch.tensor([0, *map(len, sequences)]).cumsum(0)
-    return rows_from_members(index, targets, offsets, pairs, ld_alpha=alpha)
+    return rows_from_members(index, targets, offsets, pairs, 11, ld_alpha=alpha)
 
 
 @given(token_lists())
@@ -240,7 +242,7 @@ def test_groups_hold_all_that_their_pairs_share(
 def test_a_branch_predicts_two_tokens_from_one_position() -> None:
     """Prompt position 0, then chosen 5 6 and rejected 5 7: the first token is shared."""
     index, targets = torch.tensor([0, 1, 0, 1]), torch.tensor([5, 6, 5, 7])
-    rows = rows_from_members(index, targets, torch.tensor([0, 2, 4]), torch.tensor([[0, 1]]))
+    rows = rows_from_members(index, targets, torch.tensor([0, 2, 4]), torch.tensor([[0, 1]]), 11)
     assert rows.index.tolist() == [0, 1, 1]
     assert rows.targets.tolist() == [5, 6, 7]
     assert rows.members.tolist() == [0, 1, 0, 2]
@@ -253,7 +255,7 @@ def test_sequences_that_share_a_row_are_one_group() -> None:
     index, targets = torch.tensor([0, 1, 0, 2, 7, 8]), torch.tensor([5, 6, 5, 6, 1, 1])
     offsets = torch.tensor([0, 2, 2, 4, 4, 5, 6])
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    rows = rows_from_members(index, targets, offsets, pairs)
+    rows = rows_from_members(index, targets, offsets, pairs, 11)
     assert rows.groups.tolist() == [[0, 3, 5], [0, 4, 6], [0, 2, 3]]
 
 
@@ -262,9 +264,39 @@ def test_what_a_row_gets_from_several_sequences_is_added_up_in_float64() -> None
     index, targets = torch.arange(count).repeat(3), torch.zeros(3 * count, dtype=torch.int64)
     offsets = torch.arange(4) * count
     pairs = torch.tensor([[0, 1], [0, 2]])
-    rows = rows_from_members(index, targets, offsets, pairs)
+    rows = rows_from_members(index, targets, offsets, pairs, 11)
     x = torch.randn(count, requires_grad=True)
     y = torch.tensor([0.1, 0.7, -0.8], dtype=torch.float64)
     (gradient,) = torch.autograd.grad(rows.sum_per_sequence(x) @ y, x)
     assert gradient.dtype == torch.float32
     assert torch.equal(gradient, y.sum().float().expand(count))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_far_positions_are_told_apart(dtype: torch.dtype) -> None:
+    index, targets = torch.tensor([0, 65_536], dtype=dtype), torch.tensor([9, 9], dtype=dtype)
+    rows = rows_from_members(index, targets, torch.tensor([0, 1, 2]), torch.tensor([[0, 1]]), 2**17)
+    assert rows.index.tolist() == [0, 65_536]
+    assert rows.index.dtype == rows.targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": torch.tensor([1, 11])}, "labels contain 11, expected token ids in [0, 11)"),
+        ({"targets": torch.tensor([-5, 1])}, "labels contain -5"),
+        ({"offsets": torch.tensor([0, 1])}, "offsets is [0, 1], expected non-decreasing bounds"),
+        ({"pairs": torch.tensor([[0, 2]])}, "pairs contains [0, 2], expected sequence indices"),
+        ({"pairs": torch.tensor([[-1, -1]])}, "pairs contains [-1, -1], expected"),
+    ],
+)
+def test_wrong_members_are_named(changes: dict[str, Tensor], message: str) -> None:
+    given = {
+        "index": torch.tensor([0, 1]),
+        "targets": torch.tensor([1, 2]),
+        "offsets": torch.tensor([0, 1, 2]),
+        "pairs": torch.tensor([[0, 1]]),
+    }
+    rows_from_members(**given, vocab_size=11)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rows_from_members(**(given | changes), vocab_size=11)

@@ -37,8 +37,8 @@ def layouts() -> tuple[Rows, Rows, Tensor]:
     flat = torch.tensor([pair for one in SEQUENCES for pair in one])
     index, targets = flat.T
     offsets = torch.tensor([0, *map(len, SEQUENCES)]).cumsum(0)
-    shared = rows_from_members(index, targets, offsets, PAIRS)
-    apart = rows_from_members(torch.arange(len(index)), targets, offsets, PAIRS)
+    shared = rows_from_members(index, targets, offsets, PAIRS, VOCABULARY)
+    apart = rows_from_members(torch.arange(len(index)), targets, offsets, PAIRS, VOCABULARY)
     return shared, apart, index
 
 

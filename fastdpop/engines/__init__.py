@@ -83,7 +83,7 @@ def get(name: str) -> Engine:
     Raises:
         ValueError: there is none.
     """
-    if name not in _ENGINES:
+    if not isinstance(name, str) or name not in _ENGINES:
         raise ValueError(f"engine is {name!r}, expected 'auto' or one of {sorted(_ENGINES)}")
     return _ENGINES[name]
 

@@ -181,7 +181,7 @@ class GroupLoss:
     Attributes:
         dlogp: ``(first, last, logps, statistics) -> (n,)``: the derivatives of the loss with respect
             to the log-probs of the n rows of groups ``first`` to ``last - 1``, from those log-probs
-            ``(n,)`` and row statistics ``(K, n)``.
+            ``(n,)`` and row statistics ``(K, n)``. They may come in another dtype, float64 as a rule.
         plan: the same in plain numbers, or None. An engine that knows the loss may use this instead
             of calling back; it then gives `losses` and `sequence_logps`.
     """

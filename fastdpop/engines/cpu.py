@@ -159,8 +159,8 @@ class CPUPass(Pass["CPURows"]):
         self.fresh = True
         self.gradients = Gradients(
             torch.empty_like(problem.hidden, dtype=torch.float32) if needs_grad.hidden else None,
-            torch.empty(weight.shape) if needs_grad.weight else None,
-            torch.empty(weight.shape[0]) if needs_grad.bias else None,
+            torch.empty(weight.shape, dtype=torch.float32) if needs_grad.weight else None,
+            torch.empty(weight.shape[0], dtype=torch.float32) if needs_grad.bias else None,
         )
 
     @property
@@ -284,7 +284,7 @@ class CPURows:
             panel = run.library.panel
             self.later = int(repeats.sum()) // panel * panel
         count = len(self.targets)
-        self.logps, self.lse = torch.empty(count), torch.empty(count)
+        self.logps, self.lse = torch.empty(2, count, dtype=torch.float32)
         self.kept: tuple[Tensor, Tensor] | None = None
         self.direction = self.hidden.new_empty(0, self.hidden.shape[1], dtype=torch.float32)
 
@@ -295,7 +295,7 @@ class CPURows:
         """Derivatives of the distinct rows: sums over what repeats."""
         if self.which is None:
             return dlogp.contiguous()
-        return torch.zeros(len(self.targets)).index_add_(0, self.which, dlogp)
+        return dlogp.new_zeros(len(self.targets)).index_add_(0, self.which, dlogp)
 
     def forward(self, *, needs_hidden: bool = False, keep: bool = False) -> None:
         """Fill in the pass's results; with `needs_hidden`, d logp / d hidden is kept for
@@ -310,10 +310,10 @@ class CPURows:
             self.kept = run.room_to_keep(count)
         if self.kept is None:
             self.later = 0
-        found = torch.empty(len(run.names), count)
+        found = torch.empty(len(run.names), count, dtype=torch.float32)
         outputs = dict(zip(run.names, found, strict=True))
         if needs_hidden:
-            self.direction = torch.empty(count, self.hidden.shape[1])
+            self.direction = torch.empty(count, self.hidden.shape[1], dtype=torch.float32)
             outputs["dlogp_dhidden"] = self.direction
         run.library.forward(self._problem(**outputs, **self._kept(), dhidden_from=self.later))
         run.logps[self.rows] = self._per_row(self.logps)

@@ -76,6 +76,8 @@ def attach(
         except BaseException:
             if new:
                 detach(target)
+                if attachment is not None:  # as it was before
+                    attach(target, **attachment.settings, check=False)
             raise
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastdpop.api import fused_logps, fused_preference_loss
 from fastdpop.hf.head import adapter_columns, output_head
-from fastdpop.hf.interception import lazy_logits_from
+from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.losses.base import PairLogps, PreferenceLoss
@@ -69,7 +69,10 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         asked = _Asked(preference, ref_logps, return_logps, preference_options, router_loss_weight)
         asked.check()
         if preference is None and not return_logps:
-            return original(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return original(self, *args, **kwargs)
+            with real_logits_for(self):
+                return original(self, *args, **kwargs)
         return answer(self, asked, args, kwargs)
 
     forward.__signature__ = _extended(signature, inspect.signature(forward))  # type: ignore[attr-defined]
@@ -152,7 +155,7 @@ def _answer(
     asked.check_options()
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     head = output_head(model)
-    with lazy_logits_from(head, type(model).__name__, adapter_columns(head)):
+    with lazy_logits_from(head, model, adapter_columns(head)):
         outputs = original(model, **call, return_dict=True)
     output = _fused(model, outputs, labels, asked, settings)
     return output if as_dict else output.to_tuple()

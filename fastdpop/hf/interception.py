@@ -15,7 +15,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,14 +61,28 @@ class _LinearMaps(TorchFunctionMode):
 
 @dataclass(eq=False)
 class _Interception:
-    """One call that wants lazy logits of `head`; it belongs to one thread."""
+    """One call of `model` that wants lazy logits of `head`."""
 
+    model: Any
     head: Any
-    owner: str
     columns: int
+    # Contexts are copied, into tasks and into other threads, and outlive the call.
+    thread: int = field(default_factory=threading.get_ident)
+    over: bool = False
     noting: _LinearMaps | None = None  # while the head runs
 
+    @property
+    def owner(self) -> str:
+        """Class name of the model, for messages."""
+        return type(self.model).__name__
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it is, in this thread."""
+        return not self.over and self.thread == threading.get_ident()
+
     def begin(self) -> None:
+        self.end()  # of a run that failed, if the model goes on after that
         self.noting = _LinearMaps(len(self.head.weight), self.owner)
         self.noting.__enter__()
 
@@ -102,24 +116,47 @@ _anywhere = False
 
 
 @contextlib.contextmanager
-def lazy_logits_from(head: Any, owner: str, columns: int = 0) -> Iterator[None]:
-    """Let a head return lazy logits to whoever calls it in this context.
+def lazy_logits_from(head: Any, model: Any, columns: int = 0) -> Iterator[None]:
+    """Let a head return lazy logits to whoever calls it inside, in this thread.
 
     Args:
         head: a module with a ``(V, H)`` ``weight``; it may be more than a linear map. It is watched
             from then on (:func:`watch`).
-        owner: class name of the model, for messages.
+        model: whose head it is.
         columns: widen every product to at least so many columns more than the weight has.
     """
     watch(head)
-    call = _Interception(head, owner, columns)
+    call = _new_call(model, head, columns)
     token = _UNDER_WAY.set((*_UNDER_WAY.get(), call))
     _note(+1)
     try:
         yield
     finally:
         _note(-1)
+        call.over = True
         call.end()
+        _UNDER_WAY.reset(token)
+
+
+@torch.compiler.disable
+def _new_call(model: Any, head: Any, columns: int) -> _Interception:
+    return _Interception(model, head, columns)
+
+
+@contextlib.contextmanager
+def real_logits_for(model: Any) -> Iterator[None]:
+    """Let a plain call of a model that comes in the middle of another call of it (from a hook, for
+    one) have real logits.
+    """
+    calls = _UNDER_WAY.get()
+    others = tuple(call for call in calls if call.model is not model)
+    if len(others) == len(calls):
+        yield
+        return
+    token = _UNDER_WAY.set(others)
+    try:
+        yield
+    finally:
         _UNDER_WAY.reset(token)
 
 
@@ -153,7 +190,8 @@ def _end(head: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _call_of(head: nn.Module) -> _Interception | None:
-    return next((call for call in reversed(_UNDER_WAY.get()) if call.head is head), None)
+    calls = reversed(_UNDER_WAY.get())
+    return next((call for call in calls if call.head is head and call.under_way), None)
 
 
 @torch.compiler.disable

@@ -40,10 +40,16 @@ def check(model: Any, head: Any) -> None:
             watch.remove()
         options = {"reduction": "token"}
         output = model(input_ids=ids, labels=ids, return_logps=True, preference_options=options)
+    finite = logits[logits.isfinite()]
+    if len(finite) == 0:
+        raise RuntimeError(
+            f"{owner} gives no finite logits for token ids alone, so it cannot be checked: load its "
+            "weights first, or pass check=False"
+        )
     every = logits.cpu().double().log_softmax(-1)[:, :-1]
     own = every.gather(-1, ids[:, 1:, None].cpu())[..., 0]
     difference = (own - output.logps[:, 1:].cpu().double()).abs().max().item()
-    largest = logits[logits.isfinite()].abs().max().item()
+    largest = finite.abs().max().item()
     # What the head gave may have been cast up since, by autocast or by the model.
     tolerance = max(TOLERANCE[dtype] for dtype in (logits.dtype, *dtypes)) * (1.0 + largest)
     if not difference <= tolerance:

@@ -138,7 +138,7 @@ def get(name: str, **options: Any) -> PreferenceLoss:
         ValueError: no loss has that name, or an option's value is out of its range.
         TypeError: the loss has no such option, or a value is of the wrong type.
     """
-    if name not in _LOSSES:
+    if not isinstance(name, str) or name not in _LOSSES:
         near = difflib.get_close_matches(str(name).lower(), _LOSSES, n=3)
         hint = "did you mean " + " or ".join(map(repr, near)) if near else "expected one of"
         names = "" if near else " " + ", ".join(_LOSSES)

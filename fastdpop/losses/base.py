@@ -15,7 +15,9 @@ instead of 4.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -189,6 +191,17 @@ class PreferenceLoss:
     __rmul__ = __mul__
 
 
+def check_loss(loss: object) -> None:
+    """
+    Raises:
+        TypeError: it is no loss, but its name, for one.
+    """
+    if not isinstance(loss, PreferenceLoss):
+        raise TypeError(
+            f"loss is {loss!r}, expected a PreferenceLoss, as fastdpop.losses.get(name) gives it"
+        )
+
+
 def _terms(loss: PreferenceLoss) -> tuple[tuple[float, PreferenceLoss], ...]:
     return loss.terms if isinstance(loss, WeightedSum) else ((1.0, loss),)
 
@@ -202,6 +215,8 @@ class WeightedSum(PreferenceLoss):
     terms: tuple[tuple[float, PreferenceLoss], ...]
 
     def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("terms is empty, expected at least one (weight, loss)")
         for weight, loss in self.terms:
             if not math.isfinite(weight):
                 raise ValueError(f"the weight of {loss!r} is {weight}, expected a finite number")
@@ -229,8 +244,10 @@ class LengthDesensitised(PreferenceLoss):
     alpha: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha is {self.alpha}, expected a value in [0, 1]")
+        check_loss(self.loss)
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not number or not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha is {self.alpha!r}, expected a value in [0, 1]")
 
     @property
     def traits(self) -> Traits:
@@ -288,9 +305,14 @@ def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> F
     gives it alone.
 
     Raises:
+        TypeError: it is no function, or it is a loss already.
         ValueError: the value of a pair depends on the others.
     """
+    if isinstance(function, PreferenceLoss) or not callable(function):
+        raise TypeError(f"function is {function!r}, expected a function of PairLogps")
+    # No two of anything that a function may compute are the same, log-ratios among them.
     made_up = torch.tensor([-40.0, -75.5, -12.25], dtype=torch.float64)
+    near = torch.tensor([0.5, -1.25, 0.125], dtype=torch.float64)
     lengths = torch.tensor([11.0, 23.0, 5.0], dtype=torch.float64)
     there = torch.ones(3, dtype=torch.bool)
     trial = PairLogps(
@@ -298,10 +320,10 @@ def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> F
         rejected=made_up.flip(0) - 3.0,
         chosen_lengths=lengths,
         rejected_lengths=lengths + 2.0,
-        ref_chosen=made_up + 1.5,
-        ref_rejected=made_up.flip(0) - 0.5,
+        ref_chosen=made_up + near,
+        ref_rejected=made_up.flip(0) - 3.0 - 0.7 * near.flip(0),
         chosen_aligned_logps=-lengths,
-        rejected_aligned_logps=-lengths,
+        rejected_aligned_logps=-0.7 * lengths - near,
         chosen_present=there,
         rejected_present=there,
         kl=made_up.new_tensor(0.5),
@@ -321,11 +343,12 @@ def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> F
     return loss
 
 
-# An engine receives a loss by a string, because operators take no Python objects. Value-like losses
-# stay registered, since a compiled graph holds only the string; a user's function is kept no longer
-# than the user keeps it.
+# An operator receives a loss by a string, because operators take no Python objects. Value-like losses
+# stay registered, since a compiled graph holds only the string; a user's function, or object, is kept
+# no longer than the user keeps it.
 _VALUES: dict[str, PreferenceLoss] = {}
-_FUNCTIONS: weakref.WeakValueDictionary[str, PreferenceLoss] = weakref.WeakValueDictionary()
+_OBJECTS: weakref.WeakValueDictionary[str, PreferenceLoss] = weakref.WeakValueDictionary()
+_REGISTERING = threading.Lock()
 
 
 def key_of(loss: PreferenceLoss) -> str:
@@ -373,17 +396,22 @@ def _key_of_recipe(recipe: Any) -> str:
 
 @torch.compiler.assume_constant_result
 def _key_of_object(loss: PreferenceLoss) -> str:
-    key = repr(loss)
-    if "FunctionLoss(" in key:
-        _FUNCTIONS[key] = loss
-    else:
-        _VALUES[key] = loss
+    table = _OBJECTS if _is_opaque(loss) else _VALUES
+    key = own = repr(loss)
+    with _REGISTERING:
+        # What reads the same need not be the same: other classes of that name, other objects.
+        for number in itertools.count(2):
+            held = _VALUES.get(key) or _OBJECTS.get(key)
+            if held is None or (type(held) is type(loss) and held == loss):
+                break
+            key = f"{own} #{number}"
+        table[key] = loss
     return key
 
 
 def by_key(key: str) -> PreferenceLoss:
     """The loss registered under a key by :func:`key_of`."""
-    found = _VALUES.get(key) or _FUNCTIONS.get(key)
+    found = _VALUES.get(key) or _OBJECTS.get(key)
     if found is None:
         raise KeyError(
             f"no loss is registered under {key!r}: the object must outlive the graph that uses it"

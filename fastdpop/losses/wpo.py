@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .algebra import per_token
-from .base import PairLogps, PreferenceLoss, Traits
+from .base import PairLogps, PreferenceLoss, Traits, check_loss
 
 _STATISTIC = "aligned_logps"
 
@@ -21,6 +21,9 @@ class WPOWeighted(PreferenceLoss):
     """
 
     loss: PreferenceLoss
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
     @property
     def traits(self) -> Traits:

@@ -331,3 +331,26 @@ def test_cost_in_matrix_products(engine: Engine) -> None:
     )
     assert matrix_products(fits, lambda: engine.gradients(fits, lse, c, trained)) == 3
     assert matrix_products(fits, lambda: engine.gradients(fits, lse, c, frozen)) == 2
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(engine: Engine, default: torch.dtype) -> None:
+    p, loss = problem(), GroupLoss(lambda first, last, logps, statistics: torch.ones_like(logps))
+
+    def run() -> list[Tensor]:
+        found = engine.logps_and_gradients(p, STATISTICS, loss, ALL)
+        derivative = engine.logps_and_dlogp_dhidden(p, ()).dlogp_dhidden
+        assert derivative is not None
+        again = engine.gradients(
+            p, found.lse, torch.ones(len(p.targets), dtype=p.result_dtype), ALL
+        )
+        results = (found.logps, found.lse, found.statistics, derivative, *found.gradients, *again)
+        return [one for one in results if one is not None]
+
+    want, before = run(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -85,7 +85,7 @@ def test_a_plain_call_in_the_middle_of_another_threads(first: bool) -> None:
     compiled, _ = counted(model)
     if first:
         compiled(**inputs, use_cache=False)
-    with lazy_logits_from(model.lm_head, "LlamaForCausalLM"):
+    with lazy_logits_from(model.lm_head, model):
         (there,) = at_once(lambda: compiled(**inputs, use_cache=False).logits)
     assert torch.equal(there, expected)
     assert torch.equal(compiled(**inputs, use_cache=False).logits, expected)

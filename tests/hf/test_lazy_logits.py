@@ -14,6 +14,12 @@ from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.transform import LogitTransform
 
 VOCABULARY = 11
+
+
+class TinyForCausalLM:
+    """Nothing but a name."""
+
+
 FACTORS = torch.linspace(-1.0, 2.0, VOCABULARY, dtype=torch.float64)
 
 
@@ -21,7 +27,7 @@ def lazy_and_real(bias: bool = True) -> tuple[LazyLogits, Tensor]:
     """``(2, 5, V)`` logits, both ways."""
     head = nn.Linear(4, VOCABULARY, bias=bias, dtype=torch.float64)
     hidden = torch.randn(2, 5, 4, dtype=torch.float64)
-    with lazy_logits_from(head, "TinyForCausalLM"):
+    with lazy_logits_from(head, TinyForCausalLM()):
         lazy = head(hidden)
     return lazy, head(hidden)
 
@@ -143,14 +149,14 @@ def test_a_cut_that_keeps_the_vocabulary_keeps_the_parameter() -> None:
 
 def test_dtype_under_autocast() -> None:
     head = nn.Linear(4, VOCABULARY)
-    with lazy_logits_from(head, "Tiny"), torch.autocast("cpu", torch.bfloat16):
+    with lazy_logits_from(head, TinyForCausalLM()), torch.autocast("cpu", torch.bfloat16):
         assert head(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
 def test_head_is_restored_after_an_error() -> None:
     head = nn.Linear(4, VOCABULARY)
     before = set(vars(head))
-    with pytest.raises(KeyError), lazy_logits_from(head, "Tiny"):
+    with pytest.raises(KeyError), lazy_logits_from(head, TinyForCausalLM()):
         raise KeyError
     assert set(vars(head)) == before
 
@@ -170,7 +176,7 @@ def test_a_head_may_be_more_than_a_linear_map(columns: int) -> None:
             return (super().forward(input) + 0.5 * self.up(self.down(input))) * self.factors
 
     head, input = LowRank(), torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    with lazy_logits_from(head, "Tiny", columns):
+    with lazy_logits_from(head, TinyForCausalLM(), columns):
         lazy = head(input)
     assert lazy.product.weight.shape == (VOCABULARY, 4 + max(2, columns))
     torch.testing.assert_close(computed(lazy), head(input))
@@ -185,7 +191,7 @@ def test_a_head_may_be_more_than_a_linear_map(columns: int) -> None:
 def test_a_sum_keeps_the_dtype_of_its_first_term() -> None:
     """An adapter in float32 beside a head in bfloat16, as PEFT makes it."""
     base, adapter = nn.Linear(4, VOCABULARY, dtype=torch.bfloat16), nn.Linear(2, VOCABULARY)
-    with lazy_logits_from(base, "Tiny"), lazy_logits_from(adapter, "Tiny"):
+    with lazy_logits_from(base, TinyForCausalLM()), lazy_logits_from(adapter, TinyForCausalLM()):
         lazy = base(torch.randn(3, 4, dtype=torch.bfloat16)) + adapter(torch.randn(3, 2))
     assert lazy.dtype == torch.float32
     assert {lazy.product.hidden.dtype, lazy.product.weight.dtype} == {torch.bfloat16}
@@ -193,7 +199,7 @@ def test_a_sum_keeps_the_dtype_of_its_first_term() -> None:
 
 def test_a_factor_keeps_its_precision() -> None:
     head = nn.Linear(4, VOCABULARY, dtype=torch.bfloat16)
-    with lazy_logits_from(head, "Tiny"):
+    with lazy_logits_from(head, TinyForCausalLM()):
         lazy = head(torch.randn(3, 4, dtype=torch.bfloat16)).float() * FACTORS.float()
     assert {lazy.product.hidden.dtype, lazy.product.weight.dtype} == {torch.float32}
 
@@ -206,8 +212,10 @@ class Opaque(nn.Linear):
 def test_a_head_that_multiplies_by_itself() -> None:
     head = Opaque(4, VOCABULARY)
     with (
-        pytest.raises(RuntimeError, match="the head of Tiny is a Opaque that computes its logits"),
-        lazy_logits_from(head, "Tiny"),
+        pytest.raises(
+            RuntimeError, match="the head of TinyForCausalLM is a Opaque that computes its logits"
+        ),
+        lazy_logits_from(head, TinyForCausalLM()),
     ):
         head(torch.randn(2, 4))
 
@@ -219,7 +227,7 @@ def test_unusual_weight() -> None:
     head = nn.Linear(4, VOCABULARY)
     head.weight = Sharded(head.weight.detach())
     with (
-        pytest.raises(RuntimeError, match="the weight of Tiny's head is a Sharded"),
-        lazy_logits_from(head, "Tiny"),
+        pytest.raises(RuntimeError, match="the weight of TinyForCausalLM's head is a Sharded"),
+        lazy_logits_from(head, TinyForCausalLM()),
     ):
         head(torch.randn(2, 4))

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastdpop import naive
-from fastdpop.hf import PreferenceModelOutput, attach, detach
+from fastdpop.hf import PreferenceModelOutput, attach, detach, is_attached
 from tests.tiny_models import CONFIGS, DPOP, V, batch, gradients, own_logps, tiny
 
 
@@ -382,3 +382,21 @@ def test_bad_attachments() -> None:
     with pytest.raises(ValueError, match="check is True, expected False"):
         attach(model)
     attach(model, check=False)
+
+
+def test_attaching_again_in_vain_leaves_the_model_as_it_was() -> None:
+    model = attach(tiny(), engine="eager")
+    own = model.forward.fastdpop.settings
+    with pytest.raises(ValueError, match="cannot run on"):
+        attach(model, engine="triton")
+    assert model.forward.fastdpop.settings == own
+    assert model(**batch(), return_logps=True).logps is not None
+
+
+def test_a_model_whose_logits_are_not_finite_cannot_be_checked() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"gives no finite logits .* load its weights first"):
+        attach(model)
+    assert not is_attached(model)

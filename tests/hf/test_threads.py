@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -127,7 +128,7 @@ def test_a_failing_call_beside_a_good_one() -> None:
 
 def test_another_thread_in_the_middle_of_a_call_gets_real_logits() -> None:
     head, hidden = nn.Linear(4, 11), torch.randn(2, 4)
-    with lazy_logits_from(head, "Tiny"):
+    with lazy_logits_from(head, object()):
         (there,) = at_once(lambda: head(hidden))
         here = head(hidden)
     assert type(there) is Tensor
@@ -147,3 +148,71 @@ def test_a_backward_pass_in_another_thread_recomputes_what_was(reentrant: bool) 
     loss = model(**inputs, **asked).loss
     at_once(loss.backward, lambda: model(**inputs))
     torch.testing.assert_close(gradients(model), expected)
+
+
+def in_the_middle(model: Any, what: Callable[[], Any]) -> list[Any]:
+    """What a function returns when a hook calls it in the middle of a preference call."""
+    found: list[Any] = []
+
+    def run(*_: Any) -> None:
+        hook.remove()  # what it does may call the model again
+        found.append(what())
+
+    hook = model.model.register_forward_hook(run)
+    preference(model, batch())
+    return found
+
+
+@pytest.mark.parametrize("how", ["the same context", "a copied context", "another thread"])
+def test_a_copied_context_does_not_outlive_its_call(how: str) -> None:
+    model = attach(tiny())
+    (context,) = in_the_middle(model, contextvars.copy_context)
+    ids = batch()["input_ids"]
+
+    def call() -> Any:
+        return model(input_ids=ids).logits
+
+    runs: dict[str, Callable[[], Any]] = {
+        "the same context": call,
+        "a copied context": lambda: context.run(call),
+        "another thread": lambda: at_once(lambda: context.run(call))[0],
+    }
+    assert type(runs[how]()) is Tensor
+
+
+def test_another_thread_with_the_context_of_a_call_gets_real_logits() -> None:
+    head, hidden = nn.Linear(4, 11), torch.randn(2, 4)
+    with lazy_logits_from(head, object()):
+        context = contextvars.copy_context()
+        (there,) = at_once(lambda: context.run(head, hidden))
+    assert type(there) is Tensor
+
+
+def test_a_plain_call_in_the_middle_of_another_has_real_logits() -> None:
+    model, inputs = attach(tiny()).eval(), batch()
+    expected, ids = preference(model, inputs), inputs["input_ids"]
+    logits = model(input_ids=ids).logits
+    (there,) = in_the_middle(model, lambda: model(input_ids=ids).logits)
+    assert torch.equal(there, logits)
+    (text,) = in_the_middle(model, lambda: model.generate(ids[:1], max_new_tokens=2))
+    assert text.shape[1] == ids.shape[1] + 2
+    assert all(map(torch.equal, preference(model, inputs), expected))
+
+
+def test_a_head_that_fails_and_is_called_again() -> None:
+    class Failing(nn.Linear):
+        failures = 1
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            logits = super().forward(hidden)
+            if self.failures:
+                self.failures -= 1
+                raise ValueError("once")
+            return logits
+
+    head, hidden, other = Failing(4, 11), torch.randn(2, 4), nn.Linear(4, 11)
+    with lazy_logits_from(head, object()):
+        with pytest.raises(ValueError, match="once"):
+            head(hidden)
+        assert isinstance(head(hidden), LazyLogits)
+    assert type(other(hidden)) is Tensor

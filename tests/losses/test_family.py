@@ -4,6 +4,7 @@ documentation.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdpop import losses
 from fastdpop.losses import PairLogps
+from fastdpop.pair_loss import PairLoss, Totals
+from fastdpop.rows import rows_from_labels
+from tests.batches import batch, fused
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 
@@ -185,3 +190,77 @@ def test_a_forgotten_function_is_an_error(make_pairs: Callable[..., PairLogps]) 
     key = losses.key_of(losses.as_loss(lambda pairs: pairs.chosen))
     with pytest.raises(KeyError, match="must outlive the graph"):
         losses.by_key(key)
+
+
+class Squared(torch.nn.Module):
+    """A user's loss whose options do not show in its repr."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, pairs: PairLogps) -> Tensor:
+        return self.factor * (pairs.chosen_logratios - pairs.rejected_logratios) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPO(losses.DPO):
+    """A user's class of the name of one of ours."""
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        return 7.0 + 0.0 * pairs.chosen
+
+
+def test_losses_that_read_the_same_have_keys_of_their_own() -> None:
+    one, two = losses.pairwise(Squared(1.0)), losses.pairwise(Squared(2.0))
+    assert repr(one) == repr(two)
+    assert losses.by_key(losses.key_of(one)) is one
+    assert losses.by_key(losses.key_of(two)) is two
+    assert losses.by_key(losses.key_of(one)) is one
+    ours, theirs = losses.DPO(), DPO()
+    keys = {losses.key_of(loss) for loss in (ours, theirs, losses.DPO(), DPO())}
+    assert len(keys) == 2
+    assert losses.by_key(losses.key_of(ours)) == ours
+    assert type(losses.by_key(losses.key_of(theirs))) is DPO
+
+
+def test_a_class_of_the_name_of_one_of_ours_is_none_of_ours() -> None:
+    example = batch(2)
+    assert fused(example, DPO()).loss == 7.0
+    rows = rows_from_labels(example.labels, 37, torch.tensor([[0, 2], [1, 3]]))
+    reference = torch.zeros(2, 2)
+    assert PairLoss(rows, losses.DPO(), Totals.of(rows), reference).plan() is not None
+    assert PairLoss(rows, DPO(), Totals.of(rows), reference).plan() is None
+
+
+@pytest.mark.parametrize("loss", ["aot", "kto", "dpo"])
+def test_pairwise_takes_functions(loss: str) -> None:
+    for given in (loss, losses.get(loss)):
+        with pytest.raises(TypeError, match="expected a function of PairLogps"):
+            losses.pairwise(given)  # type: ignore[arg-type]
+
+
+def test_pairwise_sees_what_couples_log_ratios() -> None:
+    with pytest.raises(ValueError, match="is not pairwise"):
+        losses.pairwise(lambda pairs: (pairs.chosen_logratios - pairs.chosen_logratios.mean()) ** 2)
+    with pytest.raises(ValueError, match="is not pairwise"):
+        losses.pairwise(lambda pairs: pairs.rejected_logratios - pairs.rejected_logratios.amax())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_loss_of_integers_is_refused(trained: bool) -> None:
+    example = batch(2, trained=trained)
+    with pytest.raises(ValueError, match=r"returned torch\.int64, expected floating point"):
+        fused(example, losses.pairwise(lambda pairs: pairs.chosen.long()))
+
+
+def test_what_is_no_loss_is_named() -> None:
+    for wrap in (losses.wpo_weighted, lambda loss: losses.length_desensitised(loss, 0.5)):
+        with pytest.raises(TypeError, match="loss is 'dpo', expected a PreferenceLoss"):
+            wrap("dpo")
+    with pytest.raises(ValueError, match="alpha is 'a', expected a value in"):
+        losses.length_desensitised(losses.get("dpo"), "a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="terms is empty"):
+        losses.WeightedSum(())
+    with pytest.raises(ValueError, match=r"loss is \['a'\], which is not a loss"):
+        losses.get(["a"])  # type: ignore[arg-type]

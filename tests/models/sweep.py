@@ -109,7 +109,7 @@ def _kind_of_head(model: nn.Module, inputs: dict[str, object]) -> tuple[str, ...
     from fastdpop.hf.interception import lazy_logits_from
 
     head = model.get_output_embeddings()
-    with lazy_logits_from(head, ""), torch.no_grad():
+    with lazy_logits_from(head, None), torch.no_grad():
         product = model.__class__.forward(model, **inputs).logits.product
     kinds = {
         "tied": head.weight is model.get_input_embeddings().weight,

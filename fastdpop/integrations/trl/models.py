@@ -12,7 +12,8 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from fastdpop import checks, engines
-from fastdpop.hf import attach, is_attached
+from fastdpop.hf import attach
+from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
 from fastdpop.integrations.trl import cpo, online
 from fastdpop.integrations.trl.loss import preference
@@ -116,15 +117,18 @@ def take_for_online(trainer: Any, model: Any) -> None:
     del trainer._fastdpop
 
 
-_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that were attached here: what TRL wraps around their forward hides that from `is_attached`."""
+_taken: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+"""Models that were attached here: what TRL wraps around their forward hides that."""
 
 
 def _attach(trainer: Any, model: Any) -> None:
     settings = trainer._fastdpop
     inner = model.get_base_model() if is_peft_model(model) else model
-    # The second condition: not detached since.
-    if not is_attached(model) and not (inner in _taken and "forward" in vars(inner)):
+    # The second: hidden, and not detached since.
+    found = attachment_of(inner) or (_taken.get(inner) if "forward" in vars(inner) else None)
+    if found is not None:
+        found.settings.update(vars(settings))  # the latest trainer's
+    else:
         head = model.get_output_embeddings()
         whole = not (trainer.is_fsdp_enabled or head is None or head.weight.is_meta)
         try:
@@ -138,7 +142,9 @@ def _attach(trainer: Any, model: Any) -> None:
             raise type(error)(
                 f"{error}. To train this model without fastdpop, use trl.DPOTrainer after fastdpop.unpatch_trl()"
             ) from error
-    _taken.add(inner)
+        found = attachment_of(inner)
+    if found is not None:
+        _taken[inner] = found
 
 
 def _check_devices(trainer: Any) -> None:

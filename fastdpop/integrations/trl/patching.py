@@ -59,10 +59,16 @@ def patch_trl(*, engine: str = "auto", workspace_bytes: int | None = None) -> No
     _settings = settings
     for kind, patch in _classes():
         if kind not in _patched:
+            done = len(_undo)
+            try:
+                _mark_new_trainers(kind)
+                _note_running_trainers(kind)
+                patch(kind)
+            except BaseException:
+                while len(_undo) > done:
+                    _undo.pop()()
+                raise
             _patched.append(kind)
-            _mark_new_trainers(kind)
-            _note_running_trainers(kind)
-            patch(kind)
 
 
 def unpatch_trl() -> None:
@@ -200,7 +206,10 @@ def _patch_config() -> None:
     )
     _set(DPOConfig, "__init__", init)
     _set(DPOConfig, "dpop_lambda", new.default)
-    _set(DPOConfig, "__annotations__", {**vars(DPOConfig)["__annotations__"], new.name: float})
+    # Not among the class's own attributes from Python 3.14 on, where they are made when asked for.
+    annotations = DPOConfig.__annotations__
+    DPOConfig.__annotations__ = {**annotations, new.name: float}
+    _undo.append(lambda: setattr(DPOConfig, "__annotations__", annotations))
     known = {**vars(DPOConfig)["__dataclass_fields__"], new.name: new}
     _set(DPOConfig, "__dataclass_fields__", known)
 
