@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 import fastdpop
 from fastdpop.integrations import trl as integration
-from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, models
+from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, models, patching
 from tests.integrations.trl_setup import (
     RELEASE,
     WARNINGS,
@@ -368,3 +368,62 @@ def test_only_models_are_attached(tmp_path: Path) -> None:
     wrapper.module = of.model
     of.ref_model = wrapper
     assert of.ref_model is wrapper
+
+
+def test_a_patch_that_fails_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(kind: Any) -> None:
+        patching._set(kind, "_compute_loss", None)
+        raise KeyError("something that this TRL does not have")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patching, "_patch_dpo", fail)
+        with pytest.raises(KeyError):
+            fastdpop.patch_trl()
+    assert "_compute_loss" in vars(DPOTrainer)
+    fastdpop.patch_trl()
+    try:
+        assert "dpop_lambda" in {field.name for field in dataclasses.fields(DPOConfig)}
+    finally:
+        fastdpop.unpatch_trl()
+
+
+def test_annotations_that_are_made_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.14 on they are not among a class's own attributes."""
+
+    class Lazy(type):
+        @property
+        def __annotations__(cls) -> dict[str, Any]:
+            return vars(cls).get("_made") or {"beta": float}
+
+        @__annotations__.setter
+        def __annotations__(cls, value: dict[str, Any]) -> None:
+            type.__setattr__(cls, "_made", value)
+
+    class Config(metaclass=Lazy):
+        __dataclass_fields__ = DPOConfig.__dataclass_fields__
+
+        def __init__(self, beta: float = 0.1) -> None:
+            pass
+
+    assert "__annotations__" not in vars(Config)
+    monkeypatch.setattr(patching, "DPOConfig", Config)
+    patching._patch_config()
+    assert Config.__annotations__ == {"beta": float, "dpop_lambda": float}
+    while patching._undo:
+        patching._undo.pop()()
+    assert Config.__annotations__ == {"beta": float}
+
+
+def test_the_latest_trainers_engine_is_used(tmp_path: Path) -> None:
+    policy, ref_model = model(), model()
+
+    def one(engine: str) -> Any:
+        given = {"engine": engine}
+        return trainer(FastDPOTrainer, tmp_path, policy=policy, reference=ref_model, given=given)
+
+    step(one("eager"))
+    with pytest.raises(ValueError, match="engine 'triton' cannot run on cpu"):
+        step(one("triton"))
+    # A model that its owner has attached keeps its owner's.
+    policy, ref_model = (fastdpop.attach(model(), engine="eager") for _ in range(2))
+    step(one("triton"))

@@ -117,18 +117,18 @@ def take_for_online(trainer: Any, model: Any) -> None:
     del trainer._fastdpop
 
 
-_taken: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
-"""Models that were attached here: what TRL wraps around their forward hides that."""
+_taken: weakref.WeakKeyDictionary[nn.Module, tuple[Attachment, bool]] = weakref.WeakKeyDictionary()
+"""Models that trainers were given: what TRL wraps around their forward hides that they are attached. And whether they
+were attached here, not by their owner."""
 
 
 def _attach(trainer: Any, model: Any) -> None:
     settings = trainer._fastdpop
     inner = model.get_base_model() if is_peft_model(model) else model
+    before, here = _taken.get(inner, (None, False))
     # The second: hidden, and not detached since.
-    found = attachment_of(inner) or (_taken.get(inner) if "forward" in vars(inner) else None)
-    if found is not None:
-        found.settings.update(vars(settings))  # the latest trainer's
-    else:
+    found = attachment_of(inner) or (before if "forward" in vars(inner) else None)
+    if found is None:
         head = model.get_output_embeddings()
         whole = not (trainer.is_fsdp_enabled or head is None or head.weight.is_meta)
         try:
@@ -142,9 +142,13 @@ def _attach(trainer: Any, model: Any) -> None:
             raise type(error)(
                 f"{error}. To train this model without fastdpop, use trl.DPOTrainer after fastdpop.unpatch_trl()"
             ) from error
-        found = attachment_of(inner)
-    if found is not None:
-        _taken[inner] = found
+        found, here = attachment_of(inner), True
+        assert found is not None
+    elif found is before and here:
+        found.settings.update(vars(settings))  # the latest trainer's
+    else:
+        here = False  # its owner's, who decides
+    _taken[inner] = found, here
 
 
 def _check_devices(trainer: Any) -> None:
