@@ -5,10 +5,13 @@ VENV ?= .venv
 PYTHONS := python3.14 python3.13 python3.12 python3.11 python3.10 python3
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
-# $(call environment,FOLDER) makes one, unless there is one already.
-environment = $(1)/bin/python -c '$(USABLE)' 2>/dev/null || $(or $(PYTHON),$(error \
+# $(call usable,PYTHON) is that Python, quoted for the shell.
+usable = $(if $(1),$(if $(shell "$(1)" -c '$(USABLE)' 2>/dev/null && echo yes),"$(1)",$(error \
+  PYTHON is '$(1)', expected a Python from 3.10 to 3.14 with its venv module)),$(error \
   No Python from 3.10 to 3.14 with its venv module was found: install one (on Debian and Ubuntu: apt install \
-  python3-venv), or name it with make PYTHON=/path/to/python)) -m venv --clear $(1)
+  python3-venv), or name it with make PYTHON=/path/to/python))
+# $(call environment,FOLDER) makes one, unless there is one already.
+environment = $(1)/bin/python -c '$(USABLE)' 2>/dev/null || $(call usable,$(PYTHON)) -m venv --clear $(1)
 ARGS ?=
 # One thread: the interpreter has nothing for a second one to do but wait.
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
@@ -21,6 +24,9 @@ OLD_TRL := 0.29 1.8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 AXOLOTL := .venv-axolotl
 AXOLOTL_PIP := $(AXOLOTL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/axolotl.txt
+# Make takes a path with a space for two, and `clean` would remove both.
+$(foreach name,VENV AXOLOTL,$(if $(and $($(name)),$(filter 1,$(words [$($(name))]))),,$(error \
+  $(name) is '$($(name))', expected the path of a folder without spaces)))
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
@@ -137,4 +143,4 @@ demo: setup ## train a small language model with DPO and with DPOP, and see the 
 	$(BIN)/fastdpop demo $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) $(VENV)-llamafactory $(AXOLOTL) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf -- "$(VENV)" "$(VENV)-llamafactory" "$(AXOLOTL)" build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

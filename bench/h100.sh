@@ -2,7 +2,7 @@
 # All that only a GPU can answer, in one call of less than 9 minutes. Needs no installation and no network: this
 # checkout, and a Python with torch, triton, transformers, pytest and hypothesis.
 #
-#   bench/h100.sh                # both parts; .venv, else python3; writes build/h100
+#   bench/h100.sh [both]         # both parts; .venv, else python3; writes build/h100
 #   bench/h100.sh first          # small checks, time of Llama 3's head with 8,192 rows, tests/gpu
 #   bench/h100.sh rest           # other heads, memory, compute-sanitizer
 #   bench/h100.sh --plan         # without a GPU: what would be launched and compiled, and how long it takes
@@ -18,13 +18,17 @@ cd "$(dirname "$0")/.."
 
 WHAT=${1:-both}
 case $WHAT in first | rest | both | --plan) ;; *)
-  echo "usage: bench/h100.sh [first | rest | --plan]" >&2
+  echo "usage: bench/h100.sh [both | first | rest | --plan]" >&2
   exit 2
   ;;
 esac
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
   [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+if ! command -v "$PYTHON" >/dev/null; then
+  echo "bench/h100.sh: PYTHON is '$PYTHON', expected a Python that is there" >&2
+  exit 1
 fi
 export PYTHONPATH="$PWD${CARRY:+:$CARRY}${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1

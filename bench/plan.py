@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -250,6 +251,14 @@ def count(logs: list[Path], output: Path) -> str:
     return "\n".join(lines[:60])
 
 
+def require(*packages: str) -> None:
+    """Stop with one sentence where one is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        raise SystemExit(f"{names} cannot be imported by {sys.executable}: install it there first")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", type=int, metavar="JOBS", help="compile everything instead")
@@ -268,10 +277,12 @@ def main() -> None:
         print(" ".join(f"{part.upper()}={seconds}" for part, seconds in BUDGETS.items()))
         print(f"LIMIT={LIMIT} SHARDS={SHARDS}")
     elif options.compile:
+        require("torch", "triton")
         start = time.perf_counter()
         done = compile_all(options.compile)
         print(f"{len(done)} variants compiled in {time.perf_counter() - start:.0f} s")
     else:
+        require("torch", "triton", "pytest")
         version = importlib.metadata.version("triton")
         cache = ROOT / "build" / f"plan-triton-{version}.json"
         said, fits = text(measured(options.jobs, cache), recorded_tests())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def open_run(
         The checkpoint, or None for a fresh run.
 
     Raises:
-        ValueError: ``resume`` without a folder; the checkpoint belongs to other settings or data.
+        ValueError: ``resume`` without a folder; the checkpoint cannot be read, or belongs to other
+            settings or data.
         FileNotFoundError, FileExistsError: ``resume`` without a checkpoint; a fresh run into a
             folder that holds one.
     """
@@ -108,7 +110,10 @@ def open_run(
         return None
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: there is nothing to resume")
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     now = _identity(settings, batches, held_out)
     different = [name for name in now if saved["identity"].get(name) != now[name]]
     if different:

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fastdpop import losses
+from fastdpop import checks, engines, losses
 from fastdpop.losses import PreferenceLoss
 
 LOSS = "dpop"
 """The name of the default loss."""
+
+_LARGEST = 2**63 - 1  # what torch takes as a seed, with an epoch's number added to it
 
 
 def _is(text: str, *choices: str) -> Mapping[str, Any]:
@@ -35,6 +37,7 @@ class Settings:
       frozen copy (of a PEFT model: disables its adapter) and scores it in every step: the same
       numbers for more time and memory.
     - Under ``bf16`` the weights that are trained stay in their own type.
+    - An engine of your own is registered (:func:`fastdpop.engines.register`) before it is named.
 
     Raises:
         ValueError: a value is out of its range; the message names field, value and range.
@@ -85,8 +88,10 @@ class Settings:
         least = {"steps": 1, "batch_pairs": 1, "accumulate": 1}
         least |= {"warmup": 0, "eval_every": 0, "save_every": 0, "seed": 0}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {bound}")
+            value = getattr(self, name)
+            if not bound <= value <= _LARGEST:
+                expected = f"at least {bound}" if value < bound else f"at most {_LARGEST}"
+                raise ValueError(f"{name} is {value}, expected {expected}")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -97,6 +102,9 @@ class Settings:
             value, allowed = getattr(self, its.name), its.metadata["choices"]
             if allowed and value not in allowed:
                 raise ValueError(f"{its.name} is {value!r}, expected one of {allowed}")
+        if self.engine != "auto":
+            engines.get(self.engine)
+        checks.workspace(self.workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, the first being 0."""

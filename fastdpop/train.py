@@ -56,7 +56,8 @@ def train(
         The metrics, one dict per step and one per evaluation, as in ``metrics.jsonl``.
 
     Raises:
-        ValueError: nothing to train on; the checkpoint belongs to other settings or data.
+        ValueError: nothing to train on; `attach` refuses the model; the checkpoint cannot be read,
+            or belongs to other settings or data.
         FileNotFoundError, FileExistsError: ``resume`` without a checkpoint; a fresh run into a
             folder that holds one.
         FloatingPointError: the loss or the gradient's norm is not finite.
@@ -208,7 +209,7 @@ class _OnlineReference:
         self.adapter_off = getattr(model, "disable_adapter", None)
         if self.adapter_off is None:
             model = copy.deepcopy(model).requires_grad_(False)
-            attach(model, engine=settings.engine, workspace_bytes=settings.workspace_bytes)
+            _attach(model, settings)
         self.model = model
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -241,9 +242,18 @@ def _batch_numbers(batches: Batches, settings: Settings, step: int) -> list[int]
     return batch_numbers(len(batches), step, settings.accumulate, settings.seed)
 
 
+def _attach(model: nn.Module, settings: Settings) -> None:
+    try:
+        attach(model, engine=settings.engine, workspace_bytes=settings.workspace_bytes)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(f"{type(model).__name__} cannot be trained: {error}") from error
+
+
 @contextmanager
 def _attached(model: nn.Module, settings: Settings) -> Iterator[None]:
-    attach(model, engine=settings.engine, workspace_bytes=settings.workspace_bytes)
+    _attach(model, settings)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -292,6 +293,37 @@ def test_the_script_reads_its_budgets_from_the_plan() -> None:
         subprocess.run(["bash", "-n", str(Path(plan.__file__).with_name("h100.sh"))]).returncode
         == 0
     )
+
+
+def script(*arguments: str, python: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(Path(plan.__file__).with_name("h100.sh")), *arguments],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_plan_without_its_packages(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    hidden = "import runpy, sys; sys.modules.update(triton=None, pytest=None); del sys.argv[0]"
+    run = 'runpy.run_path(sys.argv[0], run_name="__main__")'
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{hidden}; {run}' \"$@\"\n")
+    python.chmod(0o755)
+    done = script("--plan", python=python)
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("triton and pytest cannot be imported by ")
+
+
+def test_the_script_says_what_it_takes() -> None:
+    done = script("all", python=sys.executable)
+    assert done.returncode == 2
+    assert done.stderr == "usage: bench/h100.sh [both | first | rest | --plan]\n"
+    done = script("--plan", python="/no/such/python")
+    assert done.returncode == 1
+    (said,) = done.stderr.splitlines()
+    assert said.endswith("PYTHON is '/no/such/python', expected a Python that is there")
 
 
 def test_tests_are_counted_in_logs_that_are_cut_off(tmp_path: Path) -> None:

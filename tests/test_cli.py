@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fastdpop
 from fastdpop import demo
@@ -20,6 +20,7 @@ from fastdpop.settings import Settings
 from tests.tiny_model import CHATML, tiny_llama, tiny_tokenizer
 
 ROW = {"prompt": "2 and 2: ", "chosen": "4", "rejected": "5"}
+REQUIRED = ["train", "--model", "m", "--pairs", "p", "--output", "o"]
 
 
 @pytest.fixture
@@ -78,7 +79,6 @@ def test_train_resumes(files: dict[str, str]) -> None:
         (("--resume",), "nothing to resume"),
         (("--learning-rate", "0"), "learning_rate is 0.0"),
         (("--max-length", "8"), "more than max_length = 8"),
-        (("--engine", "warp"), "engine is 'warp'"),
         (("--eval-pairs", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
 )
@@ -92,6 +92,95 @@ def test_train_errors_are_one_plain_line(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("fastdpop: error: ")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--device", "nope"), "--device is 'nope', expected a device that torch can use here"),
+        (("--device", "cuda:999"), "--device is 'cuda:999'"),
+        (("--device", "meta"), "--device is 'meta'"),
+        (("--engine", "warp"), "engine is 'warp'"),
+        (("--engine", "triton"), "engine 'triton' cannot run on cpu"),
+        (("--seed", "9" * 23), f"seed is {'9' * 23}, expected at most 9223372036854775807"),
+        (("--warmup", "1" + "0" * 400), "warmup is 1000"),
+        (("--lora", "--lora-alpha", "nan"), "--lora-alpha is nan, expected a positive number"),
+        (("--lora", "--lora-alpha", "inf"), "--lora-alpha is inf, expected a positive number"),
+        (("--lora", "--lora-dropout", "nan"), "--lora-dropout is nan, expected a number from 0"),
+        (("--lora", "--lora-dropout", "1"), "--lora-dropout is 1.0, expected a number from 0"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    argv = ["--model", "/nowhere", "--pairs", "/nowhere", "--output", "/nowhere"]
+    assert main(["train", *argv, "--device", "cpu", *more]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("fastdpop: error: ")
+    assert message in said
+
+
+def test_epochs_beyond_all_numbers(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(files, "--epochs", "1.7e308") == 1
+    assert "steps is 9223372036854775808, expected at most" in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_short(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = Path(files["model"]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert train(files) == 1
+    assert f"fastdpop: error: {files['model']} cannot be loaded: " in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_attached_to(
+    files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda _: None)
+    assert train(files) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fastdpop: error: LlamaForCausalLM cannot be trained: ")
+    assert "no output embedding" in said
+
+
+def test_a_checkpoint_that_is_cut_short(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(files, "--steps", "1", "--save-every", "1") == 0
+    saved = Path(files["out"]) / "checkpoint.pt"
+    whole = saved.read_bytes()
+    for length in (0, len(whole) // 2):
+        saved.write_bytes(whole[:length])
+        assert train(files, "--steps", "2", "--save-every", "1", "--resume") == 1
+        assert "checkpoint.pt cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_memory_that_is_not_there(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    assert train(files, "--lora", "--lora-rank", "9" * 15) == 1
+    assert "fastdpop: error: there is not enough memory: " in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr("fastdpop.train.train", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(files)
 
 
 def test_malformed_row(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +197,8 @@ def test_malformed_row(files: dict[str, str], capsys: pytest.CaptureFixture[str]
         ["train", "--model", "m", "--pairs", "p", "--output", "o", "--loss", "nonsense"],
         ["train", "--model", "m", "--pairs", "p", "--output", "o", "--loss-option", "lam"],
         ["demo", "--steps", "0"],
+        ["demo", "--threads", "9" * 23],
+        [*REQUIRED, "--threads", "1025"],
     ],
 )
 def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,9 +206,6 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         main(argv)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
-
-
-REQUIRED = ["train", "--model", "m", "--pairs", "p", "--output", "o"]
 
 
 def test_defaults_are_those_of_settings() -> None:

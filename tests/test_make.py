@@ -1,4 +1,4 @@
-"""``make setup``: which Python it takes and what it says, on machines made of stubs.
+"""``make setup`` and ``make clean``: which Python it takes and what it says, on machines made of stubs.
 
 Nothing is installed: the Pythons of these machines say of themselves what a test wants, and the
 environments that they make do nothing.
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(MAKE is None, reason="make is not installed")
 
 COMPILER = "No C++ compiler was found"
 # Real tools of the recipes; `make` gets no other PATH than the machine's own folder.
-TOOLS = ("sh", "touch", "sed", "mkdir", "cp", "chmod")
+TOOLS = ("sh", "touch", "sed", "mkdir", "cp", "chmod", "rm")
 PYTHON = """#!/bin/sh
 echo "$0 $*" >> {log}
 test "$1" != -m || {{ mkdir -p {environment}/bin && cp {stub} {environment}/bin/python; exit; }}
@@ -64,10 +64,14 @@ class Machine:
         )
 
     def setup(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        given = [f"VENV={self.environment}", *arguments]
+        return self.make("setup", f"VENV={self.environment}", *arguments, **variables)
+
+    def make(
+        self, *arguments: str, cwd: Path = ROOT, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(MAKE), "setup", *given],
-            cwd=ROOT,
+            [str(MAKE), "-f", str(ROOT / "Makefile"), *arguments],
+            cwd=cwd,
             env={"PATH": str(self.programs), **variables},
             text=True,
             capture_output=True,
@@ -126,6 +130,59 @@ def test_python_names_another(machine: Machine) -> None:
     own = machine.python((3, 11), "my-python")
     assert machine.setup(f"PYTHON={own}").returncode == 0
     assert machine.made_by() == ["my-python"]
+
+
+def test_python_may_have_spaces_in_its_path(machine: Machine) -> None:
+    machine.python((3, 14))
+    (machine.programs / "my pythons").mkdir()
+    own = machine.python((3, 11), "my pythons/python")
+    assert machine.setup(f"PYTHON={own}").returncode == 0
+    (line,) = (line for line in machine.log.read_text().splitlines() if " -m venv " in line)
+    assert line.startswith(f"{own} -m venv ")
+
+
+@pytest.mark.parametrize("given", ["/no/such/python", "python3.9", "broken", "no venv", "a b"])
+def test_python_names_none(machine: Machine, given: str) -> None:
+    machine.python((3, 14))
+    machine.python((3, 9))
+    machine.python((3, 12), "no venv", "venv")
+    machine.add("broken", BROKEN)
+    done = machine.setup(f"PYTHON={given}")
+    assert done.returncode != 0
+    (said,) = done.stderr.splitlines()
+    assert f"PYTHON is '{given}', expected a Python from 3.10 to 3.14 with its venv module" in said
+    assert machine.made_by() == []
+
+
+@pytest.mark.parametrize("command", ["clean", "setup", "help"])
+@pytest.mark.parametrize("name", ["VENV", "AXOLOTL"])
+@pytest.mark.parametrize("path", ["{0}/x y", "{0}/x ", "{0}/x\t{0}/z", ""])
+def test_no_environment_with_spaces(
+    machine: Machine, tmp_path: Path, command: str, name: str, path: str
+) -> None:
+    """``make clean`` would remove what stands before the space."""
+    machine.python((3, 12))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "build").mkdir()
+    path = path.format(tmp_path)
+    done = machine.make(command, f"{name}={path}", cwd=tmp_path)
+    assert done.returncode != 0
+    (said,) = done.stderr.splitlines()
+    assert f"{name} is '{path}', expected the path of a folder without spaces" in said
+    assert done.stdout == ""
+    assert (tmp_path / "x").exists()
+    assert (tmp_path / "build").exists()
+    assert machine.log.read_text() == ""
+
+
+def test_clean_removes_what_it_names_alone(machine: Machine, tmp_path: Path) -> None:
+    checkout = tmp_path / "with a space"
+    kept, own = checkout / "kept", checkout / "kept&own"
+    for folder in (kept, own, checkout / "build"):
+        folder.mkdir(parents=True)
+    done = machine.make("clean", f"VENV={own.name}", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in checkout.iterdir()] == ["kept"]
 
 
 def test_an_environment_that_is_there_is_kept(machine: Machine) -> None:

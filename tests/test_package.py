@@ -102,6 +102,32 @@ def test_the_compiler_that_builds_the_library(
     assert os.environ.get("CXX") == taken
 
 
+def sdist(folder: Path) -> tuple[Path, Path]:
+    """An sdist of this checkout: the files that it was made from, and those that it holds."""
+    source = folder / "source"
+    source.mkdir()
+    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
+    for name in files:
+        shutil.copy(ROOT / name, source)
+    built = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("fastdpop", "csrc", "tests"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=built)
+    run(f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})", source)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return source, unpacked
+
+
+def test_sdist_holds_no_tests(tmp_path: Path) -> None:
+    """Setuptools adds those that it finds, without what they import."""
+    source, unpacked = sdist(tmp_path)
+    assert (source / "tests" / "test_package.py").exists()
+    assert not (unpacked / "tests").exists()
+    assert (unpacked / "csrc").is_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", [True, False])
 def test_wheel_from_sdist(compiler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,19 +137,7 @@ def test_wheel_from_sdist(compiler: bool, tmp_path: Path, monkeypatch: pytest.Mo
     if not compiler:
         for name in ("CC", "CXX"):
             monkeypatch.setenv(name, "/no/such/compiler")
-    source = tmp_path / "source"
-    source.mkdir()
-    files = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
-    for name in files:
-        shutil.copy(ROOT / name, source)
-    built = shutil.ignore_patterns("__pycache__", "*.so")
-    for folder in ("fastdpop", "csrc"):
-        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=built)
-    run(f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", source)
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    source, unpacked = sdist(tmp_path)
     run(f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})", unpacked)
     (wheel,) = tmp_path.glob("*.whl")
 
@@ -150,6 +164,10 @@ def test_wheel_from_sdist(compiler: bool, tmp_path: Path, monkeypatch: pytest.Mo
     assert engines == str(("cpu", "eager") if compiler else ("eager",))
 
 
+@pytest.mark.skipif(
+    (ROOT / "kernels").is_file(),
+    reason="kernels is a text file here: this checkout was made without symbolic links",
+)
 def test_the_folder_of_kernels_is_the_package_of_a_checkout() -> None:
     code = "import fastdpop.kernels as k; print(*k.__path__)"
     assert Path(run(code, ROOT).strip()) == (ROOT / "kernels").resolve()

@@ -223,6 +223,10 @@ def test_learning_rate() -> None:
         ("weight_decay", -1.0),
         ("schedule", "linear"),
         ("reference", "none"),
+        ("engine", "warp"),
+        ("workspace_bytes", 0),
+        ("seed", 2**63),
+        ("steps", 10**400),
     ],
 )
 def test_bad_settings(field: str, value: Any) -> None:

@@ -12,6 +12,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import torch
+
 import fastdpop
 from fastdpop.cli import demo, doctor, train
 
@@ -27,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code: int = args.run(args)
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
-            print(f"fastdpop: error: {error}", file=sys.stderr)
-            return 1
+            return _failed(str(error))
+        except (RuntimeError, MemoryError) as error:
+            # Any other RuntimeError is a fault of the program: those of a user's mistake have
+            # become a ValueError where it is known what was asked for.
+            if not _is_out_of_memory(error):
+                raise
+            return _failed(f"there is not enough memory: {error}")
     return code
 
 
@@ -44,6 +51,17 @@ def parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return whole
+
+
+def _failed(message: str) -> int:
+    print(f"fastdpop: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has no type of its own for a CPU's memory.
+    of_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or of_cpu
 
 
 def _plain_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastdpop.cli.values import positive
+from fastdpop.cli.values import positive, threads
 
 NAME = "demo"
 ABOUT = "train a small language model with DPO and with DPOP, and draw the difference"
@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--steps", type=positive, metavar="N", help="steps of each run, fewer for a quick look"
     )
     command.add_argument(
-        "--threads", type=positive, default=2, metavar="N", help="(default: %(default)s)"
+        "--threads", type=threads, default=2, metavar="N", help="(default: %(default)s)"
     )
 
 

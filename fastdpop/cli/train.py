@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fastdpop import losses
-from fastdpop.cli.values import option, positive, positive_real
+from fastdpop import engines, losses
+from fastdpop.cli.values import option, positive, positive_real, threads
 from fastdpop.data import TOO_LONG, Batches, TokenPair, read_pairs, tokenise
 from fastdpop.losses import PreferenceLoss
 from fastdpop.settings import LOSS, Settings
@@ -93,7 +93,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
     group.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     group.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads", type=threads, metavar="N", help="CPU threads (default: torch's choice)"
     )
     group.add_argument(
         "--bf16",
@@ -162,7 +162,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     lora = _lora_options(args)
     settings = settings_of(args)
-    model, tokenizer = _load(args, lora)
+    device = _device(args.device)
+    engines.choose(settings.engine, device, torch.bfloat16 if args.bf16 else torch.float32)
+    model, tokenizer = _load(args, device, lora)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     pairs = _read(args.pairs, tokenizer, model, args)
     batches = Batches.shuffled(pairs, settings.batch_pairs, pad_id, seed=settings.seed)
@@ -172,8 +174,9 @@ def run(args: argparse.Namespace) -> int:
             _read(args.eval_pairs, tokenizer, model, args), settings.batch_pairs, pad_id
         )
     if args.steps is None:
-        steps = math.ceil(args.epochs * len(batches) / settings.accumulate)
-        settings = replace(settings, steps=steps)
+        # Settings refuse what is cut here.
+        steps = min(args.epochs * len(batches) / settings.accumulate, 2.0**63)
+        settings = replace(settings, steps=math.ceil(steps))
     rows = train(
         model, batches, settings, held_out=held_out, output=args.output, resume=args.resume
     )
@@ -208,17 +211,45 @@ def _lora_options(args: argparse.Namespace) -> dict[str, Any] | None:
     given = {name: value for name, value in given.items() if value is not None}
     if given and not args.lora:
         raise ValueError(f"--lora-{next(iter(given))} has no effect without --lora")
+    alpha, dropout = given.get("alpha", 1.0), given.get("dropout", 0.0)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"--lora-alpha is {alpha}, expected a positive number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--lora-dropout is {dropout}, expected a number from 0 to less than 1")
     return {**LORA_DEFAULTS, **given} if args.lora else None
 
 
-def _load(args: argparse.Namespace, lora: dict[str, Any] | None) -> tuple[Any, Any]:
+def _device(name: str | None) -> torch.device:
+    """The device to train on, once it has computed something."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    # What a build without CUDA raises, and one without a device's module.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"--device is {name!r}, expected a device that torch can use here, "
+            f"such as cpu or cuda:0: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def _load(
+    args: argparse.Namespace, device: torch.device, lora: dict[str, Any] | None
+) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Trained weights stay float32, or small updates would be rounded away; frozen ones need not.
     dtype = torch.bfloat16 if lora and args.bf16 else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: Any
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    except (RuntimeError, SafetensorError) as error:  # weights of other shapes, a file cut short
+        raise ValueError(f"{args.model} cannot be loaded: {error}") from error
+    model.to(device)
     if lora is not None:
         from peft import LoraConfig, get_peft_model
 

@@ -7,12 +7,22 @@ import ast
 import math
 from typing import Any
 
+MOST_THREADS = 1024
+
 
 def positive(text: str) -> int:
     """A whole number above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of threads that a machine may have."""
+    value = positive(text)
+    if value > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_THREADS} threads")
     return value
 
 
