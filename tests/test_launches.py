@@ -21,6 +21,7 @@ from fastdpop.engines.triton import FORWARDS, PRODUCTS, TritonEngine
 from fastdpop.kernels import config
 from fastdpop.transform import LogitTransform
 from tests import launches
+from tests.gpu import gluon_twin
 from tests.launches import CUBLAS, DTYPES, Recording, every_route, of_variant, problem, recorded
 from tools.kernels import registry
 
@@ -232,3 +233,14 @@ def test_rows_through_the_forward_product(dtype: torch.dtype) -> None:
             TritonEngine().logps_and_gradients(p, (), GroupLoss(lambda *_: c), TRAINED)
         found = sum(sizes(recording, "forward_kernel", "rows"))
         assert found == rows * (2 if dtype == torch.float16 else times)
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_the_comparison_on_the_chip_asks_for_what_engines_give(forward: str) -> None:
+    """tests/gpu/gluon_twin.py runs on a GPU only, in a process of its own."""
+    with recorded() as recording:
+        found = gluon_twin.results(
+            TritonEngine(forward=forward), torch.bfloat16, torch.device("cpu"), 1
+        )
+    assert all(isinstance(one, torch.Tensor) for one in found)
+    assert "forward_kernel" in recording.kernels

@@ -36,7 +36,8 @@ def results(engine: TritonEngine, dtype: torch.dtype, device: torch.device, case
         device, dtype, rows=rows, width=width, vocabulary=vocabulary, pieces=1, head=head, bias=bias
     )
     c = coefficients(p)
-    found = [*engine.logps(p, ())[:2], *engine.logps(p, STATISTICS)]
+    plain, logged = engine.logps(p, ()), engine.logps(p, STATISTICS)
+    found = [plain.logps, plain.lse, logged.logps, logged.lse, logged.statistics]
     kept = engine.logps_and_dlogp_dhidden(p, ())
     direction = kept.dlogp_dhidden
     found += [kept.logps, direction, *one_pass(engine, p, c, TRAINED)]
