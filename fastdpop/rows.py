@@ -255,13 +255,7 @@ def rows_from_members(
     _check_targets(targets, vocab_size)
     starts = _checked_bounds("offsets", offsets, len(index), "tokens")
     lengths = [b - a for a, b in itertools.pairwise(starts)]
-    sides: list[list[int]] = pairs.tolist()
-    for pair in sides:
-        if max(pair) < 0 or min(pair) < -1 or max(pair) >= len(lengths):
-            raise ValueError(
-                f"pairs contains {pair}, expected sequence indices in [0, {len(lengths)}), at most "
-                "one of them -1"
-            )
+    sides = _checked_sides(pairs, len(lengths))
     # Which tokens are the same row.
     key = index * vocab_size + targets
     distinct, row_of = torch.unique(key, return_inverse=True)
@@ -271,19 +265,13 @@ def rows_from_members(
 
     # A sequence of the layout is an input sequence; with LD-DPO it is one side of one pair, since
     # its weights depend on the partner.
-    numbered = [[-1, -1] for _ in sides]
     if ld_alpha is None:
         layout = [s for sequences, _ in groups for s in sequences]
         number = {s: i for i, s in enumerate(layout)}
         numbered = [[number.get(s, -1) for s in of] for of in sides]
         per_group = [len(sequences) for sequences, _ in groups]
     else:
-        layout = []
-        for p in order:
-            for side, s in enumerate(sides[p]):
-                if s >= 0:
-                    numbered[p][side] = len(layout)
-                    layout.append(s)
+        layout, numbered = _sides_apart(sides, order)
         per_group = [sum(s >= 0 for p in of for s in sides[p]) for _, of in groups]
 
     # The tokens in the order of the layout, and their rows by first appearance.
@@ -294,9 +282,10 @@ def rows_from_members(
     if ld_alpha is not None:
         tail = _ld_weights(ld_alpha, sides, order, lengths, counts, device)
         of_weights = tail if of_weights is None else tail * of_weights
-    sequence_bounds = _bounds(per_group, host)
-    token_bounds = _bounds(counts, host)[sequence_bounds]
+    of_sequences = _bounds(per_group, host)
     seen = torch.cat([members.new_zeros(1), members + 1]).cummax(0).values.to(host)
+    of_rows = seen[_bounds(counts, host)[of_sequences]]
+    of_pairs = _bounds([len(of) for _, of in groups], host)
     return Rows(
         index=index[tokens][first],
         targets=targets[tokens][first],
@@ -304,9 +293,7 @@ def rows_from_members(
         offsets=_bounds(counts, device),
         label_index=tokens if label_index is None else label_index[tokens],
         weights=of_weights,
-        groups=torch.stack(
-            [seen[token_bounds], sequence_bounds, _bounds([len(of) for _, of in groups], host)]
-        ),
+        groups=torch.stack([of_rows, of_sequences, of_pairs]),
         pairs=_longs(numbered, device).reshape(-1, 2),
         order=_longs(order, device),
         inputs=_longs(layout, device),
@@ -322,6 +309,17 @@ def _checked_bounds(name: str, bounds: Tensor, count: int, what: str) -> list[in
             f"number of {what}, {count}"
         )
     return values
+
+
+def _checked_sides(pairs: Tensor, sequences: int) -> list[list[int]]:
+    sides: list[list[int]] = pairs.tolist()
+    for pair in sides:
+        if max(pair) < 0 or min(pair) < -1 or max(pair) >= sequences:
+            raise ValueError(
+                f"pairs contains {pair}, expected sequence indices in [0, {sequences}), at most "
+                "one of them -1"
+            )
+    return sides
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:
@@ -376,6 +374,22 @@ def _groups(
         for s in range(sequences):
             groups.setdefault(root(s), ({}, []))[0].setdefault(s)
     return [(list(of_group), members) for of_group, members in groups.values()]
+
+
+def _sides_apart(
+    sides: Sequence[Sequence[int]], order: Sequence[int]
+) -> tuple[list[int], list[list[int]]]:
+    """Each side of each pair as a sequence of its own: the input sequence that it is, and the
+    numbers of each pair's two.
+    """
+    layout: list[int] = []
+    numbered = [[-1, -1] for _ in sides]
+    for p in order:
+        for side, s in enumerate(sides[p]):
+            if s >= 0:
+                numbered[p][side] = len(layout)
+                layout.append(s)
+    return layout, numbered
 
 
 def _by_first_appearance(row_of: Tensor, rows: int) -> tuple[Tensor, Tensor]:
