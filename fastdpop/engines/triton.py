@@ -1,6 +1,6 @@
 """The Triton engine: the kernels of ``kernels/``, driven chunk by chunk of whole groups.
 
-    target logits        each row's point of reference: a gather and a dot product
+    target logits        each row's shift: a gather and a dot product
     forward product      logits tile by tile into partial sums; with gradients to come, the softmax
                          of the chunk is kept beside them, up to a factor per row      1 product
     combination          log-probs; then, for the losses that have a kernel, the loss and dlogp
@@ -8,7 +8,7 @@
 
 A group beyond the workspace goes through the forward product first for its log-probs, and then
 piece by piece once more (4 matrix products instead of 3); so does every group in float16, whose
-range needs a point of reference that is known only afterwards. Where `dlogp` is known beforehand,
+range needs a shift that is known only afterwards. Where `dlogp` is known beforehand,
 rows with 0 are sorted to the end on the device and skipped there, without waiting for their number.
 
 On a CUDA device, only a loss without a kernel waits for the device.

@@ -272,10 +272,10 @@ class TritonRows:
         self.operands = (hidden, run.weight, run.bias, targets)
 
     def forward(self, *, keep: bool) -> tuple[Forward, combining.Softmax]:
-        """The product and its combined sums, with the targets' logits for references."""
+        """The product and its combined sums, with the targets' logits for shifts."""
         run = self.run
-        reference = target_logit.target_logit(*self.operands, run.transform)
-        done = self._product(reference, keep, bool(run.names))
+        shift = target_logit.target_logit(*self.operands, run.transform)
+        done = self._product(shift, keep, bool(run.names))
         vocabulary = len(run.weight)
         softmax = combining.combine(done, self.targets, run.transform, vocabulary)
         repair.repair(done, *self.operands, run.transform, run.config, softmax.rest)
@@ -283,29 +283,29 @@ class TritonRows:
         return done, softmax
 
     def forward_again(self, lse: Tensor) -> tuple[Forward, combining.Softmax]:
-        """The same with references that are known from `lse` ``(n,)``: nothing overflows.
+        """The same with shifts that are known from `lse` ``(n,)``: nothing overflows.
 
         In float16 the other tokens' part of the softmax is brought to the upper end of its range, as
         far as that part is known: `NOISE` is what the difference of two logits leaves open.
         """
         run = self.run
-        reference = lse * LOG2E
+        shift = lse * LOG2E
         if run.dtype == torch.float16:
             target = target_logit.target_logit(*self.operands, run.transform, rounded=False)
             noise = NOISE * (1.0 + lse.abs())
-            others = -torch.expm1((target - reference) / LOG2E)
+            others = -torch.expm1((target - shift) / LOG2E)
             # At most 1, so that nothing exceeds the range even if the noise is all there is.
             others = (others.clamp_min(noise) + noise).clamp_max(1.0)
-            reference = reference + others.log2() - _ROOM
-        done = self._product(reference.round_(), True, False)
+            shift = shift + others.log2() - _ROOM
+        done = self._product(shift.round_(), True, False)
         return done, combining.combine(done, self.targets, run.transform, len(run.weight))
 
-    def _product(self, reference: Tensor, keep: bool, statistics: bool) -> Forward:
+    def _product(self, shift: Tensor, keep: bool, statistics: bool) -> Forward:
         run = self.run
         kept = run.memory(len(self.targets)) if keep else None
         return run.launcher(self.hidden, kept)(
             *self.operands,
-            reference,
+            shift,
             run.transform,
             run.config,
             exp_logits=kept,
