@@ -19,7 +19,7 @@ from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.output import PreferenceOutput
-from fastdpop.rows import IGNORE
+from fastdpop.rows import IGNORE, default_pairs
 
 Preference = str | PreferenceLoss | Callable[[PairLogps], Tensor]
 RefLogps = Tensor | Sequence[Tensor]
@@ -256,9 +256,9 @@ def _inputs(
 
 def _by_sequence(result: PreferenceOutput, pairs: Any) -> Tensor:
     """The ``(S,)`` log-probs of a result, in the order of the batch."""
-    if pairs is None:
-        return torch.cat([result.chosen_logps, result.rejected_logps])
     logps = result.chosen_logps.new_zeros(len(result.lengths))
+    if pairs is None:
+        pairs = default_pairs(len(logps), logps.device)
     sequences = torch.as_tensor(pairs, device=logps.device)
     for side, values in enumerate((result.chosen_logps, result.rejected_logps)):
         present = sequences[:, side] >= 0
