@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import random
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from fastdpop.data import TokenPair, collate, read_pairs, tokenise
+from fastdpop.data import load_pairs
+from fastdpop.data.tokens import tokenize
+
+Row = dict[str, list[int]]
+"""Token ids: ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -30,25 +34,35 @@ def arguments(description: str | None) -> argparse.Namespace:
     return options
 
 
-def load(options: argparse.Namespace) -> tuple[Any, DataLoader[TokenPair]]:
+def load(options: argparse.Namespace) -> tuple[Any, DataLoader[Row]]:
     """A model in evaluation mode (no dropout), and batches of chosen sequences followed by the rejected ones."""
     torch.manual_seed(0)
     if options.model is None:
-        model, pairs, pad_id = _tiny(), _made_up(32), 0
+        model, rows, pad_id = _tiny(), _made_up(32), 0
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        pairs, _ = tokenise(read_pairs(options.pairs), tokenizer)
+        pairs = load_pairs(options.pairs).dataset
+        rows, _ = tokenize(pairs, tokenizer, vocab_size=model.config.vocab_size)
         pad_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     batches = DataLoader(
-        pairs,
-        batch_size=options.batch_pairs,
-        shuffle=True,
-        collate_fn=partial(collate, pad_id=pad_id),
+        rows, batch_size=options.batch_pairs, shuffle=True, collate_fn=Collator(pad_id)
     )
     return model.eval(), batches
+
+
+class Collator:
+    """TRL's collator of preference pairs, with labels: -100 where a token is not scored."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad = DataCollatorForPreference(pad_token_id=pad_id)
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        batch = self.pad(rows)
+        scored = batch.pop("completion_mask")
+        return {**batch, "labels": batch["input_ids"].masked_fill(scored == 0, -100)}
 
 
 def _tiny() -> Any:
@@ -58,7 +72,7 @@ def _tiny() -> Any:
     return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads, **tokens))
 
 
-def _made_up(count: int) -> list[TokenPair]:
+def _made_up(count: int) -> list[Row]:
     """Chosen completions count upwards; one number of a rejected one is wrong."""
     chance, pairs = random.Random(0), []
     for _ in range(count):
@@ -66,5 +80,6 @@ def _made_up(count: int) -> list[TokenPair]:
         right = list(range(start + 3, start + length))
         wrong = list(right)
         wrong[chance.randrange(len(wrong))] = chance.randrange(3, 100)
-        pairs.append(TokenPair(tuple(range(start, start + 3)), (*right, 2), (*wrong, 2)))
+        prompt = list(range(start, start + 3))
+        pairs.append({"prompt_ids": prompt, "chosen_ids": [*right, 2], "rejected_ids": [*wrong, 2]})
     return pairs

@@ -11,35 +11,61 @@ import importlib.util
 import json
 import math
 import random
+import tempfile
 import time
-from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 
-from fastdpop import losses
-from fastdpop.data import Batches, Pair, corrupt, read_jsonl, tokenise, without_annotations
+from fastdpop.data.gsm8k import corrupt, without_annotations
+from fastdpop.data.read import read_jsonl
+from fastdpop.data.tokens import tokenize
 from fastdpop.doctor import has_bf16
-from fastdpop.train import Metrics, Settings, train
+from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.train.report import evaluations, held_out_table
+from fastdpop.train.trainer import PairTrainer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BETA, LAM = 0.3, 50.0
-RUNS = {"DPO": losses.get("dpo", beta=BETA), "DPOP": losses.get("dpop", beta=BETA, lam=LAM)}
+Row = dict[str, Any]
+"""One line of what a trainer has logged."""
+
+RUNS = {"DPO": "sigmoid", "DPOP": "dpop"}
+"""TRL's names of the two losses."""
+CHOSEN = "eval_logratios/chosen"
 HELD_OUT = 40
 """Held-out problems that are scored; more would cost time and change little."""
-
-# By 40 steps the two losses have parted far beyond doubt, in about five minutes on two cores.
-SETTINGS = Settings(steps=40, batch_pairs=4, learning_rate=5e-6, warmup=10, eval_every=8)
+STEPS = 40
+"""By then the two losses have parted far beyond doubt, in about five minutes on two cores."""
+SETTINGS = {
+    "beta": 0.3,
+    "dpop_lambda": 50.0,
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 10,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 8,
+    "eval_on_start": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "precompute_ref_log_probs": True,
+    "gradient_checkpointing": False,
+    "max_length": None,
+    "seed": 0,
+}
+"""Of TRL's ``DPOConfig``, for both runs."""
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # of Okabe and Ito: safe for colour-blind eyes
 
 
-def gsm8k_pairs(split: str, seed: int = 0) -> list[Pair]:
-    """Pairs from the shipped GSM8K excerpt.
+def gsm8k_pairs(split: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs from the shipped GSM8K excerpt, as chat messages.
 
     Args:
         split: ``"train"`` (300 problems) or ``"test"`` (60 others).
@@ -48,10 +74,15 @@ def gsm8k_pairs(split: str, seed: int = 0) -> list[Pair]:
     rng = random.Random(seed)
     pairs = []
     with resources.as_file(resources.files("fastdpop") / "assets" / f"gsm8k-{split}.jsonl") as path:
-        for _, row in read_jsonl(path):
+        for place, row in read_jsonl(path):
             rejected = corrupt(row["answer"], rng)
             if rejected is not None:
-                pairs.append(Pair(row["question"], without_annotations(row["answer"]), rejected))
+                texts = {"chosen": without_annotations(row["answer"]), "rejected": rejected}
+                pair = {
+                    name: [{"role": "assistant", "content": text}] for name, text in texts.items()
+                }
+                question = [{"role": "user", "content": row["question"]}]
+                pairs.append({"prompt": question, **pair, "place": place})
     return pairs
 
 
@@ -91,7 +122,7 @@ def load_smollm2() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def run_demo(output: Path, *, steps: int = SETTINGS.steps) -> bool:
+def run_demo(output: Path, *, steps: int = STEPS) -> bool:
     """Train with DPO and with DPOP; write ``demo.png`` and ``demo.json``; print what happened.
 
     Args:
@@ -104,73 +135,76 @@ def run_demo(output: Path, *, steps: int = SETTINGS.steps) -> bool:
     """
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    settings = replace(SETTINGS, steps=steps, bf16=has_bf16())
     print("Loading SmolLM2-135M-Instruct and preference pairs from GSM8K ...", flush=True)
     model, tokenizer = load_smollm2()
-    pad_id = tokenizer.pad_token_id
-    pairs, _ = tokenise(gsm8k_pairs("train"), tokenizer)
-    tests, _ = tokenise(gsm8k_pairs("test")[:HELD_OUT], tokenizer)
-    batches = Batches.shuffled(pairs, settings.batch_pairs, pad_id, seed=settings.seed)
-    # Sorted by length, batches have little padding; a mean does not mind the order.
-    held_out = Batches(sorted(tests, key=lambda pair: pair.length), 8, pad_id)
-
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    curves: dict[str, list[Metrics]] = {}
+    curves: dict[str, list[Row]] = {}
     seconds: dict[str, float] = {}
-    for name, loss in RUNS.items():
+    for name, loss_type in RUNS.items():
         model.load_state_dict(initial)
         start = time.monotonic()
-        run = replace(settings, loss=loss)
-        curves[name] = train(model, batches, run, held_out=held_out, title=name)
+        curves[name] = train(model, tokenizer, loss_type, steps, title=name)
         seconds[name] = time.monotonic() - start
 
-    evaluations = {
-        name: [row for row in rows if "eval_accuracy" in row] for name, rows in curves.items()
-    }
-    (output / "demo.json").write_text(
-        json.dumps(
-            {
-                "settings": {**asdict(settings), "loss": {k: repr(v) for k, v in RUNS.items()}},
-                "held_out": evaluations,
-                "training": {
-                    name: [row for row in rows if "loss" in row] for name, rows in curves.items()
-                },
-                "seconds": {**seconds, "total": time.monotonic() - started},
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-    draw(evaluations, output / "demo.png")
-    last = {name: rows[-1] for name, rows in evaluations.items()}
-    print(f"\n{table(last, seconds)}\n\n{sentence(last, steps)}")
+    held_out = {name: evaluations(rows) for name, rows in curves.items()}
+    training = {name: [row for row in rows if "loss" in row] for name, rows in curves.items()}
+    settings = {**SETTINGS, "max_steps": steps, "loss_type": RUNS}
+    everything = {"settings": settings, "held_out": held_out, "training": training}
+    everything["seconds"] = {**seconds, "total": time.monotonic() - started}
+    (output / "demo.json").write_text(json.dumps(everything, indent=1) + "\n")
+    draw(held_out, output / "demo.png")
+    last = {name: rows[-1] for name, rows in held_out.items()}
+    print(f"\n{held_out_table(last, seconds)}\n\n{sentence(last, steps)}")
     print(f"Picture: {output / 'demo.png'}, numbers: {output / 'demo.json'}")
-    expected = last["DPO"]["eval_chosen_logratio"] < -5 and last["DPOP"]["eval_chosen_logratio"] > 0
-    if not expected and steps >= SETTINGS.steps:
+    expected = last["DPO"][CHOSEN] < -5 and last["DPOP"][CHOSEN] > 0
+    if not expected and steps >= STEPS:
         print("This is not what was expected: DPO below -5 and DPOP above 0 on correct solutions.")
         return False
     return True
 
 
-def table(last: dict[str, Metrics], seconds: dict[str, float]) -> str:
-    """The last evaluations as text."""
-    head = f"{'held-out log-ratio':<20}{'correct':>10}{'corrupted':>12}{'difference':>12}"
-    lines = [f"{head}{'told apart':>12}{'time':>8}"]
-    for name, row in last.items():
-        chosen, rejected = row["eval_chosen_logratio"], row["eval_rejected_logratio"]
-        lines.append(
-            f"{name:<20}{chosen:>+10.1f}{rejected:>+12.1f}{chosen - rejected:>+12.1f}"
-            f"{row['eval_accuracy']:>12.0%}{seconds[name]:>7.0f}s"
+def train(model: Any, tokenizer: Any, loss_type: str, steps: int, *, title: str) -> list[Row]:
+    """Train the model in place with a loss of TRL's or DPOP; what the trainer has logged."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = FastDPOConfig(
+            folder,
+            loss_type=[loss_type],
+            max_steps=steps,
+            bf16=has_bf16(),
+            use_cpu=True,
+            **SETTINGS,
         )
-    return "\n".join(lines)
+        data = [
+            Dataset.from_list(gsm8k_pairs("train")),
+            Dataset.from_list(gsm8k_pairs("test")[:HELD_OUT]),
+        ]
+        pairs, held_out = (
+            tokenize(
+                rows, tokenizer, config, name, max_length=None, too_long="error", vocab_size=None
+            )[0]
+            for rows, name in zip(data, ("train", "eval"), strict=True)
+        )
+        # Sorted by length, batches have little padding; a mean does not mind the order.
+        lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in held_out]
+        held_out = held_out.select(sorted(range(len(held_out)), key=lengths.__getitem__))
+        trainer = PairTrainer(
+            model,
+            args=config,
+            train_dataset=pairs.shuffle(SETTINGS["seed"]),
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            title=title,
+        )
+        trainer.train()
+    return trainer.state.log_history
 
 
-def sentence(last: dict[str, Metrics], steps: int) -> str:
+def sentence(last: dict[str, Row], steps: int) -> str:
     """What happened, in one sentence made of the numbers."""
     parts = [
         f"{name} has made correct solutions to unseen problems about "
-        f"{_factor(row['eval_chosen_logratio'])} likely and tells them from corrupted ones in "
-        f"{row['eval_accuracy']:.0%} of the cases"
+        f"{_factor(row[CHOSEN])} likely and tells them from corrupted ones in "
+        f"{row['eval_rewards/accuracies']:.0%} of the cases"
         for name, row in last.items()
     ]
     return f"After {steps} steps from the same weights on the same pairs, " + "; ".join(parts) + "."
@@ -188,7 +222,7 @@ def _factor(logratio: float) -> str:
     return f"{amount} times {'more' if logratio > 0 else 'less'}"
 
 
-def draw(evaluations: dict[str, list[Metrics]], path: Path) -> None:
+def draw(evaluations: dict[str, list[Row]], path: Path) -> None:
     """Held-out log-ratios of correct and corrupted solutions against the step, one panel per loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -213,15 +247,15 @@ def draw(evaluations: dict[str, list[Metrics]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _panel(axes: Axes, name: str, rows: list[Metrics]) -> None:
+def _panel(axes: Axes, name: str, rows: list[Row]) -> None:
     steps = [row["step"] for row in rows]
     ends = {}
     for side, label, colour, line in (
         ("chosen", "correct", BLUE, "-"),
         ("rejected", "corrupted", ORANGE, "--"),
     ):
-        mean = [row[f"eval_{side}_logratio"] for row in rows]
-        error = [row[f"eval_{side}_standard_error"] for row in rows]
+        mean = [row[f"eval_logratios/{side}"] for row in rows]
+        error = [row[f"eval_logratios/{side}_standard_error"] for row in rows]
         low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(steps, mean, line, color=colour, linewidth=2.2, marker="o", markersize=4)
@@ -239,7 +273,7 @@ def _panel(axes: Axes, name: str, rows: list[Metrics]) -> None:
             annotation_clip=False,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
-    verdict = "more likely" if rows[-1]["eval_chosen_logratio"] > 0 else "less likely"
+    verdict = "more likely" if rows[-1][CHOSEN] > 0 else "less likely"
     axes.set_title(f"{name}: correct solutions became {verdict}", loc="left", pad=10)
     axes.set_xlabel("training step", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

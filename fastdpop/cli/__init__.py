@@ -1,13 +1,16 @@
-"""The ``fastdpop`` command: ``train``, ``demo`` and ``doctor``, a module each.
+"""The ``fastdpop`` command: ``train``, ``trl``, ``demo`` and ``doctor``, a module each.
 
-A command's module has its ``NAME``, what it is (``ABOUT``), ``add_arguments`` and ``run``. What a
-command needs beyond the package itself is imported by its ``run``, so that ``--help`` and mistakes
-are answered as fast as ``import fastdpop`` allows.
+A command's module has its ``NAME``, what it is (``ABOUT``) and ``run``, which takes what
+``add_arguments`` made of the command line; a command without ``add_arguments`` takes the arguments
+themselves, since TRL's parser reads them. What a command needs beyond the package itself is
+imported by its ``run``, so that ``--help`` and mistakes are answered as fast as ``import fastdpop``
+allows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,19 +18,29 @@ from collections.abc import Sequence
 import torch
 
 import fastdpop
-from fastdpop.cli import demo, doctor, train
+from fastdpop.cli import demo, doctor, train, trl
 
-COMMANDS = (train, demo, doctor)
+COMMANDS = (demo, doctor)
+WITH_OWN_PARSER = (train, trl)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code is 0 for success, 1 for an error, 2 for wrong usage."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own = {module.NAME: module for module in WITH_OWN_PARSER}
+    if argv and argv[0] in own:
+        run = functools.partial(own[argv[0]].run, argv[1:])
+    else:
+        args = parser().parse_args(argv)
+        run = functools.partial(args.run, args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for their users
         warnings.showwarning = _plain_warning
         try:
-            code: int = args.run(args)
+            code: int = run()
+        except KeyboardInterrupt as stop:
+            print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
+            return 130
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             return _failed(str(error))
         except (RuntimeError, MemoryError) as error:
@@ -35,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             # become a ValueError where it is known what was asked for.
             if not _is_out_of_memory(error):
                 raise
-            return _failed(f"there is not enough memory: {error}")
+            return _failed(
+                f"there is not enough memory: {error}\nLower --batch-pairs (and raise --accumulate as "
+                "much), set --gradient-checkpointing or --lora, or drop long pairs with --max-length "
+                "and --too-long drop"
+            )
     return code
 
 
@@ -46,6 +63,8 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"fastdpop {fastdpop.__version__}")
     commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for own in WITH_OWN_PARSER:
+        commands.add_parser(own.NAME, help=own.ABOUT, add_help=False)
     for module in COMMANDS:
         command = commands.add_parser(module.NAME, help=module.ABOUT, description=module.ABOUT)
         module.add_arguments(command)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import math
-from typing import Any
 
-MOST_THREADS = 1024
+from fastdpop.train.options import MOST_THREADS
 
 
 def positive(text: str) -> int:
@@ -24,22 +21,3 @@ def threads(text: str) -> int:
     if value > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"{text} is more than {MOST_THREADS} threads")
     return value
-
-
-def positive_real(text: str) -> float:
-    """A finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def option(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``, the value as Python writes it, or else as a word."""
-    name, sign, value = text.partition("=")
-    if not (name and sign):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value  # a word, such as form=outside

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 from torch import Tensor
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from fastdpop.data import TokenPair, collate
 from tests.tiny_model import CHATML, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,16 +113,18 @@ def batch(before: str = "", after: str = "") -> dict[str, Tensor]:
     """All pairs, chosen first, as an own loop would lay them out; `before` and `after` surround the prompt."""
     tokenizer = tiny_tokenizer()
 
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    end = (tokenizer.eos_token_id,)
-    pairs = [
-        TokenPair(
-            prompt=ids(before + pair["prompt"] + after),
-            chosen=ids(pair["chosen"]) + end,
-            rejected=ids(pair["rejected"]) + end,
-        )
+    end = [tokenizer.eos_token_id]
+    rows = [
+        {
+            "prompt_ids": ids(before + pair["prompt"] + after),
+            "chosen_ids": ids(pair["chosen"]) + end,
+            "rejected_ids": ids(pair["rejected"]) + end,
+        }
         for pair in PAIRS
     ]
-    return collate(pairs, tokenizer.pad_token_id)
+    batch = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(rows)
+    scored = batch.pop("completion_mask")
+    return {**batch, "labels": batch["input_ids"].masked_fill(scored == 0, -100)}

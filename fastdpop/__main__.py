@@ -1,4 +1,4 @@
-"""``python -m fastdpop.cli`` is ``fastdpop``."""
+"""``python -m fastdpop`` is ``fastdpop``."""
 
 import sys
 

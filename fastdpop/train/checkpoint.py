@@ -1,0 +1,138 @@
+"""The checkpoints of a run: which of them are whole, and which run may go on from them.
+
+TRL writes a checkpoint file by file. A marker stands in its folder until all are written; then a
+manifest takes its place, with a checksum of each file, and with the settings and data of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+MANIFEST = "fastdpop.json"
+_INCOMPLETE = "fastdpop-incomplete"
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+Identity = Mapping[str, str]
+"""What a checkpoint and the run that goes on from it must agree on, by name."""
+
+
+def begin(folder: Path) -> None:
+    """Mark a checkpoint that is about to be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _INCOMPLETE).touch()
+
+
+def seal(folder: Path, identity: Identity) -> None:
+    """Say that a checkpoint is whole, once every process has written its part."""
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, _INCOMPLETE)
+    )
+    manifest = {
+        "identity": dict(identity),
+        "files": {name: _checksum(folder / name) for name in names},
+    }
+    partial = folder / (MANIFEST + ".partial")
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / MANIFEST)
+    (folder / _INCOMPLETE).unlink(missing_ok=True)
+
+
+def prune(output: Path, keep: int | None, best: str | None) -> None:
+    """Delete all but the newest `keep` checkpoints; the best one stays, too."""
+    for folder in checkpoints(output)[keep:] if keep else ():
+        if best is None or folder.resolve() != Path(best).resolve():
+            shutil.rmtree(folder)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The folders of checkpoints, newest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (output.iterdir() if output.is_dir() else ())
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | None, list[str]]:
+    """Look at a run's folder before the run begins.
+
+    Args:
+        output: the folder; it need not exist.
+        resume: whether to go on from what is there.
+        identity: of the run.
+
+    Returns:
+        The checkpoint to go on from, None for a start from the beginning; and what to tell the user.
+
+    Raises:
+        FileExistsError: the folder holds a run or a model, and `resume` is False.
+        ValueError: the newest checkpoint is damaged, or belongs to other settings or data.
+    """
+    notes = []
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file, expected a folder for the run")
+    for folder in checkpoints(output):
+        if (folder / _INCOMPLETE).exists() and not (folder / MANIFEST).exists():
+            shutil.rmtree(folder)
+            notes.append(f"{folder} had not been written to its end, and was removed.")
+    whole = checkpoints(output)
+    if resume:
+        if not whole:
+            return None, [*notes, f"No checkpoint in {output}: starting from the beginning."]
+        verify(whole[0], identity)
+        return whole[0], notes
+    if whole:
+        raise FileExistsError(
+            f"{output} already holds a run ({whole[0].name}): go on with --resume, or choose another folder"
+        )
+    if any((output / name).exists() for name in _MODEL_FILES):
+        raise FileExistsError(f"{output} already holds a model: choose another folder")
+    return None, notes
+
+
+def verify(folder: Path, identity: Identity) -> None:
+    """Check that a checkpoint is as it was written, and belongs to this run.
+
+    Raises:
+        ValueError: it is damaged, or of other settings or data; the message names what differs.
+    """
+    other = f"To go on from an earlier checkpoint, remove {folder}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, saved = dict(manifest["files"]), dict(manifest["identity"])
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: it was not written by fastdpop train. "
+            "--resume_from_checkpoint takes it as it is"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}. {other}") from None
+    changes = [
+        f"{name}: {saved.get(name)} then, {identity.get(name)} now"
+        for name in sorted({*identity, *saved})
+        if saved.get(name) != identity.get(name)
+    ]
+    if changes:
+        raise ValueError(f"{folder} belongs to another run; " + "; ".join(changes))
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing. {other}")
+        if _checksum(folder / name) != expected:
+            raise ValueError(f"{folder / name} is damaged: its checksum has changed. {other}")
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

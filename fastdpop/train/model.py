@@ -1,0 +1,159 @@
+"""The model of a run, its reference and its tokenizer, from what ``--model`` names."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file
+from trl import get_peft_config, get_quantization_config
+
+from fastdpop.train.parse import Asked
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``--model`` names: a model, or an adapter and the model that it belongs to.
+
+    Attributes:
+        base: path or name of the model.
+        adapter: path or name of the adapter, if there is one.
+        vocab_size: rows of the model's embedding.
+        context: the most tokens that it takes; None if its configuration does not say.
+    """
+
+    base: str
+    adapter: str | None
+    vocab_size: int | None
+    context: int | None
+
+
+def model_source(asked: Asked) -> Source:
+    """Look at the configuration of the model, without loading it.
+
+    Raises:
+        ValueError, OSError: there is no such model; options for a new adapter beside an old one.
+    """
+    name, trust = asked.model.model_name_or_path, asked.config.trust_remote_code
+    assert name is not None  # the command line was checked
+    adapter = base = None
+    if find_adapter_config_file(name) is not None:
+        from peft import PeftConfig
+
+        adapter, base = name, PeftConfig.from_pretrained(name).base_model_name_or_path
+        if not base:
+            raise ValueError(f"{name}: adapter_config.json names no base_model_name_or_path")
+        new = sorted(
+            n for n in asked.given if n.startswith("lora_") or n in ("use_rslora", "use_dora")
+        )
+        if new and not asked.own.merge_adapter:
+            raise ValueError(
+                f"--{new[0]} has no effect: {name} holds an adapter, which is trained further. "
+                "--merge-adapter merges it into its base model first"
+            )
+    elif asked.own.merge_adapter:
+        raise ValueError(f"--merge-adapter has no effect: {name} holds no adapter")
+    base = base or name
+    config = AutoConfig.from_pretrained(
+        base, revision=None if adapter else asked.model.model_revision, trust_remote_code=trust
+    ).get_text_config()
+    return Source(
+        base,
+        adapter,
+        getattr(config, "vocab_size", None),
+        getattr(config, "max_position_embeddings", None),
+    )
+
+
+def load_tokenizer(asked: Asked, source: Source) -> Any:
+    """The tokenizer, with another chat template if one was named.
+
+    Raises:
+        ValueError, OSError: there is none, or no such template.
+    """
+    trust = {"trust_remote_code": asked.config.trust_remote_code}
+    names = [asked.own.tokenizer] if asked.own.tokenizer else [source.adapter, source.base]
+    if source.adapter and not (Path(source.adapter) / "tokenizer_config.json").exists():
+        names = names[-1:]
+    name = next(name for name in names if name)
+    revision = (
+        {"revision": asked.model.model_revision} if name == asked.model.model_name_or_path else {}
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **trust, **revision)
+    except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
+        raise ValueError(f"{name}: its tokenizer cannot be loaded: {error}") from error
+    if asked.own.chat_template_path:
+        tokenizer.chat_template = Path(asked.own.chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(asked: Asked, source: Source) -> tuple[Any, Any, Any]:
+    """The model to train, its reference if TRL could not make it itself, and a new adapter's settings.
+
+    Where an adapter is trained further, TRL takes a copy of its first state as the reference; a new
+    adapter's reference is the model without it.
+
+    Raises:
+        ValueError, OSError: it cannot be loaded.
+    """
+    model = _load(asked, source)
+    trains_adapter = asked.model.use_peft or (source.adapter and not asked.own.merge_adapter)
+    online = not asked.config.precompute_ref_log_probs
+    # TRL loads a reference by the model's name alone.
+    special = asked.own.merge_adapter or asked.model.model_revision != "main"
+    reference = None
+    if not trains_adapter and (online or (special and asked.config.fsdp)):
+        reference = _load(asked, source)
+    # All of it is in the model already.
+    asked.config.model_init_kwargs = None
+    new = asked.model.use_peft and not (source.adapter and not asked.own.merge_adapter)
+    return model, reference, get_peft_config(asked.model) if new else None
+
+
+def _load(asked: Asked, source: Source) -> Any:
+    model_args, config = asked.model, asked.config
+    dtype = model_args.dtype
+    if dtype is None:
+        # Trained weights stay float32, or small updates would be rounded away; frozen ones need not.
+        adapter = model_args.use_peft or (source.adapter and not asked.own.merge_adapter)
+        dtype = "bfloat16" if adapter and config.bf16 else "float32"
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if source.adapter is None:
+        options["revision"] = model_args.model_revision
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+        options["device_map"] = {"": PartialState().local_process_index}
+    options |= config.model_init_kwargs or {}
+    name = source.adapter or source.base
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.base, **options)
+        if source.adapter is None:
+            return model
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
+        return model.merge_and_unload().requires_grad_() if asked.own.merge_adapter else model
+    except torch.OutOfMemoryError:
+        raise
+    # Weights of other shapes, a file cut short or damaged, a model that is none for text.
+    except (
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error

@@ -1,0 +1,301 @@
+"""The command line of ``fastdpop train``: TRL's parser, with the short options beside TRL's names."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers.trainer_utils import IntervalStrategy
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from fastdpop import checks, engines, losses
+from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.losses import PreferenceLoss
+from fastdpop.train.options import DEFAULTS, MOST_THREADS, SHORT, PairArguments, under_trl_names
+
+_LISTS = ("columns", "loss_option")
+"""Options of which each may be given several times."""
+_MOST_EPOCHS = 1e6
+_LARGEST_SEED = 2**32 - 1  # numpy takes no more
+
+
+@dataclass
+class Asked:
+    """A command line as it was understood.
+
+    Attributes:
+        own: fastdpop's options.
+        data: TRL's options for data sets; ``data.dataset_name`` stands for ``own.pairs``.
+        config: TRL's ``DPOConfig`` with DPOP's lambda.
+        model: TRL's ``ModelConfig``.
+        mixture: TRL's mixture of data sets.
+        given: the names of all options that were given, by TRL's name if it has one.
+        loss: what ``--loss`` stands for; None where TRL's ``loss_type`` decides.
+    """
+
+    own: PairArguments
+    data: ScriptArguments
+    config: FastDPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    given: set[str]
+    loss: PreferenceLoss | None
+
+
+def parse(argv: Sequence[str]) -> Asked:
+    """Understand a command line, and the YAML file that it may name.
+
+    Raises:
+        SystemExit: it is no command line of ``fastdpop train`` (2), or asks for TRL's whole help (0).
+        ValueError: a value is out of its range, or two options contradict each other.
+        OSError: the YAML file cannot be read.
+    """
+    arguments, given = _translated(list(argv))
+    device = _device(_last(arguments, "--device"))
+    parser = _Parser(
+        (PairArguments, ScriptArguments, FastDPOConfig, ModelConfig, DatasetMixtureConfig),
+        prog="fastdpop train",
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True  # `--bf16` alone is `--bf16 true`
+    on_cpu = device.type == "cpu"
+    parser.set_defaults_with_config(
+        **DEFAULTS, bf16=not on_cpu, gradient_checkpointing=not on_cpu, use_cpu=on_cpu
+    )
+    parser.given = given
+    try:
+        *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{_last(arguments, '--config')} is no YAML: {error}") from error
+    if unknown:
+        parser.error(_unknown(unknown, parser))
+    own, data, config, model, mixture = parsed
+    asked = Asked(own, data, config, model, mixture, given, None)
+    _check(asked, parser)
+    asked.loss = _loss(asked)
+    _settle(asked)
+    return asked
+
+
+class _Parser(TrlParser):
+    """TRL's parser, to which YAML may give short names, and whose errors fit on a screen."""
+
+    given: set[str]
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        if not hasattr(self, "given"):
+            return super().set_defaults_with_config(**values)  # the defaults themselves
+        named: dict[str, Any] = {}
+        for name, value in values.items():
+            named |= under_trl_names(name.replace("-", "_"), value)
+        self.given |= set(named)
+        for action in self._actions:
+            value = named.get(action.dest)
+            if isinstance(value, list) and action.nargs is None:
+                raise ValueError(f"{action.dest} is {value!r}, expected one value")
+            if action.dest in _LISTS and isinstance(value, str):
+                named[action.dest] = [value]
+        return super().set_defaults_with_config(**named)
+
+    def error(self, message: str) -> NoReturn:
+        print(
+            "usage: fastdpop train --model PATH_OR_ID --pairs FILE --output DIR [options]\n"
+            f"fastdpop train: error: {message}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def _translated(argv: list[str]) -> tuple[list[str], set[str]]:
+    """The arguments under TRL's names, repeated lists joined, and the names that were given."""
+    options: list[tuple[str, list[str]]] = []
+    lists: dict[str, list[str]] = {}
+    loose: list[str] = []
+    values = loose  # what stands before the first option belongs to none
+    for text in argv:
+        if not text.startswith("--"):
+            values.append(text)
+            continue
+        flag, sign, value = text.partition("=")
+        name = flag[2:].replace("-", "_")
+        name = "help" if name == "help_all" else name
+        values = [value] if sign else []
+        if name in _LISTS:
+            known = lists.setdefault(name, [])
+            known += values
+            values = known
+        else:
+            options.append((name, values))
+    arguments, given = loose, set()
+    for name, values in [*options, *lists.items()]:
+        trl = {name: values}
+        if name in SHORT and len(values) == 1:
+            trl = {k: _texts(v) for k, v in under_trl_names(name, values[0]).items()}
+        elif name in SHORT:
+            trl = {SHORT[name][0]: values}
+        for trl_name, texts in trl.items():
+            given.add(trl_name.removeprefix("no_"))
+            arguments += ["--" + trl_name, *texts]
+    return arguments, given
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _last(arguments: list[str], flag: str) -> str | None:
+    """The value of an option that must be known before the others are read."""
+    found = None
+    for text, following in itertools.pairwise(arguments):
+        if text == flag:
+            found = following
+    return found
+
+
+def _unknown(arguments: list[str], parser: _Parser) -> str:
+    name = next((a for a in arguments if a.startswith("--")), arguments[0])
+    known = {o for action in parser._actions for o in action.option_strings}
+    known |= {"--" + short for short in SHORT}
+    known = {o.replace("_", "-") for o in known}
+    near = difflib.get_close_matches(name.replace("_", "-"), sorted(known), n=3)
+    hint = f"; is {' or '.join(near)} meant?" if near else ""
+    return f"there is no option {name}{hint}"
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to train on, once it has computed something.
+
+    Raises:
+        ValueError: torch cannot use it here.
+    """
+    if name is None:
+        if not torch.accelerator.is_available():
+            return torch.device("cpu")
+        name = str(torch.accelerator.current_accelerator())
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    # What a build without CUDA raises, and one without a device's module.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"--device is {name!r}, expected a device that torch can use here, "
+            f"such as cpu or cuda:0: {str(error).splitlines()[0]}"
+        ) from error
+    if device.index is not None and "LOCAL_RANK" not in os.environ:
+        torch.accelerator.set_device_index(device.index)
+    return device
+
+
+# --------------------------------------------------------------------------------- what goes together
+
+
+def _check(asked: Asked, parser: _Parser) -> None:
+    """Refuse what is missing, out of range, or without effect."""
+    own, config, given = asked.own, asked.config, asked.given
+    sources = [bool(own.pairs), bool(asked.data.dataset_name), bool(asked.mixture.datasets)]
+    if not asked.model.model_name_or_path:
+        parser.error("--model is missing")
+    if sum(sources) != 1:
+        what = "missing" if not any(sources) else "given beside --dataset_name or datasets"
+        parser.error(f"--pairs is {what}: name one source of pairs")
+    if "output_dir" not in given:
+        parser.error("--output is missing")
+    if own.threads is not None and not 1 <= own.threads <= MOST_THREADS:
+        raise ValueError(f"--threads is {own.threads}, expected 1 to {MOST_THREADS}")
+    for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
+        value = getattr(config, name)
+        low_enough = value == 0 and name == "max_grad_norm"  # no clipping, to TRL
+        if not (0 < value < float("inf") or low_enough):
+            raise ValueError(f"--{name} is {value}, expected a positive number")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} is {getattr(config, name)}, expected at least 1")
+    if "max_steps" in given and config.max_steps < 1:
+        raise ValueError(f"--steps is {config.max_steps}, expected at least 1")
+    if config.num_train_epochs > _MOST_EPOCHS:
+        raise ValueError(
+            f"--num_train_epochs is {config.num_train_epochs:g}, expected at most {_MOST_EPOCHS:g}"
+        )
+    if not 0 <= config.seed <= _LARGEST_SEED:
+        raise ValueError(f"--seed is {config.seed}, expected 0 to {_LARGEST_SEED}")
+    if config.padding_free:
+        raise ValueError("--padding_free is not available: TRL would pad all the same")
+    if not (0 <= config.weight_decay < float("inf")):
+        raise ValueError(f"--weight_decay is {config.weight_decay}, expected a number >= 0")
+    if config.max_length is not None and config.max_length < 2:
+        raise ValueError(f"--max_length is {config.max_length}, expected at least 2")
+    checks.workspace(own.workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
+    if own.engine != "auto":
+        engines.get(own.engine)
+    engines.choose(own.engine, config.device, torch.bfloat16 if config.bf16 else torch.float32)
+    _check_lora(asked)
+
+
+def _check_lora(asked: Asked) -> None:
+    model = asked.model
+    if not model.use_peft:
+        for name in sorted(asked.given):
+            if name.startswith("lora_") or name in ("use_rslora", "use_dora"):
+                raise ValueError(f"--{name} has no effect without --lora")
+    if not 0 < model.lora_alpha < float("inf"):
+        raise ValueError(f"--lora_alpha is {model.lora_alpha}, expected a positive number")
+    if not 0 <= model.lora_dropout < 1:
+        raise ValueError(
+            f"--lora_dropout is {model.lora_dropout}, expected a number from 0 to less than 1"
+        )
+    if model.lora_r < 1:
+        raise ValueError(f"--lora_r is {model.lora_r}, expected at least 1")
+
+
+def _loss(asked: Asked) -> PreferenceLoss | None:
+    own = asked.own
+    if own.loss is None:
+        if own.loss_option:
+            raise ValueError("--loss_option has no effect without --loss")
+        return None
+    try:
+        options = dict(_option(text) for text in own.loss_option or ())
+        loss = losses.get(own.loss, **options)
+        if "beta" in asked.given and "beta" not in options:
+            loss = losses.get(own.loss, beta=asked.config.beta, **options)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return loss
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``, the value as Python writes it, or else as a word."""
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise ValueError(f"--loss_option is {text!r}, expected NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a word, such as form=outside
+
+
+def _settle(asked: Asked) -> None:
+    """Defaults that follow from other options."""
+    own, config, given = asked.own, asked.config, asked.given
+    if (
+        not own.eval_pairs
+        and "dataset_test_split" not in given
+        and not asked.mixture.test_split_size
+    ):
+        if given & {"eval_strategy", "eval_steps"} and config.eval_strategy != "no":
+            raise ValueError("--eval_strategy and --eval_steps have no effect without --eval-pairs")
+        config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
+    if config.sync_ref_model and "precompute_ref_log_probs" not in given:
+        config.precompute_ref_log_probs = False  # the reference moves
+    if "per_device_eval_batch_size" not in given:
+        config.per_device_eval_batch_size = config.per_device_train_batch_size

@@ -1,0 +1,211 @@
+"""A run of ``fastdpop train``: from files of pairs to a saved model."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from trl import get_dataset
+
+from fastdpop.data import load_pairs
+from fastdpop.data.tokens import tokenize
+from fastdpop.train import checkpoint
+from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
+from fastdpop.train.parse import Asked, parse
+from fastdpop.train.report import evaluations, held_out_table
+from fastdpop.train.trainer import PairTrainer
+
+_IDENTITY = (
+    "loss_type", "loss_weights", "beta", "dpop_lambda", "label_smoothing", "ld_alpha", "use_weighting",
+    "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "precompute_ref_log_probs",
+    "sync_ref_model", "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed",
+    "bf16", "fp16", "num_train_epochs", "max_steps",
+)  # fmt: skip
+"""Settings of TRL's that decide which numbers a run computes."""
+_LENGTH = ("num_train_epochs", "max_steps")
+"""Of these, what only says how long it goes on where the learning rate is constant."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Read, train, save, and say how it went.
+
+    Raises:
+        SystemExit: the command line is none.
+        ValueError, OSError, ImportError, FloatingPointError: with a message for the user.
+        torch.OutOfMemoryError, KeyboardInterrupt: as they come.
+    """
+    asked = parse(argv)
+    if asked.own.threads:
+        torch.set_num_threads(asked.own.threads)
+    config, say = asked.config, PartialState().print
+    output = Path(config.output_dir)
+    source = model_source(asked)
+    tokenizer = load_tokenizer(asked, source)
+    train, held_out = read(asked, tokenizer, source)
+    # Once: what is scored together beforehand is trained on together, see PairTrainer.
+    train = train.shuffle(config.seed if config.data_seed is None else config.data_seed)
+    identity = _identity(asked, train, held_out)
+    start = _open(output, asked, identity)
+    config.eval_on_start = held_out is not None and start is None
+    model, ref_model, peft_config = load_model(asked, source)
+    trainer = PairTrainer(
+        model,
+        ref_model,
+        config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        engine=asked.own.engine,
+        workspace_bytes=asked.own.workspace_bytes,
+        **({"loss": asked.loss} if asked.loss else {}),
+        identity=identity,
+        write_metrics=True,
+    )
+    try:
+        result = trainer.train(resume_from_checkpoint=start)
+    except KeyboardInterrupt:
+        saved = checkpoint.checkpoints(output)
+        hint = f"; go on from {saved[0].name} with --resume" if saved else ""
+        raise KeyboardInterrupt(
+            f"interrupted after step {trainer.state.global_step}{hint}"
+        ) from None
+    if held_out is not None:
+        known = evaluations(trainer.state.log_history)
+        if not known or known[-1]["step"] != trainer.state.global_step:
+            trainer.evaluate()
+    trainer.save_model()
+    say(_summary(trainer, result))
+    trainer.accelerator.end_training()
+    return 0
+
+
+def read(asked: Asked, tokenizer: Any, source: Source) -> tuple[Any, Any]:
+    """Training and held-out pairs, checked and tokenised; None where there are no held-out ones."""
+    own, data, mixture = asked.own, asked.data, asked.mixture
+    if mixture.datasets:
+        parts = get_dataset(mixture)
+        train, held_out = parts["train"], parts.get("test")
+    else:
+        train = own.pairs or data.dataset_name
+        held_out = own.eval_pairs
+        if held_out is None and data.dataset_name and asked.config.eval_strategy != "no":
+            held_out = data.dataset_name
+    splits = (data.dataset_train_split, data.dataset_test_split)
+    return tuple(  # type: ignore[return-value]
+        None if what is None else _read(what, split, name, asked, tokenizer, source)
+        for what, split, name in zip((train, held_out), splits, ("train", "eval"), strict=True)
+    )
+
+
+def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source: Source) -> Any:
+    own, say = asked.own, PartialState().print
+    columns = dict(_mapping(text) for text in own.columns or ())
+    if Path(str(what)).is_file():
+        split = "train"  # the only one of a file
+    pairs = load_pairs(
+        what, columns=columns, chat=own.chat, split=split, config=asked.data.dataset_config
+    )
+    longest = asked.config.max_length or source.context
+    dataset, dropped = tokenize(
+        pairs.dataset,
+        tokenizer,
+        asked.config,
+        name,
+        max_length=longest,
+        too_long=own.too_long,
+        vocab_size=source.vocab_size,
+    )
+    notes = [f"{what}: {len(dataset)} pairs ({pairs.format})"]
+    if dropped:
+        notes.append(f"{dropped} dropped for more than {longest} tokens")
+    if pairs.unused:
+        notes.append(f"columns not used: {', '.join(pairs.unused)}")
+    say(", ".join(notes))
+    if pairs.equal:
+        warnings.warn(
+            f"{what}: chosen equals rejected in {pairs.equal} of {len(dataset)} pairs", stacklevel=2
+        )
+    return dataset
+
+
+def _mapping(text: str) -> tuple[str, str]:
+    name, sign, column = text.partition("=")
+    if not (name and sign and column):
+        raise ValueError(f"--columns is {text!r}, expected NAME=COLUMN, such as prompt=question")
+    return name, column
+
+
+def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
+    """What a checkpoint must agree on with the run that goes on from it."""
+    config = asked.config
+    free = _LENGTH if config.lr_scheduler_type in ("constant", "constant_with_warmup") else ()
+    own = {name: str(getattr(config, name)) for name in _IDENTITY if name not in free}
+    own |= {f"model: {name}": str(value) for name, value in vars(asked.model).items()}
+    own["loss"] = repr(asked.loss)
+    own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
+    own["training pairs"] = digest(train)
+    own["held-out pairs"] = "none" if held_out is None else digest(held_out)
+    return own
+
+
+def digest(dataset: Any) -> str:
+    """A fingerprint of a data set's token ids and their order."""
+    hasher = hashlib.sha256()
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    for batch in dataset.select_columns(list(columns)).iter(1000):
+        for name in columns:
+            hasher.update(repr(batch[name]).encode())
+    return hasher.hexdigest()
+
+
+def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
+    """The checkpoint to go on from, found by one process for all."""
+    explicit = asked.config.resume_from_checkpoint
+    if explicit is not None:
+        return str(explicit)
+    found: list[Any] = [None, [], None]
+    if PartialState().is_main_process:
+        try:
+            start, notes = checkpoint.open_run(output, asked.own.resume, identity)
+            found = [str(start) if start else None, notes, None]
+        except (ValueError, OSError) as error:
+            found[2] = error
+    broadcast_object_list(found)
+    start, notes, error = found
+    if error is not None:
+        raise error
+    for note in notes:
+        PartialState().print(note)
+    return start
+
+
+def _summary(trainer: PairTrainer, result: Any) -> str:
+    seconds = result.metrics["train_runtime"]
+    rate = result.metrics["train_samples_per_second"]
+    lines = [
+        f"\n{trainer.state.global_step} steps in {_duration(seconds)}, {rate:.3g} pairs per second"
+    ]
+    rows = evaluations(trainer.state.log_history)
+    if rows:
+        lines.append(
+            held_out_table({f"after {row['step']} steps": row for row in (rows[0], rows[-1])})
+        )
+    lines.append(f"Saved to {trainer.args.output_dir}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((i for i, (value, _) in enumerate(parts) if value), 2)
+    return " ".join(f"{value} {unit}" for value, unit in parts[first:])

@@ -1,0 +1,193 @@
+"""TRL's ``DPOTrainer`` on fastdpop, as ``fastdpop train`` and the demo use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+
+from fastdpop.integrations.trl import FastDPOTrainer
+from fastdpop.train import checkpoint
+from fastdpop.train.report import MetricsFile, Progress
+
+
+class PairTrainer(FastDPOTrainer):
+    """A :class:`~fastdpop.integrations.trl.FastDPOTrainer` for data that are tokenised already.
+
+    - A step's loss is the mean over its pairs, also where its last batch has fewer.
+    - A loss or a gradient's norm that is not finite ends the run.
+    - Checkpoints are sealed (:mod:`fastdpop.train.checkpoint`), if `identity` is given.
+    - Metrics go to ``metrics.jsonl`` in the output folder, if `write_metrics` is set.
+
+    Raises:
+        FloatingPointError: from ``train``; the message names the step.
+        OSError: a checkpoint cannot be written.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        identity: Mapping[str, str] | None = None,
+        write_metrics: bool = False,
+        title: str = "train",
+        **kwargs: Any,
+    ) -> None:
+        self._identity = identity
+        self._of_step = (0, 0)  # batches and pairs of the current step
+        super().__init__(*args, **kwargs)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        if not self.args.disable_tqdm:
+            self.add_callback(Progress(title))
+        if write_metrics:
+            self.add_callback(MetricsFile())
+        self.add_callback(_GoOn(self))
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        """TRL's own would tokenise; see :mod:`fastdpop.data.tokens`."""
+        return dataset
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """TRL's; whatever ends it, what is printed next begins a line."""
+        set_seed(self.args.seed)  # to score the reference, or to find it scored, is no difference
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.close()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, of which training does not depend: a loader draws a random number."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """Batches of consecutive pairs, in which a precomputed reference was scored, stay together.
+
+        A pair that is padded as it was then has the very same log-probs, so that a policy which has
+        not moved has log-ratios of exactly 0. Every epoch has an order of batches of its own.
+        """
+        sampler = super()._get_train_sampler(*args)
+        if isinstance(sampler, RandomSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _InBatches(
+                len(self.train_dataset), self._train_batch_size, seed, lambda: self.state.epoch or 0
+            )
+        return sampler
+
+    # ---- averages over pairs --------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """The batches of a step, counted."""
+        batches, items = super().get_batch_samples(*args)
+        self._of_step = (len(batches), sum(_pairs(batch) for batch in batches))
+        return batches, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any
+    ) -> Any:
+        """TRL's, weighted such that the mean over a step's batches is the mean over its pairs."""
+        result = super().compute_loss(model, inputs, return_outputs, **more)
+        batches, pairs = self._of_step
+        share = _pairs(inputs) * batches
+        if not self.model.training or share == pairs:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        loss = loss * (share / pairs)
+        return (loss, *outputs) if return_outputs else loss
+
+    # ---- no NaN ---------------------------------------------------------------------------------
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # On other devices to look at it now would wait for the whole step: `log` does.
+        if isinstance(norm, Tensor) and norm.device.type == "cpu" and not norm.isfinite():
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {norm.item()}; "
+                "the weights were not changed by this step"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """TRL's, of finite numbers."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"step {self.state.global_step}: {name} is {logs[name]}. "
+                    "Lower --learning-rate, or go on from an earlier checkpoint"
+                )
+        super().log(logs, *args)
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._identity is None:
+            super()._save_checkpoint(model, trial)
+            return
+        output = Path(self._get_output_dir(trial=trial))
+        folder = output / f"checkpoint-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        first = self.args.should_save
+        try:
+            if first:
+                checkpoint.begin(folder)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if first:
+                checkpoint.seal(folder, self._identity)
+                # Only now: whatever happens, one whole checkpoint is there.
+                checkpoint.prune(output, keep, self.state.best_model_checkpoint)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, OSError, SafetensorError) as error:
+            raise OSError(f"{folder} cannot be written: {error}") from error
+        finally:
+            self.args.save_total_limit = keep
+
+
+class _InBatches(Sampler[int]):
+    """The batches of a data set in another order in each epoch, its last and smaller one last."""
+
+    def __init__(self, pairs: int, size: int, seed: int, epoch: Callable[[], float]) -> None:
+        self._pairs, self._size, self._seed, self._epoch = pairs, size, seed, epoch
+
+    def __len__(self) -> int:
+        return self._pairs
+
+    def __iter__(self) -> Iterator[int]:
+        whole = self._pairs // self._size
+        # A function of seed and epoch alone: a run that goes on needs no state of an iterator.
+        generator = torch.Generator().manual_seed(self._seed + int(self._epoch()))
+        for number in torch.randperm(whole, generator=generator).tolist():
+            yield from range(number * self._size, (number + 1) * self._size)
+        yield from range(whole * self._size, self._pairs)
+
+
+class _GoOn(TrainerCallback):
+    """What a run that goes on from a checkpoint needs to log the same lines.
+
+    A checkpoint ends an interval of logging; so what is saved has been found to be finite, too.
+    """
+
+    def __init__(self, trainer: PairTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+        self._trainer._total_train_tokens = counts[-1] if counts else 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_save:
+            control.should_log = True
+
+
+def _pairs(batch: Mapping[str, Any]) -> int:
+    return len(batch["input_ids"]) // 2

@@ -1,0 +1,288 @@
+"""The command line of ``fastdpop train``."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+from fastdpop import losses
+from fastdpop.cli import main
+from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.train.options import SHORT, TRL_SHOWN, PairArguments, short_help
+from fastdpop.train.parse import Asked, parse
+from tests.train.files import WARNINGS
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
+REQUIRED = ("--model", "m", "--pairs", "p", "--output", "o", "--device", "cpu")
+
+
+def asked(*more: str) -> Asked:
+    return parse([*REQUIRED, *more])
+
+
+def test_defaults_are_the_papers() -> None:
+    """Smaug, Section 6: beta 0.3, lambda 50, AdamW; and nothing is cut."""
+    config = asked().config
+    assert (config.loss_type, config.beta, config.dpop_lambda) == (["dpop"], 0.3, 50.0)
+    assert config.optim.startswith("adamw")
+    assert config.max_length is None
+    assert config.precompute_ref_log_probs
+    assert config.report_to in ([], ["none"])
+    assert (config.bf16, config.gradient_checkpointing, config.use_cpu) == (False, False, True)
+
+
+def test_short_options_stand_for_trls() -> None:
+    given = asked(
+        "--batch-pairs", "3", "--accumulate=2", "--epochs", "0.5", "--warmup", "4", "--lora",
+        "--lora-rank", "5", "--lora-targets", "q_proj,v_proj", "--schedule", "cosine",
+        "--reference", "online", "--save-every", "7",
+    )  # fmt: skip
+    config, model = given.config, given.model
+    assert model.model_name_or_path == "m"
+    assert config.output_dir == "o"
+    assert config.per_device_train_batch_size == config.per_device_eval_batch_size == 3
+    assert config.gradient_accumulation_steps == 2
+    assert config.num_train_epochs == 0.5
+    assert config.warmup_steps == 4
+    assert (model.use_peft, model.lora_r, model.lora_target_modules) == (
+        True,
+        5,
+        ["q_proj", "v_proj"],
+    )
+    assert config.lr_scheduler_type == "cosine"
+    assert config.precompute_ref_log_probs is False
+    assert (config.save_strategy, config.save_steps) == ("steps", 7)
+    assert asked("--steps", "9").config.max_steps == 9
+    assert asked("--schedule", "constant").config.lr_scheduler_type == "constant_with_warmup"
+    assert asked("--lora", "--lora-targets", "q_proj").model.lora_target_modules == "q_proj"
+    assert asked("--save-every", "0").config.save_strategy == "no"
+    with_pairs = asked("--eval-pairs", "e", "--eval-every", "3").config
+    assert (with_pairs.eval_strategy, with_pairs.eval_steps) == ("steps", 3)
+    assert asked("--eval-pairs", "e", "--eval-every", "0").config.eval_strategy == "no"
+    assert asked().config.eval_strategy == "no"
+
+
+def test_every_option_of_trl_works_under_its_name() -> None:
+    given = asked(
+        "--per_device_eval_batch_size", "6", "--adam_beta2", "0.5", "--loss_type", "ipo", "sft",
+        "--loss_weights", "1.0", "0.1", "--ld_alpha", "0.5", "--lora", "--use_dora",
+        "--no_remove_unused_columns", "--dataset_num_proc", "2", "--attn-implementation", "eager",
+        "--dtype", "bfloat16",
+    )  # fmt: skip
+    assert given.config.per_device_eval_batch_size == 6
+    assert given.config.adam_beta2 == 0.5
+    assert given.config.loss_type == ["ipo", "sft"]
+    assert given.config.loss_weights == [1.0, 0.1]
+    assert given.config.ld_alpha == 0.5
+    assert given.config.remove_unused_columns is False
+    assert given.config.dataset_num_proc == 2
+    assert given.model.use_dora
+    assert given.model.dtype == "bfloat16"
+    assert given.model.attn_implementation == "eager"
+    assert {"loss_type", "loss_weights", "remove_unused_columns"} <= given.given
+
+
+def test_a_reference_that_moves_is_scored_online() -> None:
+    assert not asked("--sync_ref_model").config.precompute_ref_log_probs
+
+
+def test_lists_may_be_given_in_parts() -> None:
+    own = asked(
+        "--columns", "prompt=a", "--loss", "dpop", "--columns", "chosen=b", "rejected=c"
+    ).own
+    assert own.columns == ["prompt=a", "chosen=b", "rejected=c"]
+
+
+def test_a_loss_of_the_family() -> None:
+    given = asked("--loss", "dpop", "--loss-option", "lam=5", "--loss-option", "form=outside")
+    assert given.loss == losses.get("dpop", lam=5, form="outside")
+    assert asked("--loss", "orpo").loss == losses.get("orpo")
+    assert asked("--loss", "dpo", "--beta", "0.2").loss == losses.get("dpo", beta=0.2)
+    assert asked().loss is None
+
+
+def test_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\npairs: p\noutput: o\nbatch-pairs: 3\nlearning_rate: 1e-4\nschedule: cosine\n"
+        "loss_type: [dpop, sft]\nuse_cpu: true\nsave_every: 0\nlora: true\ncolumns: [prompt=q]\n"
+    )
+    given = parse(["--config", str(file), "--batch-pairs", "5"])
+    assert given.config.per_device_train_batch_size == 5  # the command line comes last
+    assert given.config.learning_rate == 1e-4
+    assert given.config.lr_scheduler_type == "cosine"
+    assert given.config.loss_type == ["dpop", "sft"]
+    assert given.config.save_strategy == "no"
+    assert given.model.use_peft
+    assert given.own.columns == ["prompt=q"]
+    assert given.own.pairs == "p"
+    assert parse([f"--config={file}"]).config.per_device_train_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\npairs: p\noutput: o\nbatchpairs: 3\n", "there is no option --batchpairs"),
+        ("- a\n- b\n", "must contain a YAML mapping"),
+        ("model: [m\n", "run.yaml is no YAML"),
+        ("model: m\npairs: p\noutput: o\nsave_every: often\n", "--save_every is often"),
+        ("model: m\npairs: p\noutput: o\nlearning_rate: fast\n", "learning_rate"),
+        (
+            "model: m\npairs: p\noutput: o\nwarmup: [1, 2]\n",
+            "warmup_steps is [1, 2], expected one value",
+        ),
+    ],
+)
+def test_yaml_that_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with contextlib.suppress(SystemExit):
+        assert main(["train", "--config", str(file), "--device", "cpu"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "/nowhere.yaml"]) == 1
+    assert "/nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--eval-evry", "3"], "there is no option --eval_evry; is --eval-every"),
+        (["--loss", "nonsense"], "argument --loss: invalid choice: 'nonsense'"),
+        (["--threads", "many"], "argument --threads: invalid int value: 'many'"),
+        (["--too-long", "cut"], "argument --too_long/--too-long: invalid choice: 'cut'"),
+        (["stray"], "stray"),
+        (["--learning-rate"], "expected one argument"),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *REQUIRED, *more])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("usage: fastdpop train")
+    assert len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize("missing", ["--model", "--pairs", "--output"])
+def test_what_is_missing(capsys: pytest.CaptureFixture[str], missing: str) -> None:
+    at = REQUIRED.index(missing)
+    with pytest.raises(SystemExit):
+        main(["train", *REQUIRED[:at], *REQUIRED[at + 2 :]])
+    assert f"{missing} is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "nope"], "--device is 'nope', expected a device that torch can use here"),
+        (["--device", "cuda:999"], "--device is 'cuda:999'"),
+        (["--device", "meta"], "--device is 'meta'"),
+        (["--engine", "warp"], "engine is 'warp'"),
+        (["--engine", "triton"], "engine 'triton' cannot run on cpu"),
+        (["--workspace-bytes", "0"], "workspace_bytes is 0"),
+        (["--lora-rank", "2"], "--lora_r has no effect without --lora"),
+        (["--lora-alpha", "2"], "--lora_alpha has no effect without --lora"),
+        (["--lora", "--lora-rank", "0"], "--lora_r is 0"),
+        (["--lora", "--lora-alpha", "-1"], "--lora_alpha is -1, expected a positive number"),
+        (["--lora", "--lora-dropout", "nan"], "--lora_dropout is nan, expected a number from 0"),
+        (["--lora", "--lora-dropout", "1"], "--lora_dropout is 1.0, expected a number from 0"),
+        (["--loss", "dpop", "--loss-option", "lam"], "--loss_option is 'lam', expected NAME=VALUE"),
+        (["--loss", "dpop", "--loss-option", "lambda=3"], "has no option 'lambda'"),
+        (["--loss", "dpop", "--loss-option", "beta=-1"], "beta is -1"),
+        (["--loss-option", "beta=1"], "--loss_option has no effect without --loss"),
+        (["--beta", "nan"], "beta is nan"),
+        (["--dpop-lambda", "-1"], "dpop_lambda is -1.0"),
+        (["--loss_type", "dop"], "loss_type is 'dop'"),
+        (["--learning-rate", "0"], "--learning_rate is 0.0, expected a positive number"),
+        (["--learning-rate", "inf"], "--learning_rate is inf"),
+        (["--weight-decay", "-1"], "--weight_decay is -1.0"),
+        (["--max-grad-norm", "-1"], "--max_grad_norm is -1.0"),
+        (["--epochs", "0"], "--num_train_epochs is 0.0"),
+        (["--epochs", "nan"], "--num_train_epochs is nan"),
+        (["--epochs", "1e300"], "--num_train_epochs is 1e+300"),
+        (["--steps", "0"], "--steps is 0, expected at least 1"),
+        (["--batch-pairs", "0"], "--per_device_train_batch_size is 0"),
+        (["--accumulate", "0"], "--gradient_accumulation_steps is 0"),
+        (["--warmup", "-1"], "warmup_steps"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--seed", "9" * 23], f"--seed is {'9' * 23}"),
+        (["--max-length", "1"], "--max_length is 1, expected at least 2"),
+        (["--eval-every", "x", "--eval-pairs", "e"], "--eval_every is x"),
+        (["--eval-steps", "5"], "have no effect without --eval-pairs"),
+        (["--schedule", "linear"], "--schedule is 'linear'"),
+        (["--reference", "none"], "--reference is 'none'"),
+        (["--threads", "1025"], "--threads is 1025"),
+        (["--padding_free"], "padding_free"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    fixed = [
+        "--model",
+        "/nowhere",
+        "--pairs",
+        "/nowhere",
+        "--output",
+        "/nowhere",
+        "--device",
+        "cpu",
+    ]
+    assert main(["train", *fixed, *more]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastdpop: error: ")
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def test_help_shows_every_short_option() -> None:
+    said = short_help()
+    shown = {*SHORT, *TRL_SHOWN, *(f.name for f in fields(PairArguments))}
+    for name in shown:
+        assert f"  --{name.replace('_', '-')}" in said
+    assert max(map(len, said.splitlines())) <= 100
+    known = {f.name for f in fields(FastDPOConfig)}
+    assert {trl for trl, *_ in SHORT.values()} - known == {
+        "model_name_or_path", "use_peft", "lora_r", "lora_target_modules"
+    }  # fmt: skip
+
+
+def test_whole_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help-all"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "--per_device_train_batch_size" in said
+    assert "--dpop_lambda" in said
+
+
+def test_help_imports_no_more_than_the_package() -> None:
+    code = """
+import sys
+import fastdpop
+before = set(sys.modules)
+from fastdpop.cli import main
+assert main(["train", "--help"]) == 0
+heavy = {"transformers", "accelerate", "peft", "trl", "datasets", "tqdm", "matplotlib", "numpy"}
+assert not (set(sys.modules) - before) & heavy, heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: fastdpop train" in done.stdout

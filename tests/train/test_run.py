@@ -1,0 +1,254 @@
+"""``fastdpop train``, end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from fastdpop.cli import main
+from fastdpop.train.trainer import PairTrainer
+from tests.tiny_model import tiny_llama
+from tests.train.files import WARNINGS, Files, rows, write
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files.make(tmp_path / "files")
+
+
+def test_a_run_from_a_file_to_a_model(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    test = files.folder / "test.jsonl"
+    assert files.run("--eval-pairs", str(test), "--eval-every", "2") == 0
+    said = capsys.readouterr().out
+    assert "train.jsonl: 6 pairs" in said
+    assert "test.jsonl: 3 pairs" in said
+    assert "3 steps in" in said
+    assert "after 0 steps" in said
+    assert "after 3 steps" in said
+    assert f"Saved to {files.out}" in said
+    evaluated = [row for row in files.metrics() if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 2, 3]
+    assert evaluated[0]["eval_logratios/chosen"] == 0.0  # the policy is the reference
+    assert evaluated[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert evaluated[-1]["eval_logratios/chosen"] != 0.0
+    assert [row["step"] for row in files.metrics() if "loss" in row] == [1, 2, 3]
+    assert set(files.metrics()[1]) >= {"penalty", "rewards/chosen", "logps/rejected", "grad_norm"}
+    saved = AutoModelForCausalLM.from_pretrained(files.out)
+    start = tiny_llama(initializer_range=0.2)
+    assert not torch.equal(saved.lm_head.weight, start.lm_head.weight)
+
+
+def test_every_pair_is_trained_on_once(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven pairs in batches of two, two batches in a step: the last step has three pairs."""
+    write(files.folder / "train.jsonl", rows(7))
+    seen: list[list[int]] = []
+    own = PairTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        half = len(inputs["input_ids"]) // 2
+        seen.extend(inputs["input_ids"][:half].tolist())
+        return own(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(PairTrainer, "compute_loss", compute_loss)
+    assert files.run("--accumulate", "2", "--epochs", "1") == 0
+    assert [row["step"] for row in files.metrics() if "loss" in row] == [1, 2]
+    firsts = sorted(bytes(i for i in ids if i < 256)[:3] for ids in seen)
+    assert len(firsts) == 7
+    assert len({tuple(ids) for ids in map(tuple, seen)}) == 7
+
+
+def test_a_step_is_the_mean_over_its_pairs(files: Files) -> None:
+    """Three pairs in batches of two and one: the step of one batch of three."""
+    write(files.folder / "train.jsonl", rows(3))
+    apart = files.folder / "apart"
+    assert files.run("--batch-pairs", "3", "--steps", "2") == 0
+    assert files.run("--batch-pairs", "2", "--accumulate", "2", "--steps", "2", out=apart) == 0
+    assert files.losses(apart) == pytest.approx(files.losses(), rel=2e-5)
+    for name, weight in files.weights().items():
+        torch.testing.assert_close(files.weights(apart)[name], weight, rtol=1e-4, atol=1e-5)
+    for name in ("rewards/chosen", "logps/rejected", "rewards/accuracies"):
+        both = [[r[name] for r in files.metrics(out) if "loss" in r] for out in (None, apart)]
+        assert both[1] == pytest.approx(both[0], rel=1e-4, abs=1e-5)
+
+
+def test_held_out_pairs_count_alike(files: Files) -> None:
+    """Three held-out pairs, in one batch of three or in batches of two and one."""
+    test = ("--eval-pairs", str(files.folder / "test.jsonl"), "--steps", "1")
+    apart = files.folder / "apart"
+    assert files.run(*test, "--per_device_eval_batch_size", "3") == 0
+    assert files.run(*test, "--per_device_eval_batch_size", "2", out=apart) == 0
+    one, two = (
+        files.metrics(out)[-2 if "train_loss" in files.metrics(out)[-1] else -1]
+        for out in (None, apart)
+    )
+    names = [
+        name
+        for name in one
+        if name.startswith("eval_") and "second" not in name and "runtime" not in name
+    ]
+    assert "eval_loss" in names
+    assert "eval_logratios/chosen_standard_error" in names
+    for name in names:
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["ipo", "orpo", "kto", "simpo"])
+def test_losses_of_the_family(files: Files, name: str) -> None:
+    assert files.run("--loss", name) == 0
+    assert all(map(torch.isfinite, map(torch.tensor, files.losses())))
+
+
+def test_the_loss_and_trls_settings_are_the_same_loss(files: Files) -> None:
+    other = files.folder / "other"
+    assert files.run("--loss", "dpop", "--loss-option", "lam=5", "--loss-option", "beta=0.2") == 0
+    assert files.run("--dpop-lambda", "5", "--beta", "0.2", out=other) == 0
+    assert files.losses() == files.losses(other)
+    third = files.folder / "third"
+    assert files.run("--dpop-lambda", "6", "--beta", "0.2", out=third) == 0
+    assert files.losses() != files.losses(third)
+
+
+def test_online_and_precomputed_references_agree(files: Files) -> None:
+    online = files.folder / "online"
+    assert files.run() == 0
+    assert files.run("--reference", "online", out=online) == 0
+    assert files.losses(online) == pytest.approx(files.losses(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-length", "8"], "train.jsonl:1: the pair has"),
+        (["--eval-pairs", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--columns", "prompt"], "--columns is 'prompt', expected NAME=COLUMN"),
+        (["--columns", "prompt=question"], "question"),
+        (["--chat_template_path", "/nowhere.jinja"], "/nowhere.jinja"),
+        (["--merge-adapter"], "--merge-adapter has no effect"),
+    ],
+)
+def test_errors_are_one_plain_line(
+    files: Files, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert files.run(*more) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fastdpop: error: ")
+    assert message in said
+
+
+def test_a_malformed_row(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(files.folder / "train.jsonl", [*rows(2), {**rows(1)[0], "chosen": 4}])
+    assert files.run() == 1
+    assert f"{path}:3: " in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_short(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = files.folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert files.run() == 1
+    assert (
+        f"fastdpop: error: {files.folder / 'model'} cannot be loaded: " in capsys.readouterr().err
+    )
+
+
+def test_more_tokens_than_the_embedding_has(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = files.folder / "model" / "tokenizer.json"
+    text = json.loads(config.read_text())
+    tokens = {"id": 300, "content": "zebra", "single_word": False, "lstrip": False, "rstrip": False}
+    text["added_tokens"].append({**tokens, "normalized": False, "special": False})
+    config.write_text(json.dumps(text))
+    write(files.folder / "train.jsonl", [{"prompt": "a zebra ", "chosen": "c", "rejected": "d"}])
+    assert files.run() == 1
+    said = capsys.readouterr().err
+    assert "train.jsonl:1" in said
+    assert "258" in said
+
+
+def test_a_model_that_cannot_be_attached_to(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda _: None)
+    assert files.run() == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fastdpop: error: LlamaForCausalLM cannot be trained: ")
+    assert "no output embedding" in said
+
+
+def test_memory_that_is_not_there(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert files.run("--lora", "--lora-rank", "9" * 15) == 1
+    said = capsys.readouterr().err
+    assert "fastdpop: error: there is not enough memory: " in said
+    assert "Lower --batch-pairs" in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(PairTrainer, "train", fail)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        files.run()
+
+
+def test_a_loss_that_is_not_finite(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        files.run(
+            "--learning-rate", "1e30", "--warmup", "0", "--max-grad-norm", "1e30", "--epochs", "4"
+        )
+        == 1
+    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fastdpop: error: step ")
+    assert not list(files.out.glob("*.safetensors"))
+
+
+def test_an_interruption(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = PairTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(PairTrainer, "training_step", training_step)
+    assert files.run("--save-every", "1") == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "fastdpop: interrupted after step 2; go on from checkpoint-2 with --resume"
+
+
+def test_a_disk_that_is_full(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(PairTrainer, "_save_optimizer_and_scheduler", save)
+    assert files.run("--save-every", "1") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"fastdpop: error: {files.out / 'checkpoint-1'} cannot be written: ")
+    monkeypatch.undo()
+    assert files.run("--save-every", "1") == 0  # the same command starts again
+
+
+def test_two_runs_do_not_share_a_folder(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert files.run("--save-every", "0") == 0
+    assert files.run("--save-every", "0") == 1
+    assert "already holds a model" in capsys.readouterr().err
+    assert main(files.argv("--output", str(files.folder / "model"))) == 1
+    assert "already holds a model" in capsys.readouterr().err
