@@ -80,8 +80,8 @@ def _text(content: Any, place: str) -> str:
     if not isinstance(content, list):
         raise ValueError(f"{place}: 'content' is {kind(content)}, expected a string")
     for part in content:
-        known = {key for key, item in part.items() if item is not None} if part else set()
-        if not isinstance(part, dict) or part.get("type") != "text" or known != {"type", "text"}:
+        known = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+        if known.keys() != {"type", "text"} or known["type"] != "text":
             raise ValueError(
                 f"{place}: 'content' has a part that is not text, which a text model cannot be given: {part!r:.80}"
             )

@@ -121,7 +121,7 @@ def read_json(path: str | Path) -> Iterator[Row]:
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
-        value = DECODER.decode(line)
+        value = DECODER.decode(line.rstrip())
     except (ValueError, RecursionError) as error:
         where = getattr(error, "pos", 0)
         ended = where and not line[where:].strip()
