@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets.arrow_writer import ArrowWriter
 from datasets.table import MemoryMappedTable
 from tqdm import tqdm
@@ -67,7 +68,8 @@ def load_pairs(
 
     The result is kept under the cache of ``datasets`` (``HF_DATASETS_CACHE``) by its source's
     contents and these arguments, and taken from there the next time. Of several processes, the
-    first converts and the others take what it wrote; all raise the same error.
+    first converts and the others take what it wrote; all raise the same error. (There, make the
+    training arguments before: whoever is first to connect the processes settles their device.)
 
     Args:
         source: a file (JSON Lines, a JSON array, CSV or TSV, which may be compressed by gzip, bzip2
@@ -145,7 +147,7 @@ def _first_process_first() -> Iterator[bool]:
         # PartialState would settle the device here, before the options that choose it.
         yield True
         return
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first(), state.local_main_process_first():
         yield bool(state.is_main_process)
 
