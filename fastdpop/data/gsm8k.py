@@ -1,0 +1,59 @@
+"""GSM8K's problems, and the wrong answers that the DPOP paper makes of its right ones."""
+
+from __future__ import annotations
+
+import random
+import re
+from decimal import Decimal
+from importlib import resources
+from typing import Any
+
+from fastdpop.data.read import read_json
+
+_ANNOTATION = re.compile(r"<<[^<>]*=([^<>=]*)>>")
+
+
+def shipped_problems(split: str) -> list[dict[str, Any]]:
+    """The package's excerpt of GSM8K: rows with ``question`` and ``answer``, annotations included.
+
+    Args:
+        split: ``"train"`` (300 rows) or ``"test"`` (60).
+    """
+    path = resources.files("fastdpop") / "assets" / f"gsm8k-{split}.jsonl"
+    with resources.as_file(path) as file:
+        return [row.fields for row in read_json(file)]
+
+
+def without_annotations(answer: str) -> str:
+    """A GSM8K answer as a reader sees it: ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``."""
+    return _ANNOTATION.sub("", answer)
+
+
+def corrupt(answer: str, rng: random.Random) -> str | None:
+    """Make one intermediate result of a GSM8K answer wrong; leave all else, the answer included.
+
+    This is how the DPOP paper builds rejected completions from chosen ones (arXiv:2402.13228,
+    Appendix D). GSM8K marks every result with a calculator annotation; the last one is the final
+    answer's and is never touched.
+
+    Args:
+        answer: an answer with its ``<<...>>`` annotations.
+        rng: chooses the result and the error.
+
+    Returns:
+        The corrupted answer without annotations, to set against ``without_annotations(answer)``;
+        None when the answer has no intermediate result that is written as a plain number right
+        after its annotation.
+    """
+    places = []
+    for mark in list(_ANNOTATION.finditer(answer))[:-1]:
+        shown = re.match(r"\d+(?:\.\d+)?(?![\d.,]*\d)", answer[mark.end() :])
+        if shown and shown.group() == mark.group(1):
+            places.append((mark.end(), shown.group()))
+    if not places:
+        return None
+    start, right = rng.choice(places)
+    errors = [e for e in (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10) if Decimal(right) + e > 0]
+    wrong = str(Decimal(right) + rng.choice(errors))
+    end = start + len(right)
+    return without_annotations(answer[:start]) + wrong + without_annotations(answer[end:])

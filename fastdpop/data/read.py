@@ -1,0 +1,374 @@
+"""Rows of files, folders and data sets of the hub, each with its place for messages.
+
+What a format library would guess or mend is left as written: a CSV cell is text, JSON with a key
+twice is an error, and no column is filled in.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
+
+from fastdpop.data.json_text import DECODER, kind, why_invalid
+
+
+class Row(NamedTuple):
+    """A row: where it is, its fields, and how much of its source has been read with it."""
+
+    place: str
+    fields: dict[str, Any]
+    position: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source of rows.
+
+    Attributes:
+        name: what the user called it.
+        digest: a fingerprint of all its contents.
+        total: its size, in ``unit``.
+        unit: ``"B"`` or ``"rows"``.
+        rows: reads it from the beginning; :attr:`Row.position` grows to ``total``.
+    """
+
+    name: str
+    digest: str
+    total: int
+    unit: str
+    rows: Callable[[], Iterator[Row]]
+
+
+def open_source(source: str | Path, *, split: str = "train", config: str | None = None) -> Source:
+    """Find rows: a file, a folder, a folder of ``Dataset.save_to_disk``, or a hub's data set.
+
+    Args:
+        source: a path, or a data set's name on the hub. What exists here is taken from here.
+        split: which split of a folder or of a hub's data set.
+        config: which configuration of it.
+
+    Raises:
+        ValueError: nothing of that name, no such split or configuration, or a kind of file that
+            cannot be read. The rows raise it for what they find, beginning with file and line (or
+            row).
+        OSError: a file cannot be read.
+    """
+    path = Path(source)
+    if path.is_file():
+        if split != "train" or config is not None:
+            given = f"split '{split}'" if split != "train" else f"configuration '{config}'"
+            raise ValueError(f"{source}: a single file has no {given}")
+        return _of_files(str(source), [path])
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _saved(path, split)
+        return _of_files(str(source), _files_of_folder(path, split, config))
+    name = str(source)
+    if path.exists():
+        raise ValueError(f"{name}: neither a file nor a folder")
+    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name) or name.startswith(".") or _kind(path):
+        raise ValueError(f"{name}: no such file or folder")
+    return _from_hub(name, split, config)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+_COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+
+
+def read_json(path: str | Path) -> Iterator[Row]:
+    """The objects of a file of JSON Lines or of one JSON array, which may be compressed.
+
+    Raises:
+        ValueError: ``file:line: ...`` for what is not UTF-8, not JSON or not an object, and for
+            compressed data that are damaged or cut off.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    with open(path, "rb") as file, _decompressed(path, file) as stream:
+        lines, begun = _lines(stream, path), False
+        for number, raw in lines:
+            line = _utf8(raw, path, number, first=number == 1)
+            if not line.strip():
+                continue
+            if not begun and line.lstrip().startswith("["):
+                text = line + _utf8(b"".join(rest for _, rest in lines), path, number + 1)
+                yield from _array(text, path, number)
+                return
+            begun = True
+            yield Row(f"{path}:{number}", _object(line, path, number), file.tell())
+
+
+def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = DECODER.decode(line.rstrip())
+    except (ValueError, RecursionError) as error:
+        where = getattr(error, "pos", 0)
+        ended = where and not line[where:].strip()
+        hint = "; an object stands on one line, or all of them in one list" if ended else ""
+        raise ValueError(f"{path}:{number}: {why_invalid(error)}{hint}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}:{number}: expected an object, got {kind(value)}")
+    return value
+
+
+def _array(text: str, path: Path, number: int) -> Iterator[Row]:
+    """The objects of a JSON array that begins on the line of that number."""
+    size = path.stat().st_size
+    at, counted = _skip(text, text.index("[") + 1), 0
+    expected = "an object or ']'"
+    while True:
+        number += text.count("\n", counted, at)
+        counted = at
+        place = f"{path}:{number}"
+        if text[at : at + 1] == "]" and expected != "an object":
+            if text[at + 1 :].strip():
+                raise ValueError(f"{place}: invalid JSON (more text after the end of the list)")
+            return
+        if expected == "',' or ']'":
+            if text[at : at + 1] != ",":
+                raise ValueError(f"{place}: invalid JSON (expected {expected} after an object)")
+            at, expected = _skip(text, at + 1), "an object"
+            continue
+        try:
+            value, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            # JSON's own errors know their line, which may be below that on which the object begins.
+            below = text.count("\n", at, getattr(error, "pos", at))
+            raise ValueError(f"{path}:{number + below}: {why_invalid(error)}") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"{place}: expected an object, got {kind(value)}")
+        yield Row(place, value, size * end / len(text))
+        at, expected = _skip(text, end), "',' or ']'"
+
+
+def _skip(text: str, at: int) -> int:
+    match = re.compile(r"[ \t\r\n]*").match(text, at)
+    assert match is not None  # it matches nothing, too
+    return match.end()
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
+    """The rows of a CSV file, every cell as the text that it is."""
+    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)  # 128 KiB by default
+    number = 0
+    with open(path, "rb") as file, _decompressed(path, file) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        cells = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            header = next(cells, [])
+            twice = [name for i, name in enumerate(header) if name in header[:i]]
+            if twice:
+                raise ValueError(f"{path}: the column '{twice[0]}' stands twice in the header")
+            for row in cells:
+                if not row:  # a blank line
+                    continue
+                number += 1
+                if len(row) != len(header):
+                    raise ValueError(
+                        f"{path} row {number}: {len(row)} cells under a header of {len(header)}"
+                    )
+                fields = dict(zip(header, row, strict=True))
+                yield Row(f"{path} row {number}", fields, file.tell())
+        except csv.Error as error:
+            raise ValueError(f"{path} row {number + 1}: invalid CSV ({error})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 after row {number} ({error.reason})") from None
+        except _DAMAGED as error:
+            raise _damaged(f"{path}: after row {number}", error) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    size, number = path.stat().st_size, 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                table = pa.Table.from_batches([batch], file.schema_arrow)
+                for fields in _decoded(datasets.Dataset(InMemoryTable(table))):
+                    number += 1
+                    position = size * number / file.metadata.num_rows
+                    yield Row(f"{path} row {number}", fields, position)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: damaged, or no Parquet file ({_first_line(error)})") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".csv": lambda path: _read_csv(path, ","),
+    ".tsv": lambda path: _read_csv(path, "\t"),
+    ".parquet": _read_parquet,
+}
+
+
+def _kind(path: Path) -> str:
+    """The ending that says how a file is read, without that of its compression; or nothing."""
+    name = path.name.lower()
+    inner, ending = Path(name).stem, Path(name).suffix
+    if ending in _COMPRESSED:
+        ending = Path(inner).suffix
+        return ending if ending in _READERS and ending != ".parquet" else ""
+    return ending if ending in _READERS else ""
+
+
+def _of_files(name: str, paths: list[Path]) -> Source:
+    for path in paths:
+        if not _kind(path):
+            raise ValueError(
+                f"{path}: cannot read a file of this kind, expected one of {', '.join(_READERS)} "
+                f"(text may be compressed: {', '.join(_COMPRESSED)})"
+            )
+    sizes = [path.stat().st_size for path in paths]
+
+    def rows() -> Iterator[Row]:
+        before = 0
+        for path, size in zip(paths, sizes, strict=True):
+            for row in _READERS[_kind(path)](path):
+                yield row._replace(position=before + row.position)
+            before += size
+
+    return Source(name, _digest(paths), sum(sizes), "B", rows)
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        part = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                part.update(block)
+        digest.update(f"{path}:{part.hexdigest()}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _decompressed(path: Path, file: IO[bytes]) -> IO[bytes]:
+    decompress = _COMPRESSED.get(path.suffix.lower())
+    return decompress(file) if decompress else file
+
+
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
+
+
+def _damaged(place: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error  # the disk's, not the data's
+    return ValueError(f"{place}: the compressed data are damaged or cut off ({error})")
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 1
+    while True:
+        try:
+            line = stream.readline()
+        except _DAMAGED as error:
+            raise _damaged(f"{path}:{number}", error) from None
+        if not line:
+            return
+        yield number, line
+        number += 1
+
+
+def _utf8(raw: bytes, path: Path, number: int, *, first: bool = False) -> str:
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        line = number + raw.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+
+
+# ------------------------------------------------------------------------------- folders and the hub
+
+
+def _files_of_folder(path: Path, split: str, config: str | None) -> list[Path]:
+    """The files of a folder's split, sorted into splits by their names as ``datasets`` does."""
+    try:
+        builder = datasets.load_dataset_builder(str(path), config)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: no folder of data ({_first_line(error)})") from None
+    files = builder.config.data_files or {}
+    if split not in files:
+        raise ValueError(f"{path}: no split '{split}', expected one of {sorted(map(str, files))}")
+    return [Path(file) for file in files[split]]
+
+
+def _saved(path: Path, split: str) -> Source:
+    """A data set that ``save_to_disk`` wrote, alone or with other splits."""
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (ValueError, OSError, KeyError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: a damaged data set ({_first_line(error)})") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"{path}: no split '{split}', expected one of {sorted(loaded)}")
+        path, loaded = path / split, loaded[split]
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return _of_dataset(str(path), loaded, _digest(files))
+
+
+def _from_hub(name: str, split: str, config: str | None) -> Source:
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # those of hub, network, pyarrow and pandas have no common base
+        raise ValueError(
+            f"'{name}' is no file or folder here, and no data set that could be loaded from the "
+            f"Hugging Face hub: {_first_line(error)}"
+        ) from error
+    return _of_dataset(f"{name}[{split}]", loaded, loaded._fingerprint)
+
+
+def _of_dataset(name: str, loaded: datasets.Dataset, digest: str) -> Source:
+    def rows() -> Iterator[Row]:
+        for number, fields in enumerate(_decoded(loaded), 1):
+            yield Row(f"{name} row {number}", fields, number)
+
+    return Source(name, digest, len(loaded), "rows", rows)
+
+
+def _decoded(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    for fields in dataset:
+        yield {key: without_filling(value, dataset.features[key]) for key, value in fields.items()}
+
+
+def without_filling(value: Any, feature: Any) -> Any:
+    """A value without the nulls that stand in Arrow where an object did not have another's key.
+
+    Args:
+        value: what a row of a ``datasets.Dataset`` holds in one column.
+        feature: the column's feature, which says which objects have keys in common; those of
+            ``Json()`` have not, and keep their nulls.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {
+            key: without_filling(item, feature[key])
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [without_filling(item, inner) for item in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
