@@ -138,14 +138,12 @@ def find_loss(row: dict[str, Any], texts: Conversation, place: str) -> bool:
         ValueError: anything else is not shown; the message starts with the place and the field.
     """
     prompt, *wholes = map(_squeeze, texts)
-    dropped = False
-    if not texts.left_out:  # the common case: the prompt needs one look
-        dropped, _ = _find_all(row["prompt"], prompt, f"{place}: field 'prompt'")
+    dropped, start = _find_all(row["prompt"], prompt, f"{place}: field 'prompt'")
     for field, whole in zip(("chosen", "rejected"), wholes, strict=True):
-        begin = len(prompt)
-        if texts.left_out:
-            dropped, begin = _find_all(row["prompt"], whole, f"{place}: field 'prompt'")
-        _find_all(row[field], whole, f"{place}: field '{field}'", begin)
+        if texts.left_out:  # what the prompt shows alone may be gone now
+            dropped, start = _find_all(row["prompt"], whole, f"{place}: field 'prompt'")
+        # From the end of the prompt's own text on: a <think> may stand in the generation prompt.
+        _find_all(row[field], whole, f"{place}: field '{field}'", start)
     return dropped
 
 
@@ -216,7 +214,8 @@ def _find(text: str, shown: str, start: int, *, as_json: bool = False) -> tuple[
     """Where ``text`` begins and stops in ``shown``, which has no white space; (-1, ...) if nowhere."""
     forms = [text, _SWITCHES.sub("", text)]
     if as_json:
-        forms += [json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]
+        quoted = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
+        forms += [form[1:-1] for form in quoted]
     for form in forms:
         squeezed = _squeeze(form)
         at = shown.find(squeezed, start)

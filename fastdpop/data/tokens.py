@@ -59,8 +59,8 @@ _LEFT_OUT = (
 )
 _MERGED = (
     "the end of the prompt and the start of a completion make one token, so the completions start "
-    "before their own text, the chosen one with {start!r}. End prompts where a token ends (a space "
-    "belongs to the text after it)"
+    "before their own text, the chosen one with {start!r}, while the model will answer the whole "
+    "prompt. In pairs of text, a space at a prompt's end belongs at the start of the completions"
 )
 _THINKING = (
     "the chat template drops the thinking of earlier turns of the prompt, in training as when the "
