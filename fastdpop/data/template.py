@@ -151,9 +151,9 @@ def _find_all(messages: list[Message], shown: str, where: str, start: int = 0) -
     """Whether ``shown`` has all but the thinking of a prompt, in order from ``start``; its end."""
     dropped = False
     for i, message in enumerate(messages):
-        role = message.get("role")
+        role, begin = message.get("role"), start
         for kind, text in _parts(message):
-            here = 0 if role in _ANYWHERE else start
+            here = 0 if role in _ANYWHERE else start if kind == "content" else begin
             at, stop = _find(text, shown, here, as_json=role == "tool" or kind == "tool_calls")
             if (
                 at < 0

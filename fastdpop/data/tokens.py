@@ -52,6 +52,9 @@ _CHECKED = Features(
     }
 )
 
+_NO_PROMPT = (
+    "field 'prompt' has no tokens of its own, so the first token of a completion follows nothing"
+)
 _LEFT_OUT = (
     "the chat template ends the prompt alone with {left}, which is not there when an answer follows. "
     "It is left out of training: the model is trained in another context than the one it will "
@@ -276,6 +279,8 @@ def _check_pair(row: dict[str, Any], processing: _Tokenizer) -> dict[str, Any]:
         dropped = False
         encode = processing.encode
     prompt = encode(texts.prompt)
+    if not prompt:
+        raise ValueError(f"{place}: {_NO_PROMPT}")
     if _TRL_SLICES:
         for field, text in zip(ended, texts[1:], strict=True):
             if encode(text)[: len(prompt)] != prompt:
@@ -343,12 +348,13 @@ class _Ids:
         """Every prompt and completion has tokens, and every token an embedding."""
         for field, sizes in self.sizes.items():
             for i in np.flatnonzero(sizes == 0)[:1]:
-                where = f"{self.places[i]}: field '{field.removesuffix('_ids')}' has no tokens"
                 raise ValueError(
-                    f"{where} of its own, so the first token of a completion follows nothing"
-                    if field == "prompt_ids"
-                    else f"{where}: it is empty, and nothing ends it (the tokenizer's EOS token is "
-                    f"{self.tokenizer.eos_token!r}, and its chat template writes no end of a turn)"
+                    f"{self.places[i]}: "
+                    + (
+                        _NO_PROMPT
+                        if field == "prompt_ids"
+                        else f"field '{field[:-4]}' {self._empty}"
+                    )
                 )
         if vocab_size is None:
             return
@@ -363,6 +369,13 @@ class _Ids:
                     f"{len(self.tokenizer)} tokens: use the model's own tokenizer, or resize the "
                     "model's embedding"
                 )
+
+    @property
+    def _empty(self) -> str:
+        return (
+            "has no tokens: it is empty, and nothing ends it (the tokenizer's EOS token is "
+            f"{self.tokenizer.eos_token!r}, and its chat template writes no end of a turn)"
+        )
 
     def remarks(self, checked: dict[str, list[Any]], chat: bool) -> Iterator[str]:
         """What a user should know: each with the first place and a count."""
@@ -392,7 +405,7 @@ class _Ids:
         """Which pairs have a token that stands for whatever the tokenizer does not know."""
         tokenizer = self.tokenizer
         unknown = np.zeros(len(self.places), bool)
-        if tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
             return unknown  # none, or one that has another meaning, too
         for field, column in self.columns.items():
             at = np.flatnonzero(np.asarray(pc.list_flatten(column)) == tokenizer.unk_token_id)
