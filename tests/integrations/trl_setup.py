@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from fastdpop.demo import gsm8k_pairs
+from fastdpop.integrations.trl.metrics import fill
+from fastdpop.integrations.trl.models import on_fastdpop
 from tests.tiny_model import tiny_llama, tiny_tokenizer
 
 RELEASE = tuple(int(part) for part in trl.__version__.split(".")[:2])
@@ -22,6 +24,10 @@ WARNINGS = [
     "ignore:.*pin_memory:UserWarning",
 ]
 """Of TRL and what it imports, in any of its versions."""
+
+
+OWN = ("penalty", "logratios/chosen", "logratios/rejected")
+"""What fastdpop logs and TRL does not."""
 
 
 def pairs(count: int = 8, offset: int = 0) -> Dataset:
@@ -115,6 +121,8 @@ def step(of: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
     with of.compute_loss_context_manager():
         loss = of.compute_loss(of.model, batch)
     loss.backward()
+    if on_fastdpop(of):
+        fill(of, "train")  # as log() does
     return loss.detach(), gradients(of.model), dict(of._metrics["train"])
 
 
@@ -123,7 +131,7 @@ def gradients(of: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_step(ours: Any, theirs: Any) -> None:
-    """Loss, gradients and metrics; fastdpop's own metric is one more."""
+    """Loss, gradients and metrics; fastdpop's own metrics are more."""
     (loss, gradient, metrics), (own_loss, own_gradient, own_metrics) = step(ours), step(theirs)
     torch.testing.assert_close(loss, own_loss, rtol=2e-5, atol=1e-6)
     assert gradient.keys() == own_gradient.keys()
@@ -131,8 +139,13 @@ def assert_same_step(ours: Any, theirs: Any) -> None:
     assert largest > 0
     for name, value in gradient.items():
         torch.testing.assert_close(value, own_gradient[name], rtol=1e-3, atol=2e-5 * largest)
-    assert set(metrics) == {*own_metrics, "penalty"}
-    for name, value in own_metrics.items():
+    assert set(metrics) == {*own_metrics, *OWN}
+    assert_same_metrics(metrics, own_metrics)
+
+
+def assert_same_metrics(metrics: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Those that are expected; there may be more."""
+    for name, value in expected.items():
         torch.testing.assert_close(
             torch.tensor(metrics[name], dtype=torch.float64),
             torch.tensor(value, dtype=torch.float64),
@@ -152,11 +165,13 @@ def logged(of: Any, *names: str) -> list[tuple[float, ...]]:
 
 
 __all__ = [
+    "OWN",
     "RELEASE",
     "WARNINGS",
     "DPOConfig",
     "DPOTrainer",
     "arguments",
+    "assert_same_metrics",
     "assert_same_step",
     "gradients",
     "gsm8k",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import MISSING, fields
 from typing import Any
 
 from fastdpop import checks, losses
@@ -39,12 +40,76 @@ _DIVERGENCES = {
 }
 
 
+_REPLACED = (
+    *("loss_type", "loss_weights", "label_smoothing", "f_divergence_type"),
+    *("f_alpha_divergence_coef", "discopop_tau", "dpop_lambda"),
+)
+"""Settings of a config that only its own losses read."""
+
+
 def preference(trainer: Any) -> PreferenceLoss:
-    """The loss that a ``DPOTrainer``'s settings ask for, as fastdpop's.
+    """The loss that a ``DPOTrainer`` was given, or that its settings ask for, as fastdpop's.
 
     Raises:
         ValueError: a loss type or divergence is not known, or some of the settings do not go together.
     """
+    given = trainer._fastdpop.loss
+    loss = _configured(trainer) if given is None else given
+    if trainer.use_weighting:
+        loss = losses.wpo_weighted(loss)
+    if trainer.ld_alpha is None:
+        return loss
+    if given is None and "sft" in trainer.loss_types:
+        raise ValueError(
+            f"ld_alpha is {trainer.ld_alpha}, expected None with loss_type 'sft', which TRL computes from whole "
+            "completions: train with one of the two, or without fastdpop (fastdpop.unpatch_trl())"
+        )
+    return losses.length_desensitised(loss, trainer.ld_alpha)
+
+
+def logged_beta(trainer: Any) -> float:
+    """The factor of the rewards that a ``DPOTrainer`` logs: its loss's beta, or the config's where that has none."""
+    beta: float = _own_beta(trainer._fastdpop.loss) or trainer.beta
+    return beta
+
+
+def _own_beta(loss: PreferenceLoss | None) -> float | None:
+    """A loss's beta; of a sum, that of its first loss, whose rewards are the sum's; None for a loss without one."""
+    if isinstance(loss, losses.WeightedSum):
+        return _own_beta(loss.terms[0][1])
+    if isinstance(loss, (losses.LengthDesensitised, losses.WPOWeighted)):
+        return _own_beta(loss.loss)
+    return getattr(loss, "beta", None)
+
+
+def check_given(loss: PreferenceLoss, args: Any) -> None:
+    """
+    Raises:
+        ValueError: the config sets something that has no effect beside a loss that is given.
+    """
+    beta, kind = _own_beta(loss), type(loss).__name__
+    for setting in fields(args):
+        value = getattr(args, setting.name)
+        factory = setting.default_factory
+        default = setting.default if factory is MISSING else factory()
+        if value in (default, [default]):
+            continue
+        if setting.name in _REPLACED:
+            raise ValueError(
+                f"{setting.name} is {value!r} beside loss={kind}(...), expected {default!r}: "
+                "that loss does not read it"
+            )
+        if setting.name == "beta" and beta not in (None, value):
+            raise ValueError(
+                f"beta is {value!r} beside loss={kind}(...), expected its own, {beta!r}"
+            )
+        if setting.name == "ld_alpha" and loss.traits.ld_alpha is not None:
+            raise ValueError(
+                f"ld_alpha is {value!r} beside loss={kind}(...), expected None: that loss has its own"
+            )
+
+
+def _configured(trainer: Any) -> PreferenceLoss:
     divergence = str(trainer.f_divergence_type)
     checks.choice("f_divergence_type", divergence, tuple(_DIVERGENCES))
     plain = divergence == "reverse_kl"
@@ -66,14 +131,4 @@ def preference(trainer: Any) -> PreferenceLoss:
                 "it is no function of the difference of two scores"
             )
         terms.append(weight * losses.get(name, **{o: options[o] for o in _TAKES[name]}))
-    loss = functools.reduce(lambda total, term: total + term, terms)
-    if trainer.use_weighting:
-        loss = losses.wpo_weighted(loss)
-    if trainer.ld_alpha is None:
-        return loss
-    if "sft" in trainer.loss_types:
-        raise ValueError(
-            f"ld_alpha is {trainer.ld_alpha}, expected None with loss_type 'sft', which TRL computes from whole "
-            "completions: train with one of the two, or without fastdpop (fastdpop.unpatch_trl())"
-        )
-    return losses.length_desensitised(loss, trainer.ld_alpha)
+    return functools.reduce(lambda total, term: total + term, terms)

@@ -12,30 +12,44 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from fastdpop import checks, engines
+from fastdpop.api import LOGGED
 from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
 from fastdpop.integrations.trl import cpo, online
-from fastdpop.integrations.trl.loss import preference
+from fastdpop.integrations.trl.loss import check_given, preference
+from fastdpop.losses.base import PreferenceLoss, check_loss
 
 
 @dataclass
 class Settings:
-    """How the models of a trainer are attached. A trainer whose ``_fastdpop`` this is computes with fastdpop."""
+    """How a trainer computes. One whose ``_fastdpop`` this is computes with fastdpop.
+
+    Attributes:
+        engine, workspace_bytes: as in :func:`fastdpop.attach`.
+        loss: in the place of the config's; None: the config's.
+        statistics: those that are logged, of :data:`fastdpop.api.LOGGED`.
+    """
 
     engine: str = "auto"
     workspace_bytes: int | None = None
+    loss: PreferenceLoss | None = None
+    statistics: tuple[str, ...] = LOGGED
 
 
-def checked_settings(engine: str, workspace_bytes: int | None) -> Settings:
+def checked_settings(
+    engine: str, workspace_bytes: int | None, loss: PreferenceLoss | None = None
+) -> Settings:
     """
     Raises:
-        ValueError, TypeError: there is no such engine, or the workspace is not a positive int.
+        ValueError, TypeError: there is no such engine, the workspace is not a positive int, or the loss is none.
     """
+    if loss is not None:
+        check_loss(loss)
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
-    return Settings(engine, workspace_bytes)
+    return Settings(engine, workspace_bytes, loss)
 
 
 def on_fastdpop(trainer: Any) -> bool:
@@ -91,7 +105,10 @@ def _take(trainer: Any, model: Any) -> None:
             "use_liger_kernel is True, expected False: before TRL 1.15 it replaces the loss that fastdpop computes"
         )
     _check_devices(trainer)
-    preference(trainer)  # what does not go together fails before training starts
+    # What does not go together fails before training starts.
+    if trainer._fastdpop.loss is not None:
+        check_given(trainer._fastdpop.loss, trainer.args)
+    preference(trainer)
     _attach(trainer, model)
 
 
@@ -145,7 +162,8 @@ def _attach(trainer: Any, model: Any) -> None:
         found, here = attachment_of(inner), True
         assert found is not None
     elif found is before and here:
-        found.settings.update(vars(settings))  # the latest trainer's
+        # The latest trainer's.
+        found.settings.update(engine=settings.engine, workspace_bytes=settings.workspace_bytes)
     else:
         here = False  # its owner's, who decides
     _taken[inner] = found, here

@@ -15,7 +15,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastdpop.integrations import dpop_lambda as lambdas
-from fastdpop.integrations.trl import cpo, online
+from fastdpop.integrations.trl import cpo, metrics, online, references
 from fastdpop.integrations.trl.config import FastDPOConfig
 from fastdpop.integrations.trl.models import (
     AttachedWhenSet,
@@ -25,7 +25,7 @@ from fastdpop.integrations.trl.models import (
     take_for_cpo,
     take_for_online,
 )
-from fastdpop.integrations.trl.step import Inputs, precomputed, step, with_own_cache
+from fastdpop.integrations.trl.step import Inputs, precomputed, step
 from fastdpop.integrations.trl.version import check_version
 
 _settings = Settings()
@@ -162,6 +162,8 @@ def _patch_dpo(kind: Any) -> None:
     own_step = kind._compute_loss
     own_reference = kind.compute_ref_log_probs
     own_precompute = kind._precompute_ref_logps
+    own_loop = kind.evaluation_loop
+    own_log = kind.log
 
     @functools.wraps(own_step)
     def compute_loss(self: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
@@ -175,15 +177,33 @@ def _patch_dpo(kind: Any) -> None:
 
     @functools.wraps(own_precompute)
     def precompute(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
+        own = functools.partial(own_precompute, self)
+        if not on_fastdpop(self):
+            return own(dataset, name, batch_size)
+        return references.with_logps(self, own, dataset, name, batch_size)
+
+    @functools.wraps(own_loop)
+    def loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = functools.partial(own_loop, self)
+        return (
+            metrics.evaluated(self, own, *args, **kwargs)
+            if on_fastdpop(self)
+            else own(*args, **kwargs)
+        )
+
+    @functools.wraps(own_log)
+    def log(self: Any, *args: Any, **kwargs: Any) -> None:
         if on_fastdpop(self):
-            dataset = with_own_cache(self, dataset)
-        return own_precompute(self, dataset, name, batch_size)
+            metrics.fill(self, "train" if self.model.training else "eval")
+        own_log(self, *args, **kwargs)
 
     for name in ("model", "ref_model"):
         _set(kind, name, AttachedWhenSet(name))
     _set(kind, "_compute_loss", compute_loss)
     _set(kind, "compute_ref_log_probs", reference)
     _set(kind, "_precompute_ref_logps", precompute)
+    _set(kind, "evaluation_loop", loop)
+    _set(kind, "log", log)
 
 
 def _patch_config() -> None:

@@ -1,26 +1,23 @@
-"""A step of TRL's ``DPOTrainer``: the reference's log-probs, one call of the attached model, TRL's metrics.
+"""A step of TRL's ``DPOTrainer``: the reference's log-probs, one call of the attached model, and what is logged.
 
 The reference comes first, so that the loss can be computed inside ``model.forward``, where DDP, FSDP and accelerate
-expect it. No loss is computed here; the metrics are TRL's, by its definitions, from what the model returns.
+expect it. No loss is computed here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
-from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from fastdpop.api import LOGGED
-from fastdpop.integrations.trl.loss import preference
+from fastdpop.integrations.trl import metrics
+from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
 
 Inputs = Mapping[str, Any]
@@ -30,7 +27,7 @@ _IMAGES = ("pixel", "image", "video")
 
 
 def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
-    """``DPOTrainer._compute_loss``: the loss, with metrics noted in the trainer."""
+    """``DPOTrainer._compute_loss``: the loss; what is logged is noted in the trainer."""
     call, labels = _call(trainer, inputs)
     # Before the policy's pass: where a pair's loss is known at once, a trained head costs 3 matrix products, not 4.
     if trainer.precompute_ref_logps:
@@ -46,12 +43,12 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         labels=labels,
         preference=preference(trainer),
         ref_logps=ref_logps,
-        preference_options={"statistics": LOGGED},
+        preference_options={"statistics": trainer._fastdpop.statistics},
         router_loss_weight=float(trainer.router_aux_loss_coef) if routes else 0.0,
     )
     loss = outputs.loss
     with torch.no_grad():
-        _log(trainer, inputs, outputs, ref_logps, routes)
+        metrics.note(trainer, inputs, outputs, ref_logps, logged_beta(trainer))
         if return_outputs:  # the logits, of another pass, for those who ask for them
             outputs = model(**call)
     return (loss, outputs) if return_outputs else loss
@@ -90,7 +87,7 @@ def _reference(
         adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         model = trainer.model if model is None else model
     assert model is not None  # TRL keeps one where there is no adapter
-    options = {**(options or {}), "ld_alpha": trainer.ld_alpha}
+    options = {**(options or {}), "ld_alpha": preference(trainer).traits.ld_alpha}
     checkpointing = disable_gradient_checkpointing(
         trainer.model, trainer.args.gradient_checkpointing_kwargs
     )
@@ -107,65 +104,3 @@ def precomputed(trainer: Any, *model_and_inputs: Any) -> tuple[Tensor, Tensor]:
     model = given[0] if given else own
     chosen, rejected = _reference(trainer, model, *_call(trainer, inputs)).chunk(2)
     return chosen, rejected
-
-
-def with_own_cache(trainer: Any, dataset: Any) -> Any:
-    """The data set under a fingerprint by which TRL does not find log-probs cached by another computation."""
-    if isinstance(dataset, Dataset):
-        args = trainer.args
-        same = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16)
-        dataset = copy.copy(dataset)
-        dataset._fingerprint = Hasher.hash((dataset._fingerprint, "fastdpop", same))
-    return dataset
-
-
-def _log(trainer: Any, inputs: Inputs, outputs: Any, ref_logps: Tensor, routes: bool) -> None:
-    """Everything that TRL logs, by its definitions, and the penalty."""
-    mode = "train" if trainer.model.training else "eval"
-    metrics = trainer._metrics[mode]
-    lengths = outputs.lengths.to(outputs.entropy.dtype)
-    halves = {
-        name: (value * lengths).view(2, -1).sum(1)
-        for name, value in {
-            "entropy": outputs.entropy,
-            "logits": outputs.mean_logits,
-            "correct": outputs.token_accuracy,
-            "tokens": torch.ones_like(lengths),
-        }.items()
-    }
-    ref_chosen, ref_rejected = ref_logps.to(outputs.chosen_logps).chunk(2)
-    chosen_rewards = trainer.beta * (outputs.chosen_logps - ref_chosen)
-    rejected_rewards = trainer.beta * (outputs.rejected_logps - ref_rejected)
-    by_pair = {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards),
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": outputs.chosen_logps,
-        "logps/rejected": outputs.rejected_logps,
-        "penalty": outputs.penalty,
-    }
-    if routes:
-        by_pair["aux_loss"] = outputs.aux_loss.to(chosen_rewards).expand_as(chosen_rewards)
-
-    # Two exchanges between processes, whatever the number of metrics.
-    gather = trainer.accelerator.gather
-    sums = torch.stack([*halves.values(), inputs["attention_mask"].sum().to(lengths).expand(2)])
-    totals = dict(zip([*halves, "seen"], gather(sums[None]).sum(0).tolist(), strict=True))
-    means = gather(torch.stack(list(by_pair.values()), dim=1)).mean(0).tolist()
-
-    def mean(total: float, count: float) -> float:
-        return total / count if count > 0 else 0.0
-
-    (chosen_tokens, rejected_tokens), logits = totals["tokens"], totals["logits"]
-    if mode == "train":
-        trainer._total_train_tokens += int(totals["seen"][0]) // getattr(trainer, "_tp_size", 1)
-    metrics["num_tokens"] = [trainer._total_train_tokens]
-    for name, value in {
-        "entropy": mean(sum(totals["entropy"]), chosen_tokens + rejected_tokens),
-        "logits/chosen": mean(logits[0], chosen_tokens),
-        "logits/rejected": mean(logits[1], rejected_tokens),
-        "mean_token_accuracy": mean(totals["correct"][0], chosen_tokens),
-        **dict(zip(by_pair, means, strict=True)),
-    }.items():
-        metrics[name].append(value)

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fastdpop.integrations.trl import metrics, references
 from fastdpop.integrations.trl.models import AttachedWhenSet, checked_settings
-from fastdpop.integrations.trl.step import Inputs, precomputed, step, with_own_cache
+from fastdpop.integrations.trl.step import Inputs, precomputed, step
+from fastdpop.losses.base import PreferenceLoss
 
 
 class FastDPOTrainer(DPOTrainer):
@@ -16,13 +18,18 @@ class FastDPOTrainer(DPOTrainer):
 
     Args:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
+        loss: any loss of :mod:`fastdpop.losses`, or of your own (:func:`fastdpop.losses.pairwise`), in the place of the
+            config's ``loss_type``. The reference is scored for the metrics even if the loss reads none. ``ld_alpha``
+            and ``use_weighting`` apply to it. Rewards are logged with its beta, or the config's if it has none.
 
-    ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`. Everything that ``DPOTrainer`` logs is logged, and
-    ``penalty``, DPOP's hinge in nats.
+    ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`. Everything that ``DPOTrainer`` logs is logged, as means
+    over the pairs or tokens since the last time; in nats, ``logratios/chosen`` and ``logratios/rejected``, with their
+    standard errors over pairs after an evaluation; and ``penalty``, DPOP's hinge in nats.
 
     Raises:
-        ValueError: the data are images, the loss types are not known or do not go together, or a setting asks for
-            another implementation of the loss.
+        ValueError: the data are images, the loss types are not known or do not go together, a setting asks for
+            another implementation of the loss, or one has no effect beside `loss`.
+        TypeError: `loss` is no loss.
         RuntimeError: the model has no output embedding that can be read, as when it is quantised.
     """
 
@@ -30,9 +37,14 @@ class FastDPOTrainer(DPOTrainer):
     ref_model = AttachedWhenSet("ref_model")
 
     def __init__(
-        self, *args: Any, engine: str = "auto", workspace_bytes: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        engine: str = "auto",
+        workspace_bytes: int | None = None,
+        loss: PreferenceLoss | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._fastdpop = checked_settings(engine, workspace_bytes)
+        self._fastdpop = checked_settings(engine, workspace_bytes, loss)
         super().__init__(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
@@ -42,4 +54,12 @@ class FastDPOTrainer(DPOTrainer):
         return precomputed(self, *model_and_inputs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        return super()._precompute_ref_logps(with_own_cache(self, dataset), name, batch_size)
+        own = super()._precompute_ref_logps
+        return references.with_logps(self, own, dataset, name, batch_size)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return metrics.evaluated(self, super().evaluation_loop, *args, **kwargs)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        metrics.fill(self, "train" if self.model.training else "eval")
+        super().log(*args, **kwargs)

@@ -1,0 +1,93 @@
+"""TRL's command ``trl dpo`` with the patch: in the process that parses it, and in those that it starts.
+
+TRL parses the options and has ``accelerate launch`` run its training script. Here accelerate runs this module instead,
+which patches TRL and runs the same script.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import subprocess
+import sys
+from importlib.resources import files
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from trl.cli import accelerate_launcher
+from trl.cli import main as run_trl
+from trl.cli.commands import training
+
+from fastdpop.integrations.trl.patching import patch_trl, unpatch_trl
+
+_MODULE = "fastdpop.integrations.trl.command"
+_LAUNCHER = "launch_training_script"
+
+
+def launch(options: list[str]) -> int:
+    """Run ``trl dpo`` with these options; the exit code is that of the process that failed first, or 0.
+
+    Raises:
+        ValueError, OSError: the options cannot be used.
+    """
+    # TRL 0.29 has the function in the module of the command, later versions import it when it runs.
+    owners = [owner for owner in (accelerate_launcher, training) if hasattr(owner, _LAUNCHER)]
+    own = getattr(accelerate_launcher, _LAUNCHER)
+    patch_trl()
+    try:
+        for owner in owners:
+            setattr(owner, _LAUNCHER, _launch_this_module)
+        return run_trl(["dpo", *options])
+    except subprocess.CalledProcessError as error:
+        return _exit_code(error.returncode)
+    except ChildFailedError as error:
+        return _exit_code(error.get_first_failure()[1].exitcode)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the file of --config is no YAML: {error}") from error
+    finally:
+        for owner in owners:
+            setattr(owner, _LAUNCHER, own)
+        unpatch_trl()
+
+
+def _exit_code(code: int) -> int:
+    """As a shell has it: 128 and the signal's number, which Python gives below 0."""
+    return code if code > 0 else 128 - code
+
+
+def _launch_this_module(
+    script_name: str, launch_args: list[str], training_script_args: list[str]
+) -> None:
+    """``trl.cli.accelerate_launcher.launch_training_script``, for this module."""
+    given = [*launch_args, "--module", _MODULE, *training_script_args]
+    args = launch_command_parser().parse_args(given)
+    if args.training_script != _MODULE:
+        raise ValueError(f"{args.training_script!r} is no option of TRL or of accelerate launch")
+    launch_command(args)
+
+
+def _train() -> int:
+    """TRL's training script, in a process of its own."""
+    patch_trl()
+    script = files("trl.scripts").joinpath("dpo.py")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"fastdpop: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = _train()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        # gloo's threads may still hold tensors of Python when the interpreter ends, and now and
+        # then abort the process for it (pytorch/pytorch#190489).
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

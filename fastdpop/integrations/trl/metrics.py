@@ -1,0 +1,169 @@
+"""What a ``DPOTrainer`` logs: measured in every step, read from the device only when the trainer logs.
+
+TRL averages the averages of batches. Here averages are over pairs, or over tokens where TRL weighs by tokens, of
+everything since the trainer last logged; with batches of one size they are TRL's. Pairs that accelerate repeats, so
+that every process has a batch at the end, count once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpop.rows import wide_dtype
+
+_WITH_ERROR = ("logratios/chosen", "logratios/rejected")
+"""Metrics whose standard error over pairs is logged after an evaluation."""
+
+
+@dataclass
+class Pending:
+    """What the steps of a trainer measured since it last logged, on their device and without a graph.
+
+    Attributes:
+        names: of the metrics, by mode.
+        steps: by mode, for each step ``(processes, 3, metrics)``: each process's sum, what it is to be divided by, and
+            the sum of squares around its own mean.
+        tokens: how many tokens were trained on, 0-d int64; None for none.
+    """
+
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    steps: dict[str, list[Tensor]] = field(default_factory=lambda: {"train": [], "eval": []})
+    tokens: Tensor | None = None
+
+
+def pending(trainer: Any) -> Pending:
+    """A trainer's own."""
+    found: Pending = vars(trainer).setdefault("_fastdpop_pending", Pending())
+    return found
+
+
+def note(
+    trainer: Any, inputs: Mapping[str, Any], outputs: Any, ref_logps: Tensor, beta: float
+) -> None:
+    """Keep what a step measured, for :func:`fill`. One exchange between processes, which no process waits for.
+
+    Args:
+        outputs: the policy's, with the loss of every pair.
+        ref_logps: the reference's log-probs ``(2B,)``, chosen before rejected, in nats.
+        beta: the factor of rewards.
+    """
+    mode = "train" if trainer.model.training else "eval"
+    own = _own_pairs(trainer, len(outputs.losses), mode)
+    dtype = wide_dtype(ref_logps.device)
+    by_pair, by_token = _by_pair(outputs, ref_logps, beta), _by_token(outputs, own, dtype)
+    if getattr(trainer, "aux_loss_enabled", False):
+        by_pair["aux_loss"] = outputs.aux_loss.expand_as(outputs.losses)
+    if mode == "eval":
+        # Of what is no pair's own, a router's loss, each pair has the mean.
+        by_pair["loss"] = outputs.losses + (outputs.loss - outputs.losses.mean())
+    values = torch.stack(list(by_pair.values())).detach()[:, :own].to(dtype)
+    sums = values.sum(1)
+    squares = (values - sums[:, None] / max(own, 1)).square().sum(1)
+    seen = inputs["attention_mask"].sum().to(dtype)
+    nothing = torch.zeros_like(seen)
+    columns = [
+        torch.stack([sums, torch.full_like(sums, own), squares]),
+        *(torch.stack([*pair, nothing])[:, None] for pair in by_token.values()),
+        torch.stack([seen, nothing, nothing])[:, None],
+    ]
+    step = trainer.accelerator.gather(torch.cat(columns, dim=1)[None])
+    kept = pending(trainer)
+    kept.names[mode] = (*by_pair, *by_token)
+    kept.steps[mode].append(step[..., :-1])
+    if mode == "train":
+        tokens = step[:, 0, -1].sum().long()
+        kept.tokens = tokens if kept.tokens is None else kept.tokens + tokens
+
+
+def _by_pair(outputs: Any, ref_logps: Tensor, beta: float) -> dict[str, Tensor]:
+    """Metrics that are means over pairs, ``(B,)`` each."""
+    chosen, rejected = outputs.chosen_logps, outputs.rejected_logps
+    ref_chosen, ref_rejected = ref_logps.to(chosen).chunk(2)
+    chosen_logratios, rejected_logratios = chosen - ref_chosen, rejected - ref_rejected
+    chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logratios/chosen": chosen_logratios,
+        "logratios/rejected": rejected_logratios,
+        "penalty": outputs.penalty,
+    }
+
+
+def _by_token(outputs: Any, own: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+    """Metrics that are means over tokens: each one's sum and number of tokens, 0-d, of the first `own` pairs."""
+
+    def by_side(values: Tensor) -> Tensor:
+        return values.to(dtype).view(2, -1)[:, :own].sum(1)
+
+    lengths = outputs.lengths.to(dtype)
+    tokens = by_side(lengths)
+    metrics = {}
+    if outputs.entropy is not None:
+        metrics["entropy"] = by_side(outputs.entropy * lengths).sum(), tokens.sum()
+    if outputs.mean_logits is not None:
+        chosen, rejected = by_side(outputs.mean_logits * lengths)
+        metrics |= {"logits/chosen": (chosen, tokens[0]), "logits/rejected": (rejected, tokens[1])}
+    if outputs.token_accuracy is not None:
+        metrics["mean_token_accuracy"] = by_side(outputs.token_accuracy * lengths)[0], tokens[0]
+    return metrics
+
+
+def _own_pairs(trainer: Any, count: int, mode: str) -> int:
+    """How many pairs of this process's batch, from its start, no process has counted."""
+    groups = getattr(trainer, "_tp_size", 1)
+    group, place = divmod(trainer.accelerator.process_index, groups)
+    if place > 0:  # of processes with the same batch the first counts
+        return 0
+    state = trainer.accelerator.gradient_state
+    # Trainer fetches all batches of an optimizer's step before the first of them is computed.
+    last = state.end_of_dataloader and (mode == "eval" or state.sync_gradients)
+    if not last or state.remainder <= 0 or trainer.accelerator.num_processes == groups:
+        return count
+    return min(max(state.remainder - group * count, 0), count)
+
+
+def fill(trainer: Any, mode: str) -> None:
+    """Turn what the steps measured into numbers where TRL's ``log`` takes them from, ``trainer._metrics[mode]``."""
+    kept, metrics = pending(trainer), trainer._metrics[mode]
+    if not kept.steps[mode]:
+        return
+    values = torch.stack(kept.steps[mode]).flatten(0, 1).cpu().double()
+    kept.steps[mode].clear()
+    sums, counts, squares = values.unbind(1)
+    means = sums.sum(0) / counts.sum(0).clamp_min(1)
+    between = counts * (sums / counts.clamp_min(1) - means).square()
+    errors = (squares + between).sum(0).sqrt() / counts.sum(0).clamp_min(1)
+    for name, mean, error in zip(kept.names[mode], means.tolist(), errors.tolist(), strict=True):
+        metrics[name].append(mean)
+        if mode == "eval" and name in _WITH_ERROR:
+            metrics[f"{name}_standard_error"].append(error)
+    if kept.tokens is not None:
+        trainer._total_train_tokens += int(kept.tokens) // getattr(trainer, "_tp_size", 1)
+        kept.tokens = None
+    metrics["num_tokens"] = [trainer._total_train_tokens]
+
+
+def evaluated(trainer: Any, loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``Trainer.evaluation_loop``, from nothing pending to metrics that are ready to be logged, its loss over pairs."""
+    trainer._metrics[
+        "eval"
+    ].clear()  # of a prediction, which logs none, or of an evaluation that failed
+    pending(trainer).steps["eval"].clear()
+    output = loop(*args, **kwargs)
+    fill(trainer, "eval")
+    losses = trainer._metrics["eval"].pop("loss", [])
+    if losses and trainer.accelerator.num_processes > 1:
+        # Trainer's counts the pairs that are repeated at the end.
+        (name,) = (name for name in output.metrics if name.endswith("_loss"))
+        output.metrics[name] = losses[0]
+    return output
