@@ -10,18 +10,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import random
 import tempfile
 import time
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 
-from fastdpop.data.gsm8k import corrupt, without_annotations
-from fastdpop.data.read import read_jsonl
+from fastdpop.data.formats import convert
+from fastdpop.data.gsm8k import shipped_pairs
 from fastdpop.data.tokens import tokenize
 from fastdpop.doctor import has_bf16
 from fastdpop.integrations.trl import FastDPOConfig
@@ -62,28 +60,6 @@ SETTINGS = {
 """Of TRL's ``DPOConfig``, for both runs."""
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # of Okabe and Ito: safe for colour-blind eyes
-
-
-def gsm8k_pairs(split: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs from the shipped GSM8K excerpt, as chat messages.
-
-    Args:
-        split: ``"train"`` (300 problems) or ``"test"`` (60 others).
-        seed: chooses which result is made wrong, and how.
-    """
-    rng = random.Random(seed)
-    pairs = []
-    with resources.as_file(resources.files("fastdpop") / "assets" / f"gsm8k-{split}.jsonl") as path:
-        for place, row in read_jsonl(path):
-            rejected = corrupt(row["answer"], rng)
-            if rejected is not None:
-                texts = {"chosen": without_annotations(row["answer"]), "rejected": rejected}
-                pair = {
-                    name: [{"role": "assistant", "content": text}] for name, text in texts.items()
-                }
-                question = [{"role": "user", "content": row["question"]}]
-                pairs.append({"prompt": question, **pair, "place": place})
-    return pairs
 
 
 def load_smollm2() -> tuple[Any, Any]:
@@ -174,15 +150,9 @@ def train(model: Any, tokenizer: Any, loss_type: str, steps: int, *, title: str)
             use_cpu=True,
             **SETTINGS,
         )
-        data = [
-            Dataset.from_list(gsm8k_pairs("train")),
-            Dataset.from_list(gsm8k_pairs("test")[:HELD_OUT]),
-        ]
         pairs, held_out = (
-            tokenize(
-                rows, tokenizer, config, name, max_length=None, too_long="error", vocab_size=None
-            )[0]
-            for rows, name in zip(data, ("train", "eval"), strict=True)
+            tokenize(messages(split, count), tokenizer, name=split)[0]
+            for split, count in (("train", None), ("test", HELD_OUT))
         )
         # Sorted by length, batches have little padding; a mean does not mind the order.
         lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in held_out]
@@ -197,6 +167,14 @@ def train(model: Any, tokenizer: Any, loss_type: str, steps: int, *, title: str)
         )
         trainer.train()
     return trainer.state.log_history
+
+
+def messages(split: str, count: int | None) -> Dataset:
+    """The first shipped pairs of a split, as chat messages."""
+    rows = (convert(pair, chat=True).fields for pair in shipped_pairs(split)[:count])
+    return Dataset.from_list(
+        [{**row, "place": f"gsm8k-{split} pair {i}"} for i, row in enumerate(rows, 1)]
+    )
 
 
 def sentence(last: dict[str, Row], steps: int) -> str:

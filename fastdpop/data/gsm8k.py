@@ -24,6 +24,26 @@ def shipped_problems(split: str) -> list[dict[str, Any]]:
         return [row.fields for row in read_json(file)]
 
 
+def shipped_pairs(split: str, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs of the shipped problems: solutions against themselves with one result made wrong.
+
+    Args:
+        split: ``"train"`` (300 problems) or ``"test"`` (60 others).
+        seed: chooses which result is made wrong, and how.
+
+    Returns:
+        ``prompt``, ``chosen`` and ``rejected`` as text, of every problem that can be corrupted.
+    """
+    rng = random.Random(seed)
+    pairs = []
+    for problem in shipped_problems(split):
+        rejected = corrupt(problem["answer"], rng)
+        if rejected is not None:
+            chosen = without_annotations(problem["answer"])
+            pairs.append({"prompt": problem["question"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
 def without_annotations(answer: str) -> str:
     """A GSM8K answer as a reader sees it: ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``."""
     return _ANNOTATION.sub("", answer)

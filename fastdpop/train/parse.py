@@ -18,6 +18,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from fastdpop import checks, engines, losses
 from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.integrations.trl.loss import check_config
 from fastdpop.losses import PreferenceLoss
 from fastdpop.train.options import DEFAULTS, MOST_THREADS, SHORT, PairArguments, under_trl_names
 
@@ -83,6 +84,11 @@ def parse(argv: Sequence[str]) -> Asked:
     asked = Asked(own, data, config, model, mixture, given, None)
     _check(asked, parser)
     asked.loss = _loss(asked)
+    if asked.loss is not None:  # what it replaces is TRL's default again, unless it was given
+        for name, value in (("loss_type", ["sigmoid"]), ("beta", 0.1)):
+            if name not in given:
+                setattr(config, name, value)
+    check_config(config, asked.loss)
     _settle(asked)
     return asked
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from trl import get_dataset
 
 from fastdpop.data import load_pairs
 from fastdpop.data.tokens import tokenize
+from fastdpop.integrations.trl.models import UnfitModel
+from fastdpop.integrations.trl.references import hash_of_tokens
 from fastdpop.train import checkpoint
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
@@ -56,20 +57,25 @@ def run(argv: Sequence[str]) -> int:
     start = _open(output, asked, identity)
     config.eval_on_start = held_out is not None and start is None
     model, ref_model, peft_config = load_model(asked, source)
-    trainer = PairTrainer(
-        model,
-        ref_model,
-        config,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        engine=asked.own.engine,
-        workspace_bytes=asked.own.workspace_bytes,
-        **({"loss": asked.loss} if asked.loss else {}),
-        identity=identity,
-        write_metrics=True,
-    )
+    try:
+        trainer = PairTrainer(
+            model,
+            ref_model,
+            config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            engine=asked.own.engine,
+            workspace_bytes=asked.own.workspace_bytes,
+            loss=asked.loss,
+            identity=identity,
+            write_metrics=True,
+        )
+    except (UnfitModel, NotImplementedError) as error:
+        raise ValueError(
+            f"{asked.model.model_name_or_path} cannot be trained so: {error}"
+        ) from error
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except KeyboardInterrupt:
@@ -152,19 +158,9 @@ def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
     own |= {f"model: {name}": str(value) for name, value in vars(asked.model).items()}
     own["loss"] = repr(asked.loss)
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
-    own["training pairs"] = digest(train)
-    own["held-out pairs"] = "none" if held_out is None else digest(held_out)
+    own["training pairs"] = hash_of_tokens(train)
+    own["held-out pairs"] = "none" if held_out is None else hash_of_tokens(held_out)
     return own
-
-
-def digest(dataset: Any) -> str:
-    """A fingerprint of a data set's token ids and their order."""
-    hasher = hashlib.sha256()
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    for batch in dataset.select_columns(list(columns)).iter(1000):
-        for name in columns:
-            hasher.update(repr(batch[name]).encode())
-    return hasher.hexdigest()
 
 
 def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:

@@ -78,9 +78,9 @@ class PairTrainer(FastDPOTrainer):
         sampler = super()._get_train_sampler(*args)
         if isinstance(sampler, RandomSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _InBatches(
-                len(self.train_dataset), self._train_batch_size, seed, lambda: self.state.epoch or 0
-            )
+            # Those of all processes together: one process with a batch as large trains alike.
+            size = self._train_batch_size * self.args.world_size
+            return _InBatches(len(self.train_dataset), size, seed, lambda: self.state.epoch or 0)
         return sampler
 
     # ---- averages over pairs --------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_short_options_stand_for_trls() -> None:
 def test_every_option_of_trl_works_under_its_name() -> None:
     given = asked(
         "--per_device_eval_batch_size", "6", "--adam_beta2", "0.5", "--loss_type", "ipo", "sft",
-        "--loss_weights", "1.0", "0.1", "--ld_alpha", "0.5", "--lora", "--use_dora",
+        "--loss_weights", "1.0", "0.1", "--label_smoothing", "0.5", "--lora", "--use_dora",
         "--no_remove_unused_columns", "--dataset_num_proc", "2", "--attn-implementation", "eager",
         "--dtype", "bfloat16",
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_every_option_of_trl_works_under_its_name() -> None:
     assert given.config.adam_beta2 == 0.5
     assert given.config.loss_type == ["ipo", "sft"]
     assert given.config.loss_weights == [1.0, 0.1]
-    assert given.config.ld_alpha == 0.5
+    assert given.config.label_smoothing == 0.5
     assert given.config.remove_unused_columns is False
     assert given.config.dataset_num_proc == 2
     assert given.model.use_dora

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import MISSING, fields
+from types import SimpleNamespace
 from typing import Any
 
 from fastdpop import checks, losses
@@ -65,6 +66,27 @@ def preference(trainer: Any) -> PreferenceLoss:
             "completions: train with one of the two, or without fastdpop (fastdpop.unpatch_trl())"
         )
     return losses.length_desensitised(loss, trainer.ld_alpha)
+
+
+def check_config(args: Any, loss: PreferenceLoss | None) -> None:
+    """What a trainer would find when it is made, before there is one.
+
+    Raises:
+        ValueError: as :func:`preference` and :func:`check_given` do.
+    """
+    if loss is not None:
+        check_given(loss, args)
+    names = ("beta", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type")
+    names = (*names, "f_alpha_divergence_coef")
+    preference(
+        SimpleNamespace(
+            **{name: getattr(args, name) for name in names},
+            args=args,
+            loss_types=args.loss_type,
+            loss_weights=args.loss_weights or [1.0] * len(args.loss_type),
+            _fastdpop=SimpleNamespace(loss=loss),
+        )
+    )
 
 
 def logged_beta(trainer: Any) -> float:

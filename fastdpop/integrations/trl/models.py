@@ -57,6 +57,10 @@ def on_fastdpop(trainer: Any) -> bool:
     return "_fastdpop" in vars(trainer)
 
 
+class UnfitModel(RuntimeError):
+    """A model that :func:`fastdpop.attach` refuses."""
+
+
 class AttachedWhenSet:
     """A trainer's attribute that holds a model: what is assigned is attached, before accelerate wraps it.
 
@@ -156,7 +160,7 @@ def _attach(trainer: Any, model: Any) -> None:
                 check=whole,
             )
         except (RuntimeError, TypeError) as error:
-            raise type(error)(
+            raise UnfitModel(
                 f"{error}. To train this model without fastdpop, use trl.DPOTrainer after fastdpop.unpatch_trl()"
             ) from error
         found, here = attachment_of(inner), True

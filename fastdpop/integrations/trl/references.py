@@ -118,7 +118,7 @@ def _key(trainer: Any, dataset: Dataset, batch_size: int) -> str:
     args = trainer.args
     parts = {
         "versions": (__version__, torch.__version__, transformers.__version__),
-        "tokens": _hash_of_tokens(dataset),
+        "tokens": hash_of_tokens(dataset),
         "weights": _hash_of_weights(trainer),
         "adapters": model.peft_config if is_peft_model(model) else {},
         "config": {k: v for k, v in config.items() if k not in _NO_PART_OF_A_RESULT},
@@ -151,7 +151,7 @@ def _hash_of_weights(trainer: Any) -> str:
     return known or hash_module(trainer.ref_model or trainer.model)
 
 
-def _hash_of_tokens(dataset: Dataset) -> str:
+def hash_of_tokens(dataset: Dataset) -> str:
     """Of the token ids in their order, however they came about."""
     found = hashlib.sha256()
     for table in dataset.select_columns(list(_TOKENS)).with_format("arrow").iter(1000):
