@@ -39,7 +39,7 @@ HELD_OUT = 40
 """Held-out problems that are scored; more would cost time and change little."""
 STEPS = 40
 """By then the two losses have parted far beyond doubt, in about five minutes on two cores."""
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "beta": 0.3,
     "dpop_lambda": 50.0,
     "learning_rate": 5e-6,

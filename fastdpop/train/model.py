@@ -11,8 +11,8 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
-from trl import get_peft_config, get_quantization_config
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from fastdpop.train.parse import Asked
 
@@ -135,10 +135,11 @@ def _load(asked: Asked, source: Source) -> Any:
     if quantization is not None:
         options["quantization_config"] = quantization
         options["device_map"] = {"": PartialState().local_process_index}
-    options |= config.model_init_kwargs or {}
+    more: Any = config.model_init_kwargs  # JSON has been parsed
+    options |= more or {}
     name = source.adapter or source.base
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.base, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source.base, **options)
         if source.adapter is None:
             return model
         from peft import PeftModel

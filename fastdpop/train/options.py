@@ -48,7 +48,7 @@ def under_trl_names(name: str, value: Any) -> dict[str, Any]:
     Raises:
         ValueError: the value is none that the short option takes.
     """
-    words = {
+    words: dict[str, dict[str, Any]] = {
         "schedule": {"constant": "constant_with_warmup", "cosine": "cosine"},
         "reference": {"precomputed": True, "online": False},
     }

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers.trainer_utils import IntervalStrategy
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser
+from trl.trainer.model_config import ModelConfig
 
 from fastdpop import checks, engines, losses
 from fastdpop.integrations.trl import FastDPOConfig
@@ -61,8 +62,9 @@ def parse(argv: Sequence[str]) -> Asked:
     """
     arguments, given = _translated(list(argv))
     device = _device(_last(arguments, "--device"))
+    kinds: Any = (PairArguments, ScriptArguments, FastDPOConfig, ModelConfig, DatasetMixtureConfig)
     parser = _Parser(
-        (PairArguments, ScriptArguments, FastDPOConfig, ModelConfig, DatasetMixtureConfig),
+        kinds,
         prog="fastdpop train",
         allow_abbrev=False,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from trl import get_dataset
+from trl.scripts.utils import get_dataset
 
 from fastdpop.data import load_pairs
 from fastdpop.data.tokens import tokenize
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     if asked.own.threads:
         torch.set_num_threads(asked.own.threads)
     config, say = asked.config, PartialState().print
-    output = Path(config.output_dir)
+    output = Path(str(config.output_dir))
     source = model_source(asked)
     tokenizer = load_tokenizer(asked, source)
     train, held_out = read(asked, tokenizer, source)
@@ -176,12 +176,11 @@ def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
         except (ValueError, OSError) as error:
             found[2] = error
     broadcast_object_list(found)
-    start, notes, error = found
-    if error is not None:
-        raise error
-    for note in notes:
+    if found[2] is not None:
+        raise found[2]
+    for note in found[1]:
         PartialState().print(note)
-    return start
+    return None if found[0] is None else str(found[0])
 
 
 def _summary(trainer: PairTrainer, result: Any) -> str:

@@ -54,11 +54,11 @@ class PairTrainer(FastDPOTrainer):
         """TRL's own would tokenise; see :mod:`fastdpop.data.tokens`."""
         return dataset
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's; whatever ends it, what is printed next begins a line."""
         set_seed(self.args.seed)  # to score the reference, or to find it scored, is no difference
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
@@ -80,7 +80,7 @@ class PairTrainer(FastDPOTrainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             # Those of all processes together: one process with a batch as large trains alike.
             size = self._train_batch_size * self.args.world_size
-            return _InBatches(len(self.train_dataset), size, seed, lambda: self.state.epoch or 0)
+            return _InBatches(len(sampler), size, seed, lambda: self.state.epoch or 0)
         return sampler
 
     # ---- averages over pairs --------------------------------------------------------------------
@@ -92,10 +92,14 @@ class PairTrainer(FastDPOTrainer):
         return batches, items
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """TRL's, weighted such that the mean over a step's batches is the mean over its pairs."""
-        result = super().compute_loss(model, inputs, return_outputs, **more)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batches, pairs = self._of_step
         share = _pairs(inputs) * batches
         if not self.model.training or share == pairs:

@@ -76,8 +76,10 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
     """
     if loss is not None:
         check_given(loss, args)
-    names = ("beta", "label_smoothing", "ld_alpha", "use_weighting", "f_divergence_type")
-    names = (*names, "f_alpha_divergence_coef")
+    names = [
+        *("beta", "label_smoothing", "ld_alpha", "use_weighting"),
+        *("f_divergence_type", "f_alpha_divergence_coef"),
+    ]
     preference(
         SimpleNamespace(
             **{name: getattr(args, name) for name in names},
