@@ -305,5 +305,8 @@ def _settle(asked: Asked) -> None:
         config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
     if config.sync_ref_model and "precompute_ref_log_probs" not in given:
         config.precompute_ref_log_probs = False  # the reference moves
+    if str(config.resume_from_checkpoint).lower() in ("true", "false"):  # TRL's way to say --resume
+        own.resume = own.resume or str(config.resume_from_checkpoint).lower() == "true"
+        config.resume_from_checkpoint = None
     if "per_device_eval_batch_size" not in given:
         config.per_device_eval_batch_size = config.per_device_train_batch_size

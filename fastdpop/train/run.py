@@ -76,6 +76,10 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(
             f"{asked.model.model_name_or_path} cannot be trained so: {error}"
         ) from error
+    if asked.data.ignore_bias_buffers:
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except KeyboardInterrupt:
@@ -86,7 +90,8 @@ def run(argv: Sequence[str]) -> int:
         ) from None
     if held_out is not None:
         known = evaluations(trainer.state.log_history)
-        if not known or known[-1]["step"] != trainer.state.global_step:
+        ended = known and known[-1]["step"] == trainer.state.global_step
+        if not ended or config.load_best_model_at_end:
             trainer.evaluate()
     trainer.save_model()
     say(_summary(trainer, result))
@@ -136,7 +141,7 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     if pairs.unused:
         notes.append(f"columns not used: {', '.join(pairs.unused)}")
     say(", ".join(notes))
-    if pairs.equal:
+    if pairs.equal and PartialState().is_main_process:
         warnings.warn(
             f"{what}: chosen equals rejected in {pairs.equal} of {len(dataset)} pairs", stacklevel=2
         )

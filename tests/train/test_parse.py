@@ -89,6 +89,13 @@ def test_every_option_of_trl_works_under_its_name() -> None:
     assert {"loss_type", "loss_weights", "remove_unused_columns"} <= given.given
 
 
+def test_trls_way_to_resume() -> None:
+    given = asked("--resume_from_checkpoint", "true")
+    assert (given.own.resume, given.config.resume_from_checkpoint) == (True, None)
+    given = asked("--resume_from_checkpoint", "some/checkpoint-3")
+    assert (given.own.resume, given.config.resume_from_checkpoint) == (False, "some/checkpoint-3")
+
+
 def test_a_reference_that_moves_is_scored_online() -> None:
     assert not asked("--sync_ref_model").config.precompute_ref_log_probs
 
