@@ -46,6 +46,13 @@ CALLS = (
         (LLAMA2, "</s>", ""),
         (MISTRAL, "</s>", ""),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "", ""),
+        ("{% for m in messages %}{{ m.content }}\n---\n{% endfor %}", "", ""),  # sets turns apart
+        (
+            "{% for m in messages %}{{ 'Answer: ' if m.role == 'assistant' }}{{ m.content }}\n"
+            "{% endfor %}Answer:",
+            "",
+            "Answer:",
+        ),
         # The same end after a user's turn and an answer, and EOS after it: no header.
         (CHATML + "{{ eos_token }}", "<|im_end|>", ""),
         ("{{ raise_exception('no') }}", "", ""),
