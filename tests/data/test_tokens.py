@@ -152,11 +152,12 @@ def test_prompt_and_completion_are_the_whole_conversation(
 
 
 @SLICES
-def test_thinking_that_only_a_generation_prompt_opens_is_reported() -> None:
+def test_thinking_that_only_a_generation_prompt_opens_is_reported(caplog: Any) -> None:
     tokenizer = byte_level(R1)
     rows = dataset(pair(CHAT), pair(CHAT))
     with pytest.warns(UserWarning, match=rf"^pairs.jsonl:1 and 1 more: .*{LEFT_OUT}"):
         prompt, chosen, rejected = texts(rows, tokenizer)
+    assert not caplog.text  # TRL's own words for it
     # As it is: the template gives the model no place to train what it is asked for.
     assert (prompt, chosen, rejected) == (
         "<|im_start|>user\n2+2?<|im_end|><|im_start|>assistant\n",
