@@ -20,7 +20,7 @@ _RESERVED -= {"documents", "kwargs"}
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = re.compile(r"/(?:no_)?think\b")  # some templates read these in a text and take them out
 _ANYWHERE = ("system", "developer")  # a template may move these; all else it shows in order
-_QUESTION, _ANSWER = "fastdpop-question", "fastdpop-answer"
+_QUESTION, _ANSWER, _THANKS = "fastdpop-question", "fastdpop-answer", "fastdpop-thanks"
 
 
 class Turn(NamedTuple):
@@ -50,15 +50,20 @@ class Conversation(NamedTuple):
 
 def turn_of(tokenizer: Any) -> Turn:
     """How the tokenizer's chat template ends an answer, found with a stand-in conversation."""
-    messages = [
-        {"role": "user", "content": _QUESTION},
-        {"role": "assistant", "content": _ANSWER},
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _THANKS))
     ]
-    try:
-        plain, asked = (
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-            for generate in (False, True)
+
+    def render(count: int, generate: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                turns[:count], tokenize=False, add_generation_prompt=generate
+            )
         )
+
+    try:
+        plain, asked, thanked = render(2, False), render(2, True), render(3, False)
     except (
         Exception
     ):  # whatever a template raises: a real conversation may please it, or say why not
@@ -68,7 +73,11 @@ def turn_of(tokenizer: Any) -> Turn:
     found = special and re.search("|".join(map(re.escape, sorted(special, key=len)[::-1])), after)
     end = found.group() if found else ""
     header = (after[found.end() :] if found else after).lstrip()
-    always = plain == asked and before.rpartition(_QUESTION)[2].strip().endswith(header.strip())
+    always = (
+        plain == asked
+        and before.rpartition(_QUESTION)[2].strip().endswith(header.strip())
+        and _ANSWER + after not in thanked  # or it only sets turns apart
+    )
     return Turn(end, header if always else "")
 
 

@@ -10,37 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import datetime
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-import transformers
 import trl
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from trl import data_utils
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-import fastdpop
-from fastdpop.data.template import (
-    Conversation,
-    Turn,
-    find_loss,
-    render_pair,
-    turn_of,
-    unused_options,
-)
+from fastdpop.data.template import Conversation, find_loss, render_pair, unused_options
+from fastdpop.data.tokenizer import PairTokenizer
 
 TOO_LONG = ("error", "drop")
 """What may become of a pair beyond the greatest length; the first is the default."""
 
 # TRL before 1.15 takes what follows the prompt's number of tokens for the completion.
 _TRL_SLICES = not hasattr(data_utils, "common_prefix_length")
+_BATCH = 100
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _CHECKED = Features(
     {
@@ -48,6 +41,7 @@ _CHECKED = Features(
         "left_out": Value("string"),
         "dropped_thinking": Value("bool"),
         "ended": Value("bool"),
+        "added": Value("bool"),
         "unused_options": Value("string"),
     }
 )
@@ -69,7 +63,10 @@ _THINKING = (
     "the chat template drops the thinking of earlier turns of the prompt, in training as when the "
     "model answers"
 )
-_ENDED = "a completion brings an end of turn along, and another would be written after it; one is trained"
+_ENDED = (
+    "a completion brings an end of turn along, and another would be written after it; one is "
+    "trained"
+)
 _ADDED = (
     "the tokenizer ends every text with a special token; each completion is trained on one {eos!r}, "
     "and no prompt ends with the tokenizer's"
@@ -78,64 +75,25 @@ _UNUSED = "the chat template does not know these of 'chat_template_kwargs': {opt
 _UNKNOWN = "some of the text is unknown to the tokenizer, and reaches the model as {unk!r}"
 
 
-class _Tokenizer:
-    """What TRL tokenises with: the tokenizer without what would be wrong around a completion.
+class _Remark(NamedTuple):
+    """Which of the notes, the first pair's place, how many more there are, and the text."""
 
-    A text keeps one BOS and ends as it is written, without an EOS that the tokenizer adds to all
-    texts; a finished conversation ends without a generation prompt. The versions and the day are
-    here because a tokenisation is cached under a hash of this object.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.inner = tokenizer
-        self.eos_token = tokenizer.eos_token
-        self.turn = turn_of(tokenizer) if tokenizer.chat_template else Turn("", "")
-        self.added = _added(tokenizer)
-        self.versions = (fastdpop.__version__, trl.__version__, transformers.__version__)
-        dated = "strftime_now" in str(tokenizer.chat_template)
-        self.day = datetime.date.today().isoformat() if dated else None
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": self.encode(text)}
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text that no template has written."""
-        ids = self.inner(text=text)["input_ids"]
-        ids = ids[: len(ids) - self.added]
-        bos = self.inner.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos] and text.startswith(self.inner.bos_token):
-            ids = ids[1:]
-        return ids
-
-    def apply_chat_template(
-        self, messages: Any, *, add_generation_prompt: bool = False, **options: Any
-    ) -> Any:
-        if add_generation_prompt or not self.turn.header:
-            return self.inner.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, **options
-            )
-        options |= {"tokenize": False, "return_dict": False}
-        text = self.inner.apply_chat_template(messages, **options).removesuffix(self.turn.header)
-        return {"input_ids": self.rendered(text)}
-
-    def rendered(self, text: str) -> list[int]:
-        """The ids of what a chat template has written, which has its own BOS."""
-        return self.inner(text, add_special_tokens=False)["input_ids"]
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self.inner.decode(ids))
+    note: str
+    place: str
+    more: int
+    text: str
 
 
-def _added(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts after every text."""
-    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("x")["input_ids"]
-    starts = [i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare]
-    return len(ids) - starts[-1] - len(bare) if starts else 0
+class _Limits(NamedTuple):
+    """The most tokens of a pair, what becomes of a longer one, and how many ids there are."""
+
+    max_length: int | None
+    too_long: str
+    vocab_size: int | None
 
 
 def tokenize(
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     tokenizer: Any,
     args: DPOConfig,
     name: str,
@@ -144,17 +102,18 @@ def tokenize(
     too_long: str,
     vocab_size: int | None,
     progress: bool = True,
-) -> tuple[Dataset, int]:
+) -> tuple[Dataset | IterableDataset, int]:
     """Token ids of preference pairs, as TRL's ``DPOTrainer`` makes them, checked.
 
-    Warns, with a count and the first place, of what is legal and may surprise: a prompt that does
+    Warns, with the first place and a count, of what is legal and may surprise: a prompt that does
     not stand in front of its completions as it is, thinking of earlier turns that the template
     drops, an end of turn that a completion brings along, options that the template does not know,
     characters that the tokenizer does not know.
 
     Args:
         dataset: columns ``prompt``, ``chosen``, ``rejected`` (strings, or lists of messages) and
-            ``place``; optionally ``tools`` (JSON) and ``chat_template_kwargs``.
+            ``place``; optionally ``tools`` (JSON) and ``chat_template_kwargs``. The pairs of a
+            stream are checked when they come.
         tokenizer: a Hugging Face tokenizer.
         args: of it, ``dataset_num_proc`` is read, and which process this is.
         name: what the dataset is called on progress bars, such as ``"train"``.
@@ -165,66 +124,78 @@ def tokenize(
 
     Returns:
         The columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``place``; and how many
-        pairs were dropped as too long. Chosen and rejected follow the same prompt ids.
+        pairs were dropped as too long (0 for a stream, which is not known). Chosen and rejected
+        follow the same prompt ids.
 
     Raises:
         ValueError: a pair can't be tokenised as it is; the message starts with its place.
     """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"the {name} dataset is streamed ({type(dataset).__name__}): its pairs cannot be checked "
-            "before training; load it whole (streaming=False)"
-        )
     if too_long not in TOO_LONG:
         raise ValueError(f"too_long is {too_long!r}, expected 'error' or 'drop'")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length is {max_length}, expected at least 2")
-    if not len(dataset):
+    first = next(iter(dataset), None)
+    if first is None:
         raise ValueError(f"the {name} dataset has no pairs")
-    place = dataset[0]["place"]
-    chat = isinstance(dataset[0]["prompt"], list)
+    _check_tokenizer(tokenizer, first)
+    processing = PairTokenizer(tokenizer)
+    limits = _Limits(max_length, too_long, vocab_size)
+    with _quiet(progress):
+        if isinstance(dataset, IterableDataset):
+            return _stream(dataset, processing, args, name, limits), 0
+        checked, tokens = _tokenized(dataset, processing, args, name)
+    found = _Ids(tokens.with_format("arrow")[:], tokenizer)
+    found.check(vocab_size)
+    if args.process_index == 0:
+        for remark in found.remarks(checked):
+            count = f" and {remark.more} more" if remark.more else ""
+            warnings.warn(f"{remark.place}{count}: {remark.text}", stacklevel=2)
+    if max_length is None or (found.lengths <= max_length).all():
+        return tokens, 0
+    if too_long == "error":
+        found.check_lengths(max_length)
+    kept = np.flatnonzero(found.lengths <= max_length)
+    if not len(kept):
+        raise ValueError(f"all {len(tokens)} pairs have more than max_length = {max_length} tokens")
+    return tokens.select(kept), len(tokens) - len(kept)
+
+
+def _check_tokenizer(tokenizer: Any, first: dict[str, Any]) -> None:
+    chat = isinstance(first["prompt"], list)
     if chat and not tokenizer.chat_template:
         raise ValueError(
-            f"{place}: field 'prompt' is a list of chat messages, but the tokenizer has no chat "
-            "template: give prompt, chosen and rejected as text, or use a tokenizer that has one "
-            "(an instruction-tuned model's)"
+            f"{first['place']}: field 'prompt' is a list of chat messages, but the tokenizer has no "
+            "chat template: give prompt, chosen and rejected as text, or use a tokenizer that has "
+            "one (an instruction-tuned model's)"
         )
     if not chat and not tokenizer.eos_token:
         raise ValueError(
             "the tokenizer has no EOS token, and a completion that is text needs one to end with: "
             "set eos_token in its tokenizer_config.json"
         )
-    processing = _Tokenizer(tokenizer)
-    with _quiet(progress):
-        with args.main_process_first(desc=f"checking the {name} dataset"):
-            checked = dataset.map(
-                _check,
-                batched=True,
-                batch_size=100,
-                fn_kwargs={"processing": processing},
-                remove_columns=dataset.column_names,
-                features=_CHECKED,
-                num_proc=args.dataset_num_proc,
-                desc=f"Checking {name} dataset",
-            )
-            seen = checked[:]
-            if any(seen["ended"]):
-                dataset = dataset.map(
-                    _end_once,
-                    fn_kwargs={"processing": processing},
-                    num_proc=args.dataset_num_proc,
-                    desc=f"Ending completions of {name} dataset once",
-                )
-        tokens = _trl_tokens(dataset, processing, args, name)
-    found = _Ids(tokens, processing)
-    found.check(vocab_size)
-    if args.process_index == 0:
-        for message in found.remarks(seen, chat):
-            warnings.warn(message, stacklevel=2)
-    return _not_too_long(tokens, found.lengths, max_length, too_long)
 
 
-def _trl_tokens(dataset: Dataset, processing: Any, args: DPOConfig, name: str) -> Dataset:
+def _tokenized(
+    dataset: Dataset, processing: PairTokenizer, args: DPOConfig, name: str
+) -> tuple[dict[str, list[Any]], Dataset]:
+    """What is to be known of each pair before its ids, see ``_CHECKED``; and the ids."""
+    with args.main_process_first(desc=f"checking the {name} dataset"):
+        checked = dataset.map(
+            _check,
+            batched=True,
+            batch_size=_BATCH,
+            fn_kwargs={"processing": processing},
+            remove_columns=dataset.column_names,
+            features=_CHECKED,
+            num_proc=args.dataset_num_proc,
+            desc=f"Checking {name} dataset",
+        )[:]
+        if any(checked["ended"]) and isinstance(dataset[0]["prompt"], str):
+            dataset = dataset.map(_end_once, fn_kwargs={"processing": processing})
+    return checked, _trl_tokens(dataset, processing, args, name).select_columns([*_IDS, "place"])
+
+
+def _trl_tokens(dataset: Any, processing: Any, args: DPOConfig, name: str) -> Any:
     """The ids by TRL's own code, which needs little of a trainer and no model."""
     args = copy.copy(args)
     args.max_length = None  # it would drop pairs without a word
@@ -232,7 +203,45 @@ def _trl_tokens(dataset: Dataset, processing: Any, args: DPOConfig, name: str) -
     trainer._tokenizer = processing
     trainer._is_vlm = False
     tokens = trainer._prepare_dataset(dataset, processing, args, name)
-    return tokens.with_format(None).select_columns([*_IDS, "place"])
+    return tokens.with_format(None)
+
+
+def _stream(
+    dataset: IterableDataset,
+    processing: PairTokenizer,
+    args: DPOConfig,
+    name: str,
+    limits: _Limits,
+) -> IterableDataset:
+    """The ids of a stream; each pair is checked when it comes, and each remark made once."""
+    told: set[str] = set()
+
+    def check_ids(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found = _Ids(
+            pa.table({field: batch[field] for field in (*_IDS, "place")}), processing.inner
+        )
+        found.check(limits.vocab_size)
+        for remark in found.remarks(batch):
+            if remark.note not in told:
+                told.add(remark.note)
+                warnings.warn(f"{remark.place}: {remark.text}", stacklevel=2)
+        if limits.max_length is not None and limits.too_long == "error":
+            found.check_lengths(limits.max_length)
+        return {}
+
+    options: dict[str, Any] = {"batched": True, "batch_size": _BATCH}
+    rows = dataset.map(_check, fn_kwargs={"processing": processing}, **options)
+    if isinstance(next(iter(dataset))["prompt"], str):
+        rows = rows.map(_end_once, fn_kwargs={"processing": processing})
+    rows = _trl_tokens(rows, processing, args, name).map(check_ids, **options)
+    if limits.max_length is not None:
+        rows = rows.filter(_within, fn_kwargs={"max_length": limits.max_length})
+    return rows.select_columns([*_IDS, "place"])
+
+
+def _within(row: dict[str, Any], max_length: int) -> bool:
+    prompt, chosen, rejected = (len(row[field]) for field in _IDS)
+    return prompt + max(chosen, rejected) <= max_length
 
 
 @contextlib.contextmanager
@@ -254,14 +263,13 @@ def _quiet(progress: bool) -> Iterator[None]:
 # -------------------------------------------------------------------------------- before tokenising
 
 
-def _check(batch: dict[str, list[Any]], processing: _Tokenizer) -> dict[str, list[Any]]:
-    """What is to be known of each pair before its ids; see ``_CHECKED``."""
+def _check(batch: dict[str, list[Any]], processing: PairTokenizer) -> dict[str, list[Any]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     checked = [_check_pair(row, processing) for row in rows]
     return {field: [pair[field] for pair in checked] for field in _CHECKED}
 
 
-def _check_pair(row: dict[str, Any], processing: _Tokenizer) -> dict[str, Any]:
+def _check_pair(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
     place = row["place"]
     chat = isinstance(row["prompt"], list)
     for field in ("prompt", "chosen", "rejected"):
@@ -273,7 +281,7 @@ def _check_pair(row: dict[str, Any], processing: _Tokenizer) -> dict[str, Any]:
     if chat:
         texts = render_pair(processing.inner, processing.turn, row, place)
         dropped = find_loss(row, texts, place)
-        encode = processing.rendered
+        encode = processing.encode_rendered
     else:
         texts = Conversation(row["prompt"], *(row["prompt"] + row[field] for field in ended))
         dropped = False
@@ -294,139 +302,109 @@ def _check_pair(row: dict[str, Any], processing: _Tokenizer) -> dict[str, Any]:
         "left_out": texts.left_out,
         "dropped_thinking": dropped,
         "ended": changed,
+        "added": not chat and processing.added > 0,
         "unused_options": ", ".join(unused_options(processing.inner, row)) if chat else "",
     }
 
 
-def _end_once(row: dict[str, Any], processing: _Tokenizer) -> dict[str, Any]:
-    """The completions without the ends of a turn that the template or TRL will write."""
-    return {field: _without_end(row[field], processing) for field in ("chosen", "rejected")}
-
-
-def _without_end(completion: Any, processing: _Tokenizer) -> Any:
-    eos, end = processing.eos_token, processing.turn.end
-    if isinstance(completion, str):
-        text = _strip(completion, (eos,))
-        return completion if text + eos == completion else text  # TRL leaves one EOS alone, too
-    content = completion[-1].get("content")
-    if not end or not isinstance(content, str):
-        return completion  # a template that ends no turn leaves that to the text
-    text = _strip(content, (end, eos) if eos else (end,))
-    return completion if text == content else [*completion[:-1], completion[-1] | {"content": text}]
-
-
-def _strip(text: str, ends: tuple[str, ...]) -> str:
-    while (bare := text.rstrip()).endswith(ends):
-        text = next(bare.removesuffix(end) for end in ends if bare.endswith(end))
-    return text
+def _end_once(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
+    return {field: processing.without_end(row[field]) for field in ("chosen", "rejected")}
 
 
 # --------------------------------------------------------------------------------- after tokenising
 
 
 class _Ids:
-    """The token ids of all pairs, looked at as arrays."""
+    """The token ids of pairs, looked at as arrays.
 
-    def __init__(self, tokens: Dataset, processing: _Tokenizer) -> None:
-        table = tokens.with_format("arrow")[:]
+    Attributes:
+        places: where each pair came from.
+        columns: the ids by field.
+        sizes: the numbers of ids by field.
+        lengths: tokens of the longer sequence of each pair, prompt included.
+    """
+
+    def __init__(self, table: Any, tokenizer: Any) -> None:
         self.places = table["place"]
         self.columns = {field: table[field] for field in _IDS}
         self.sizes = {
             field: np.asarray(pc.list_value_length(column))
             for field, column in self.columns.items()
         }
-        self.tokenizer = processing.inner
-        self.adds_end = processing.added > 0
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of the longer sequence of each pair, prompt included."""
-        prompt, chosen, rejected = (self.sizes[field] for field in _IDS)
-        return np.asarray(prompt + np.maximum(chosen, rejected))
+        prompt, chosen, rejected = self.sizes.values()
+        self.lengths = prompt + np.maximum(chosen, rejected)
+        self._tokenizer = tokenizer
 
     def check(self, vocab_size: int | None) -> None:
         """Every prompt and completion has tokens, and every token an embedding."""
+        tokenizer = self._tokenizer
         for field, sizes in self.sizes.items():
-            for i in np.flatnonzero(sizes == 0)[:1]:
+            for i in np.flatnonzero(sizes == 0)[:1].tolist():
+                if field == "prompt_ids":
+                    raise ValueError(f"{self.places[i]}: {_NO_PROMPT}")
                 raise ValueError(
-                    f"{self.places[i]}: "
-                    + (
-                        _NO_PROMPT
-                        if field == "prompt_ids"
-                        else f"field '{field[:-4]}' {self._empty}"
-                    )
+                    f"{self.places[i]}: field '{field.removesuffix('_ids')}' has no tokens: it is "
+                    f"empty, and nothing ends it (the tokenizer's EOS token is "
+                    f"{tokenizer.eos_token!r}, and its chat template writes no end of a turn)"
                 )
         if vocab_size is None:
             return
-        for field, column in self.columns.items():
-            ids = np.asarray(pc.list_flatten(column))
-            for at in np.flatnonzero(ids >= vocab_size)[:1]:
-                i = np.searchsorted(np.cumsum(self.sizes[field]), at, side="right")
+        for field in _IDS:
+            for i, token in self._where(field, lambda ids: ids >= vocab_size)[:1]:
                 raise ValueError(
                     f"{self.places[i]}: field '{field.removesuffix('_ids')}': the token "
-                    f"{self.tokenizer.convert_ids_to_tokens(int(ids[at]))!r} has the id {ids[at]}, "
-                    f"but the model's embedding has {vocab_size} rows and the tokenizer "
-                    f"{len(self.tokenizer)} tokens: use the model's own tokenizer, or resize the "
-                    "model's embedding"
+                    f"{tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, but the "
+                    f"model's embedding has {vocab_size} rows and the tokenizer {len(tokenizer)} "
+                    "tokens: use the model's own tokenizer, or resize the model's embedding"
                 )
 
-    @property
-    def _empty(self) -> str:
-        return (
-            "has no tokens: it is empty, and nothing ends it (the tokenizer's EOS token is "
-            f"{self.tokenizer.eos_token!r}, and its chat template writes no end of a turn)"
-        )
+    def check_lengths(self, max_length: int) -> None:
+        """No pair is too long."""
+        for i in np.flatnonzero(self.lengths > max_length)[:1].tolist():
+            raise ValueError(
+                f"{self.places[i]}: the pair has {self.lengths[i]} tokens, more than max_length = "
+                f"{max_length}. Completions are never cut: raise --max-length, or drop such pairs "
+                "with --too-long drop"
+            )
 
-    def remarks(self, checked: dict[str, list[Any]], chat: bool) -> Iterator[str]:
-        """What a user should know: each with the first place and a count."""
+    def remarks(self, checked: dict[str, list[Any]]) -> Iterator[_Remark]:
+        """What a user should know of these pairs; ``checked`` is what :func:`_check` says."""
         left = np.asarray(checked["left_out"]) != ""
         moved = np.asarray(checked["prompt_tokens"]) > self.sizes["prompt_ids"]
-        notes = (
-            (left, _LEFT_OUT),
-            (moved & ~left, _MERGED),
-            (np.asarray(checked["dropped_thinking"]), _THINKING),
-            (np.asarray(checked["ended"]), _ENDED),
-            (np.full(len(left), self.adds_end and not chat), _ADDED),
-            (np.asarray(checked["unused_options"]) != "", _UNUSED),
-            (self._unknown(), _UNKNOWN),
-        )
-        for which, text in notes:
+        notes = {
+            _LEFT_OUT: left,
+            _MERGED: moved & ~left,
+            _THINKING: np.asarray(checked["dropped_thinking"]),
+            _ENDED: np.asarray(checked["ended"]),
+            _ADDED: np.asarray(checked["added"]),
+            _UNUSED: np.asarray(checked["unused_options"]) != "",
+            _UNKNOWN: self._unknown(),
+        }
+        for note, which in notes.items():
             for i in np.flatnonzero(which)[:1].tolist():
-                more = int(which.sum()) - 1
-                yield f"{self.places[i]}{f' and {more} more' if more else ''}: " + text.format(
+                chosen = self.columns["chosen_ids"][i].as_py()
+                text = note.format(
                     left=repr(checked["left_out"][i])[:100],
-                    start=self.tokenizer.decode(self.columns["chosen_ids"][i].as_py()[:3]),
+                    start=self._tokenizer.decode(chosen[:3]),
                     options=checked["unused_options"][i],
-                    eos=self.tokenizer.eos_token,
-                    unk=self.tokenizer.unk_token,
+                    eos=self._tokenizer.eos_token,
+                    unk=self._tokenizer.unk_token,
                 )
+                yield _Remark(note, str(self.places[i]), int(which.sum()) - 1, text)
 
-    def _unknown(self) -> np.ndarray:
+    def _unknown(self) -> Any:
         """Which pairs have a token that stands for whatever the tokenizer does not know."""
-        tokenizer = self.tokenizer
         unknown = np.zeros(len(self.places), bool)
-        if tokenizer.unk_token_id in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        token = self._tokenizer.unk_token_id
+        if token in (None, self._tokenizer.eos_token_id, self._tokenizer.bos_token_id):
             return unknown  # none, or one that has another meaning, too
-        for field, column in self.columns.items():
-            at = np.flatnonzero(np.asarray(pc.list_flatten(column)) == tokenizer.unk_token_id)
-            unknown[np.searchsorted(np.cumsum(self.sizes[field]), at, side="right")] = True
+        for field in _IDS:
+            unknown[[i for i, _ in self._where(field, lambda ids: ids == token)]] = True
         return unknown
 
-
-def _not_too_long(
-    tokens: Dataset, lengths: np.ndarray, max_length: int | None, too_long: str
-) -> tuple[Dataset, int]:
-    """The pairs within the greatest length, and how many are not."""
-    if max_length is None or (lengths <= max_length).all():
-        return tokens, 0
-    longer = np.flatnonzero(lengths > max_length)
-    if too_long == "error":
-        first = int(longer[0])
-        raise ValueError(
-            f"{tokens[first]['place']}: the pair has {lengths[first]} tokens, more than max_length = "
-            f"{max_length}. Completions are never cut: raise --max-length, or drop such pairs with "
-            "--too-long drop"
-        )
-    if len(longer) == len(tokens):
-        raise ValueError(f"all {len(tokens)} pairs have more than max_length = {max_length} tokens")
-    return tokens.select(np.flatnonzero(lengths <= max_length)), len(longer)
+    def _where(self, field: str, test: Callable[[Any], Any]) -> list[tuple[int, int]]:
+        """The pairs' numbers and the ids that pass a test."""
+        ids = np.asarray(pc.list_flatten(self.columns[field]))
+        at = np.flatnonzero(test(ids))
+        pairs = np.searchsorted(np.cumsum(self.sizes[field]), at, side="right")
+        return list(zip(pairs.tolist(), ids[at].tolist(), strict=True))

@@ -46,6 +46,13 @@ CALLS = (
         (LLAMA2, "</s>", ""),
         (MISTRAL, "</s>", ""),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "", ""),
+        ("{% for m in messages %}{{ m.content }}\n---\n{% endfor %}", "", ""),  # sets turns apart
+        (
+            "{% for m in messages %}{{ 'Answer: ' if m.role == 'assistant' }}{{ m.content }}\n"
+            "{% endfor %}Answer:",
+            "",
+            "Answer:",
+        ),
         # The same end after a user's turn and an answer, and EOS after it: no header.
         (CHATML + "{{ eos_token }}", "<|im_end|>", ""),
         ("{{ raise_exception('no') }}", "", ""),
@@ -136,6 +143,12 @@ def test_the_place_is_that_of_the_row() -> None:
             "field 'chat_template_kwargs': 'max_length' is not an option of a chat template",
         ),
         (CHATML, pair(CHAT, []), "field 'chosen' has no messages"),
+        (  # the whole conversation shows less of the prompt than the prompt alone
+            "{% for m in (messages if add_generation_prompt else messages[-1:]) %}{{ m.content }}"
+            "<|im_end|>{% endfor %}",
+            pair(CHAT),
+            "field 'prompt': the chat template does not show 'content' of message 0 (role 'user')",
+        ),
     ],
 )
 def test_nothing_that_a_user_wrote_is_lost(
@@ -166,6 +179,18 @@ def test_nothing_that_a_user_wrote_is_lost(
             "{% for m in messages[1:] %}{{ m.content | tojson if m.role == 'tool' else m.content }}"
             "{% if loop.first %}{{ messages[0].content }}{% endif %}<|im_end|>{% endfor %}",
             pair([SYSTEM, *CHAT, *answer("Hm."), {"role": "tool", "content": '{"sum": "é\n"}'}]),
+        ),
+        (  # arguments that are JSON text, shown in another way
+            CALLS.replace("ARGUMENTS", "{{ call.function.arguments | replace('\"', '`') }}"),
+            pair(
+                CHAT,
+                answer("", tool_calls=[{"function": {"name": "f", "arguments": '{"a": "b"}'}}]),
+            ),
+        ),
+        (  # system messages all come first
+            "{% for m in messages if m.role == 'system' %}{{ m.content }}\n{% endfor %}"
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}",
+            pair([*CHAT, SYSTEM, user("Now?")]),
         ),
         (  # a switch that the template reads
             CHATML.replace("{{ m.content }}", "{{ m.content.replace('/no_think', '') }}"),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, Value
+from datasets import Dataset, Features, Json, List, Value
 from trl import DPOConfig
 
 from fastdpop.data.tokens import tokenize
@@ -39,7 +39,7 @@ def dataset(*rows: dict[str, Any]) -> Dataset:
     chat = isinstance(rows[0]["prompt"], list)
     kinds: dict[str, Any] = {name: Value("string") for name in rows[0]}
     if chat:
-        kinds |= {name: Json() for name in ("prompt", "chosen", "rejected")}
+        kinds |= {name: List(Json()) for name in ("prompt", "chosen", "rejected")}
     if "chat_template_kwargs" in kinds:
         kinds["chat_template_kwargs"] = Json()
     rows_ = [
