@@ -9,20 +9,20 @@ that nothing is ever cut.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 import trl
+from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Value
 from trl import data_utils
-from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastdpop.data.template import Conversation, find_loss, render_pair, unused_options
@@ -95,12 +95,12 @@ class _Limits(NamedTuple):
 def tokenize(
     dataset: Dataset | IterableDataset,
     tokenizer: Any,
-    args: DPOConfig,
-    name: str,
     *,
-    max_length: int | None,
-    too_long: str,
-    vocab_size: int | None,
+    name: str = "train",
+    max_length: int | None = None,
+    too_long: str = TOO_LONG[0],
+    vocab_size: int | None = None,
+    num_proc: int | None = None,
     progress: bool = True,
 ) -> tuple[Dataset | IterableDataset, int]:
     """Token ids of preference pairs, as TRL's ``DPOTrainer`` makes them, checked.
@@ -115,11 +115,11 @@ def tokenize(
             ``place``; optionally ``tools`` (JSON) and ``chat_template_kwargs``. The pairs of a
             stream are checked when they come.
         tokenizer: a Hugging Face tokenizer.
-        args: of it, ``dataset_num_proc`` is read, and which process this is.
-        name: what the dataset is called on progress bars, such as ``"train"``.
+        name: what the dataset is called in messages and on progress bars.
         max_length: most tokens of a sequence, prompt included; None for no limit.
         too_long: what happens to a pair beyond it: ``"error"``, or ``"drop"`` the whole pair.
         vocab_size: rows of the model's embedding; None not to check ids against it.
+        num_proc: how many processes tokenise; None for this one alone.
         progress: show progress bars.
 
     Returns:
@@ -142,11 +142,11 @@ def tokenize(
     limits = _Limits(max_length, too_long, vocab_size)
     with _quiet(progress):
         if isinstance(dataset, IterableDataset):
-            return _stream(dataset, processing, args, name, limits), 0
-        checked, tokens = _tokenized(dataset, processing, args, name)
+            return _stream(dataset, processing, name, limits), 0
+        checked, tokens = _tokenized(dataset, processing, name, num_proc)
     found = _Ids(tokens.with_format("arrow")[:], tokenizer)
     found.check(vocab_size)
-    if args.process_index == 0:
+    if PartialState().is_main_process:
         for remark in found.remarks(checked):
             count = f" and {remark.more} more" if remark.more else ""
             warnings.warn(f"{remark.place}{count}: {remark.text}", stacklevel=2)
@@ -176,10 +176,10 @@ def _check_tokenizer(tokenizer: Any, first: dict[str, Any]) -> None:
 
 
 def _tokenized(
-    dataset: Dataset, processing: PairTokenizer, args: DPOConfig, name: str
+    dataset: Dataset, processing: PairTokenizer, name: str, num_proc: int | None
 ) -> tuple[dict[str, list[Any]], Dataset]:
     """What is to be known of each pair before its ids, see ``_CHECKED``; and the ids."""
-    with args.main_process_first(desc=f"checking the {name} dataset"):
+    with PartialState().main_process_first():
         checked = dataset.map(
             _check,
             batched=True,
@@ -187,18 +187,19 @@ def _tokenized(
             fn_kwargs={"processing": processing},
             remove_columns=dataset.column_names,
             features=_CHECKED,
-            num_proc=args.dataset_num_proc,
+            num_proc=num_proc,
             desc=f"Checking {name} dataset",
         )[:]
         if any(checked["ended"]) and isinstance(dataset[0]["prompt"], str):
             dataset = dataset.map(_end_once, fn_kwargs={"processing": processing})
-    return checked, _trl_tokens(dataset, processing, args, name).select_columns([*_IDS, "place"])
+    tokens = _trl_tokens(dataset, processing, name, num_proc)
+    return checked, tokens.select_columns([*_IDS, "place"])
 
 
-def _trl_tokens(dataset: Any, processing: Any, args: DPOConfig, name: str) -> Any:
-    """The ids by TRL's own code, which needs little of a trainer and no model."""
-    args = copy.copy(args)
-    args.max_length = None  # it would drop pairs without a word
+def _trl_tokens(dataset: Any, processing: Any, name: str, num_proc: int | None = None) -> Any:
+    """The ids by TRL's own code, which needs little of a trainer, of a config, and no model."""
+    # A greatest length would drop pairs without a word.
+    args: Any = SimpleNamespace(dataset_num_proc=num_proc, max_length=None)
     trainer = DPOTrainer.__new__(DPOTrainer)
     trainer._tokenizer = processing
     trainer._is_vlm = False
@@ -209,7 +210,6 @@ def _trl_tokens(dataset: Any, processing: Any, args: DPOConfig, name: str) -> An
 def _stream(
     dataset: IterableDataset,
     processing: PairTokenizer,
-    args: DPOConfig,
     name: str,
     limits: _Limits,
 ) -> IterableDataset:
@@ -233,7 +233,7 @@ def _stream(
     rows = dataset.map(_check, fn_kwargs={"processing": processing}, **options)
     if isinstance(next(iter(dataset))["prompt"], str):
         rows = rows.map(_end_once, fn_kwargs={"processing": processing})
-    rows = _trl_tokens(rows, processing, args, name).map(check_ids, **options)
+    rows = _trl_tokens(rows, processing, name).map(check_ids, **options)
     if limits.max_length is not None:
         rows = rows.filter(_within, fn_kwargs={"max_length": limits.max_length})
     return rows.select_columns([*_IDS, "place"])

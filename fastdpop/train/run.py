@@ -129,11 +129,11 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     dataset, dropped = tokenize(
         pairs.dataset,
         tokenizer,
-        asked.config,
-        name,
+        name=name,
         max_length=longest,
         too_long=own.too_long,
         vocab_size=source.vocab_size,
+        num_proc=asked.config.dataset_num_proc,
     )
     notes = [f"{what}: {len(dataset)} pairs ({pairs.format})"]
     if dropped:

@@ -87,18 +87,11 @@ def test_ids_are_those_of_a_trainer(tmp_path: Path, template: Any, rows: list[An
     assert ours.select_columns(fields)[:] == trainer.train_dataset.select_columns(fields)[:]
 
 
-def test_the_trainers_own_greatest_length_cuts_nothing() -> None:
-    args = arguments(max_length=4)
-    made, _ = tokens(pair("0123456789"), byte_level(), args)
-    assert len(made[0]["prompt_ids"]) == 10
-    assert args.max_length == 4
-
-
 def test_ids_by_several_processes_are_the_same() -> None:
     rows = dataset(*(pair([user(f"{n}?")], f"{n}", f"{n + 1}") for n in range(6)))
     tokenizer = byte_level(CHATML)
     alone, _ = tokens(rows, tokenizer)
-    several, _ = tokens(rows, tokenizer, arguments(dataset_num_proc=2))
+    several, _ = tokens(rows, tokenizer, num_proc=2)
     assert alone[:] == several[:]
 
 

@@ -56,11 +56,10 @@ def arguments(folder: str | Path = "unused", **options: Any) -> Any:
     return DPOConfig(output_dir=str(folder), **{**defaults, **options})
 
 
-def tokens(data: Any, tokenizer: Any, args: Any = None, **options: Any) -> tuple[Dataset, int]:
+def tokens(data: Any, tokenizer: Any, **options: Any) -> tuple[Dataset, int]:
     if isinstance(data, dict):
         data = dataset(data)
-    defaults = {"max_length": None, "too_long": "error", "vocab_size": None, "progress": False}
-    return tokenize(data, tokenizer, args or arguments(), "train", **{**defaults, **options})
+    return tokenize(data, tokenizer, **{"progress": False, **options})
 
 
 def texts(data: Any, tokenizer: Any, **options: Any) -> tuple[str, str, str]:
