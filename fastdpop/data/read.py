@@ -7,10 +7,12 @@ twice is an error, and no column is filled in.
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import re
 import sys
@@ -108,15 +110,17 @@ def read_json(path: str | Path) -> Iterator[Row]:
     with open(path, "rb") as file, _decompressed(path, file) as stream:
         lines, begun = _lines(stream, path), False
         for number, raw in lines:
-            line = _utf8(raw, path, number, first=number == 1)
-            if not line.strip():
+            if not raw.strip():
                 continue
-            if not begun and line.lstrip().startswith("["):
-                text = line + _utf8(b"".join(rest for _, rest in lines), path, number + 1)
+            if not begun and raw.lstrip().startswith(b"["):
+                raw = b"".join([raw, *(line for _, line in lines)])
+                text = _utf8(raw, path, number)
+                del raw  # the whole file, once is enough
                 yield from _array(text, path, number)
                 return
             begun = True
-            yield Row(f"{path}:{number}", _object(line, path, number), file.tell())
+            fields = _object(_utf8(raw, path, number), path, number)
+            yield Row(f"{path}:{number}", fields, file.tell())
 
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -202,11 +206,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     size, number = path.stat().st_size, 0
     try:
         with pq.ParquetFile(path) as file:
+            total = file.metadata.num_rows
             for batch in file.iter_batches(batch_size=1000):
                 table = pa.Table.from_batches([batch], file.schema_arrow)
                 for fields in _decoded(datasets.Dataset(InMemoryTable(table))):
                     number += 1
-                    position = size * number / file.metadata.num_rows
+                    position = size * number / total
                     yield Row(f"{path} row {number}", fields, position)
     except pa.ArrowException as error:
         raise ValueError(f"{path}: damaged, or no Parquet file ({_first_line(error)})") from None
@@ -277,21 +282,20 @@ def _damaged(place: str, error: Exception) -> Exception:
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 1
-    while True:
+    """The numbered lines of a file, without a byte order mark."""
+    for number in itertools.count(1):
         try:
             line = stream.readline()
         except _DAMAGED as error:
             raise _damaged(f"{path}:{number}", error) from None
         if not line:
             return
-        yield number, line
-        number += 1
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def _utf8(raw: bytes, path: Path, number: int, *, first: bool = False) -> str:
+def _utf8(raw: bytes, path: Path, number: int) -> str:
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8")
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = number + raw.count(b"\n", 0, error.start)
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
@@ -346,8 +350,9 @@ def _of_dataset(name: str, loaded: datasets.Dataset, digest: str) -> Source:
 
 
 def _decoded(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    features = dataset.features  # a deep copy at every look
     for fields in dataset:
-        yield {key: without_filling(value, dataset.features[key]) for key, value in fields.items()}
+        yield {key: without_filling(value, features[key]) for key, value in fields.items()}
 
 
 def without_filling(value: Any, feature: Any) -> Any:
