@@ -309,9 +309,10 @@ def test_a_given_prompt_goes_before_other_fields_that_could_be_one() -> None:
     assert convert(row) == (TEXT, "text", ("question", "conversations", "instruction"))
 
 
-@pytest.mark.parametrize("nothing", [None, "", [], [None]])
-def test_empty_media_are_nothing(nothing: Any) -> None:
-    assert convert({**TEXT, "images": nothing}) == (TEXT, "text", ())
+@pytest.mark.parametrize("nothing", [None, "", [], [None], {}, "[]", "{}"])
+def test_empty_fields_are_nothing(nothing: Any) -> None:
+    names = ("images", "system", "history", "tools", "chat_template_kwargs")
+    assert convert({**TEXT, **dict.fromkeys(names, nothing)}) == (TEXT, "text", ())
 
 
 def test_text_that_looks_like_json_but_holds_no_messages_stays_text() -> None:

@@ -126,7 +126,7 @@ def test_numbers_that_would_come_back_changed_are_refused(tmp_path: Path, number
     row = {**MESSAGES, "chosen": [{"role": "assistant", "tool_calls": [call]}]}
     path = write(tmp_path / "x.jsonl", row)
     with pytest.raises(
-        ValueError, match=r"x\.jsonl:1: field 'chosen' holds a number that is not read back"
+        ValueError, match=r"x\.jsonl:1: field 'chosen' holds a number that datasets does not"
     ):
         load_pairs(path, progress=False)
 
