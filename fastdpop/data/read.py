@@ -166,8 +166,11 @@ def _array(text: str, path: Path, number: int) -> Iterator[Row]:
         at, expected = _skip(text, end), "',' or ']'"
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
 def _skip(text: str, at: int) -> int:
-    match = re.compile(r"[ \t\r\n]*").match(text, at)
+    match = _SPACE.match(text, at)
     assert match is not None  # it matches nothing, too
     return match.end()
 
@@ -203,18 +206,29 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    size, number = path.stat().st_size, 0
-    try:
+    def tables() -> Iterator[tuple[datasets.Dataset, int]]:
         with pq.ParquetFile(path) as file:
-            total = file.metadata.num_rows
             for batch in file.iter_batches(batch_size=1000):
                 table = pa.Table.from_batches([batch], file.schema_arrow)
-                for fields in _decoded(datasets.Dataset(InMemoryTable(table))):
-                    number += 1
-                    position = size * number / total
-                    yield Row(f"{path} row {number}", fields, position)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: damaged, or no Parquet file ({_first_line(error)})") from None
+                yield datasets.Dataset(InMemoryTable(table)), file.metadata.num_rows
+
+    size = path.stat().st_size
+    rows = ((fields, size, n) for dataset, n in tables() for fields in _decoded(dataset))
+    return _from_arrow(str(path), rows)
+
+
+def _from_arrow(name: str, rows: Iterable[tuple[dict[str, Any], int, int]]) -> Iterator[Row]:
+    """Rows with their places, from fields, the size of the source and its number of rows."""
+    number = 0
+    try:
+        for number, (fields, size, total) in enumerate(rows, 1):
+            yield Row(f"{name} row {number}", fields, size * number / total)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the data's
+        raise ValueError(
+            f"{name}: damaged, or of another kind, after row {number} ({_first_line(error)})"
+        ) from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -343,8 +357,8 @@ def _from_hub(name: str, split: str, config: str | None) -> Source:
 
 def _of_dataset(name: str, loaded: datasets.Dataset, digest: str) -> Source:
     def rows() -> Iterator[Row]:
-        for number, fields in enumerate(_decoded(loaded), 1):
-            yield Row(f"{name} row {number}", fields, number)
+        size = len(loaded)
+        return _from_arrow(name, ((fields, size, size) for fields in _decoded(loaded)))
 
     return Source(name, digest, len(loaded), "rows", rows)
 

@@ -52,6 +52,11 @@ def test_messages_stay_messages(chat: bool) -> None:
         {"prompt": [ASK], "chosen": "It is blue.", "rejected": "It is green."},
         {"prompt": [ASK], "chosen": [BLUE], "rejected": "It is green."},
         {"prompt": ASK, "chosen": BLUE, "rejected": GREEN},
+        {
+            "prompt": [{**ASK, "role": "human"}],
+            "chosen": [{**BLUE, "role": "gpt"}],
+            "rejected": [{"from": "assistant", "value": "It is green."}],
+        },
         {"prompt": ASK["content"], "chosen": [BLUE], "rejected": [GREEN]},
         {"prompt": [ASK], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
         {name: json.dumps(CHAT[name]) for name in ("prompt", "chosen", "rejected")},

@@ -219,8 +219,13 @@ def test_parquet_has_no_nulls_but_its_own(tmp_path: Path) -> None:
     features = datasets.Features({"m": datasets.List(datasets.Json())})
     datasets.Dataset.from_list(kept, features=features).to_parquet(str(path))
     assert read(path) == [("x.parquet row 1", kept[0])]
-    damaged = put(path, path.read_bytes()[:-9])
-    assert error_of(damaged).startswith("x.parquet: damaged, or no Parquet file (")
+    content = path.read_bytes()
+    after = "x.parquet: damaged, or of another kind, after row 0 ("
+    assert error_of(put(path, content[:-9])).startswith(after)
+    pq.write_table(pa.table({"a": ["written so"]}), path, compression="none", use_dictionary=False)
+    assert error_of(put(path, path.read_bytes().replace(b"written", b"\xfcritten"))).startswith(
+        after
+    )
 
 
 def test_filling_is_told_by_the_feature() -> None:
