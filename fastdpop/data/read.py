@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -320,14 +321,29 @@ def _utf8(raw: bytes, path: Path, number: int) -> str:
 
 def _files_of_folder(path: Path, split: str, config: str | None) -> list[Path]:
     """The files of a folder's split, sorted into splits by their names as ``datasets`` does."""
+    whole = path.resolve()
+    if glob.has_magic(str(whole)):
+        raise ValueError(f"{path}: datasets takes '*', '?' and '[' in a folder's path for patterns")
     try:
-        builder = datasets.load_dataset_builder(str(path), config)
+        builder = datasets.load_dataset_builder(str(whole), config)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: no folder of data ({_first_line(error)})") from None
-    files = builder.config.data_files or {}
+    files = {
+        str(name): [Path(f) for f in of] for name, of in (builder.config.data_files or {}).items()
+    }
     if split not in files:
-        raise ValueError(f"{path}: no split '{split}', expected one of {sorted(map(str, files))}")
-    return [Path(file) for file in files[split]]
+        raise ValueError(f"{path}: no split '{split}', expected one of {sorted(files)}")
+    card = whole / "README.md"
+    if not (card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")):
+        # Without a card that says so, datasets passes over what its name or kind puts in no split.
+        known = {file for of in files.values() for file in of} | {whole / "dataset_infos.json"}
+        left = sorted(file for file in whole.rglob("[!.]*") if _kind(file) and file not in known)
+        if left:
+            raise ValueError(
+                f"{path}: '{left[0].relative_to(whole)}' is in none of its splits {sorted(files)}: name files by "
+                "split and keep one kind of file in a folder, or give one file"
+            )
+    return [path / file.relative_to(whole) for file in files[split]]
 
 
 def _saved(path: Path, split: str) -> Source:
