@@ -108,7 +108,10 @@ def _mapped(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
 
 
 def _is_blank(value: object) -> bool:
-    return value in (None, "") or (isinstance(value, list) and all(map(_is_blank, value)))
+    """Whether a value is nothing in any of the ways that JSON, Arrow and CSV have for it."""
+    if isinstance(value, list):
+        return all(map(_is_blank, value))
+    return value in (None, "", {}, "[]", "{}")
 
 
 def _why_no_pair(fields: Mapping[str, Any], name: str) -> str:
@@ -335,7 +338,7 @@ def _finished(draft: _Draft, fields: Mapping[str, Any], chat: bool) -> dict[str,
             raise ValueError("field 'prompt' is empty")
         if not chat:
             for name in ("system", "history", "tools", "chat_template_kwargs"):
-                if not _is_blank(fields.get(name)) and fields[name] != {}:
+                if not _is_blank(fields.get(name)):
                     raise ValueError(
                         f"field '{name}' has no place in a text prompt: make messages of the pair with "
                         "chat=True, or leave the field out"

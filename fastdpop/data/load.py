@@ -244,7 +244,7 @@ def _json(value: dict[str, Any], name: str, place: str) -> str:
             same = False
         if not same:
             raise ValueError(
-                f"{place}: field '{name}' holds a number that is not read back as it is written: give it as "
-                f"a string: {text:.200}"
+                f"{place}: field '{name}' holds a number that datasets does not read back as it is written; "
+                f"give it (or a call's arguments) as a string: {text:.200}"
             )
     return text

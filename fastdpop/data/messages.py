@@ -17,7 +17,7 @@ _ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
-"""ShareGPT's names of roles; others are the same in both conventions."""
+"""Other names of roles: ShareGPT's, which also stand where templates expect their own."""
 
 
 def user(text: str) -> Message:
@@ -26,11 +26,6 @@ def user(text: str) -> Message:
 
 def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
-
-
-def is_message(value: object) -> bool:
-    """Whether a value is an object in one of the two conventions for messages."""
-    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def messages_from(value: Any, field: str) -> list[Message]:
@@ -59,6 +54,7 @@ def _message(value: Any, place: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{place} has no string 'role': {value!r:.80}")
+    message["role"] = role = _ROLES.get(role, role)
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(map(_is_object, calls))):
         raise ValueError(f"{place}: 'tool_calls' is not a list of objects: {calls!r:.80}")
@@ -98,7 +94,7 @@ def _from_sharegpt(message: Message, place: str) -> Message:
         )
     if role == "function_call":
         return {"role": "assistant", "tool_calls": _calls(text, place), **message}
-    return {"role": _ROLES.get(role, role), "content": text, **message}
+    return {"role": role, "content": text, **message}
 
 
 def _calls(text: str, place: str) -> list[dict[str, Any]]:

@@ -7,10 +7,13 @@ twice is an error, and no column is filled in.
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
+import glob
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import re
 import sys
@@ -108,15 +111,17 @@ def read_json(path: str | Path) -> Iterator[Row]:
     with open(path, "rb") as file, _decompressed(path, file) as stream:
         lines, begun = _lines(stream, path), False
         for number, raw in lines:
-            line = _utf8(raw, path, number, first=number == 1)
-            if not line.strip():
+            if not raw.strip():
                 continue
-            if not begun and line.lstrip().startswith("["):
-                text = line + _utf8(b"".join(rest for _, rest in lines), path, number + 1)
+            if not begun and raw.lstrip().startswith(b"["):
+                raw = b"".join([raw, *(line for _, line in lines)])
+                text = _utf8(raw, path, number)
+                del raw  # the whole file, once is enough
                 yield from _array(text, path, number)
                 return
             begun = True
-            yield Row(f"{path}:{number}", _object(line, path, number), file.tell())
+            fields = _object(_utf8(raw, path, number), path, number)
+            yield Row(f"{path}:{number}", fields, file.tell())
 
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -162,8 +167,11 @@ def _array(text: str, path: Path, number: int) -> Iterator[Row]:
         at, expected = _skip(text, end), "',' or ']'"
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
 def _skip(text: str, at: int) -> int:
-    match = re.compile(r"[ \t\r\n]*").match(text, at)
+    match = _SPACE.match(text, at)
     assert match is not None  # it matches nothing, too
     return match.end()
 
@@ -199,17 +207,29 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    size, number = path.stat().st_size, 0
-    try:
+    def tables() -> Iterator[tuple[datasets.Dataset, int]]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 table = pa.Table.from_batches([batch], file.schema_arrow)
-                for fields in _decoded(datasets.Dataset(InMemoryTable(table))):
-                    number += 1
-                    position = size * number / file.metadata.num_rows
-                    yield Row(f"{path} row {number}", fields, position)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: damaged, or no Parquet file ({_first_line(error)})") from None
+                yield datasets.Dataset(InMemoryTable(table)), file.metadata.num_rows
+
+    size = path.stat().st_size
+    rows = ((fields, size, n) for dataset, n in tables() for fields in _decoded(dataset))
+    return _from_arrow(str(path), rows)
+
+
+def _from_arrow(name: str, rows: Iterable[tuple[dict[str, Any], int, int]]) -> Iterator[Row]:
+    """Rows with their places, from fields, the size of the source and its number of rows."""
+    number = 0
+    try:
+        for number, (fields, size, total) in enumerate(rows, 1):
+            yield Row(f"{name} row {number}", fields, size * number / total)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the data's
+        raise ValueError(
+            f"{name}: damaged, or of another kind, after row {number} ({_first_line(error)})"
+        ) from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -277,21 +297,20 @@ def _damaged(place: str, error: Exception) -> Exception:
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 1
-    while True:
+    """The numbered lines of a file, without a byte order mark."""
+    for number in itertools.count(1):
         try:
             line = stream.readline()
         except _DAMAGED as error:
             raise _damaged(f"{path}:{number}", error) from None
         if not line:
             return
-        yield number, line
-        number += 1
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def _utf8(raw: bytes, path: Path, number: int, *, first: bool = False) -> str:
+def _utf8(raw: bytes, path: Path, number: int) -> str:
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8")
+        return raw.decode()
     except UnicodeDecodeError as error:
         line = number + raw.count(b"\n", 0, error.start)
         raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
@@ -302,14 +321,29 @@ def _utf8(raw: bytes, path: Path, number: int, *, first: bool = False) -> str:
 
 def _files_of_folder(path: Path, split: str, config: str | None) -> list[Path]:
     """The files of a folder's split, sorted into splits by their names as ``datasets`` does."""
+    whole = path.resolve()
+    if glob.has_magic(str(whole)):
+        raise ValueError(f"{path}: datasets takes '*', '?' and '[' in a folder's path for patterns")
     try:
-        builder = datasets.load_dataset_builder(str(path), config)
+        builder = datasets.load_dataset_builder(str(whole), config)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: no folder of data ({_first_line(error)})") from None
-    files = builder.config.data_files or {}
+    files = {
+        str(name): [Path(f) for f in of] for name, of in (builder.config.data_files or {}).items()
+    }
     if split not in files:
-        raise ValueError(f"{path}: no split '{split}', expected one of {sorted(map(str, files))}")
-    return [Path(file) for file in files[split]]
+        raise ValueError(f"{path}: no split '{split}', expected one of {sorted(files)}")
+    card = whole / "README.md"
+    if not (card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")):
+        # Without a card that says so, datasets passes over what its name or kind puts in no split.
+        known = {file for of in files.values() for file in of} | {whole / "dataset_infos.json"}
+        left = sorted(file for file in whole.rglob("[!.]*") if _kind(file) and file not in known)
+        if left:
+            raise ValueError(
+                f"{path}: '{left[0].relative_to(whole)}' is in none of its splits {sorted(files)}: name files by "
+                "split and keep one kind of file in a folder, or give one file"
+            )
+    return [path / file.relative_to(whole) for file in files[split]]
 
 
 def _saved(path: Path, split: str) -> Source:
@@ -339,15 +373,16 @@ def _from_hub(name: str, split: str, config: str | None) -> Source:
 
 def _of_dataset(name: str, loaded: datasets.Dataset, digest: str) -> Source:
     def rows() -> Iterator[Row]:
-        for number, fields in enumerate(_decoded(loaded), 1):
-            yield Row(f"{name} row {number}", fields, number)
+        size = len(loaded)
+        return _from_arrow(name, ((fields, size, size) for fields in _decoded(loaded)))
 
     return Source(name, digest, len(loaded), "rows", rows)
 
 
 def _decoded(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    features = dataset.features  # a deep copy at every look
     for fields in dataset:
-        yield {key: without_filling(value, dataset.features[key]) for key, value in fields.items()}
+        yield {key: without_filling(value, features[key]) for key, value in fields.items()}
 
 
 def without_filling(value: Any, feature: Any) -> Any:

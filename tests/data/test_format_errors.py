@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastdpop.data.formats import convert
+from fastdpop.data.formats import FIELDS, convert
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "What color is the sky?"}
@@ -239,3 +241,32 @@ def test_errors_of_columns_and_chat() -> None:
         convert(TEXT, columns={"promt": "prompt"})
     with pytest.raises(ValueError, match="cannot be told to be the user's text"):
         convert({"chosen": "The sky is blue.", "rejected": "The sky is green."}, chat=True)
+
+
+TEXTS = st.sampled_from(["", "x", "y", "[", "{}", '[{"role": "user", "content": "x"}]', TRANSCRIPT])
+SCALARS = st.none() | st.booleans() | st.integers(0, 2) | st.just(float("nan")) | TEXTS
+OBJECTS = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "tool_calls", "name", "type", "text"]),
+    SCALARS | st.sampled_from(["user", "assistant", "gpt", "function_call"]),
+)
+VALUES = st.recursive(
+    SCALARS | OBJECTS | st.sampled_from([ASK, BLUE, [ASK, BLUE], [ASK, GREEN]]),
+    st.lists,
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*FIELDS, "images", "id"]), VALUES), st.booleans())
+def test_any_row_is_a_pair_or_a_value_error(row: dict[str, Any], chat: bool) -> None:
+    lists = {"chosen": [ASK, BLUE], "rejected": [ASK, GREEN]}
+    for fields in (row, {**lists, **row}, {"chosen": "a", "rejected": "b", **row}):
+        try:
+            pair = convert(fields, chat=chat).fields
+        except ValueError:
+            continue
+        kinds = {type(pair[name]) for name in ("prompt", "chosen", "rejected")}
+        assert kinds in ([{str}, {list}] if not chat else [{list}])
+        assert pair["prompt"]
+        if kinds == {list}:
+            assert pair["prompt"][-1]["role"] != "assistant"
+            assert pair["chosen"][0]["role"] == pair["chosen"][-1]["role"] == "assistant"

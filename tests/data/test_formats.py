@@ -52,6 +52,11 @@ def test_messages_stay_messages(chat: bool) -> None:
         {"prompt": [ASK], "chosen": "It is blue.", "rejected": "It is green."},
         {"prompt": [ASK], "chosen": [BLUE], "rejected": "It is green."},
         {"prompt": ASK, "chosen": BLUE, "rejected": GREEN},
+        {
+            "prompt": [{**ASK, "role": "human"}],
+            "chosen": [{**BLUE, "role": "gpt"}],
+            "rejected": [{"from": "assistant", "value": "It is green."}],
+        },
         {"prompt": ASK["content"], "chosen": [BLUE], "rejected": [GREEN]},
         {"prompt": [ASK], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
         {name: json.dumps(CHAT[name]) for name in ("prompt", "chosen", "rejected")},
@@ -309,9 +314,10 @@ def test_a_given_prompt_goes_before_other_fields_that_could_be_one() -> None:
     assert convert(row) == (TEXT, "text", ("question", "conversations", "instruction"))
 
 
-@pytest.mark.parametrize("nothing", [None, "", [], [None]])
-def test_empty_media_are_nothing(nothing: Any) -> None:
-    assert convert({**TEXT, "images": nothing}) == (TEXT, "text", ())
+@pytest.mark.parametrize("nothing", [None, "", [], [None], {}, "[]", "{}"])
+def test_empty_fields_are_nothing(nothing: Any) -> None:
+    names = ("images", "system", "history", "tools", "chat_template_kwargs")
+    assert convert({**TEXT, **dict.fromkeys(names, nothing)}) == (TEXT, "text", ())
 
 
 def test_text_that_looks_like_json_but_holds_no_messages_stays_text() -> None:

@@ -53,7 +53,7 @@ def test_text_pairs(tmp_path: Path) -> None:
     same = {"prompt": "p", "chosen": "c", "rejected": "c", "z": 1}
     path = write(tmp_path / "x.jsonl", {**TEXT, "id": 1}, same)
     pairs = load_pairs(path, progress=False)
-    assert pairs.dataset.to_list() == [
+    assert list(pairs.dataset) == [
         {**TEXT, "place": f"{path}:1"},
         {"prompt": "p", "chosen": "c", "rejected": "c", "place": f"{path}:2"},
     ]
@@ -66,7 +66,7 @@ def test_messages_come_back_as_they_were(tmp_path: Path) -> None:
     orca = {"question": "Why?", "chosen": "a", "rejected": "b"}
     path = write(tmp_path / "x.jsonl", first, orca)
     pairs = load_pairs(path, progress=False)
-    assert pairs.dataset.to_list() == [
+    assert list(pairs.dataset) == [
         {**first, "tools": json.dumps(tools), "place": f"{path}:1"},
         {
             "prompt": [{"role": "user", "content": "Why?"}],
@@ -126,7 +126,7 @@ def test_numbers_that_would_come_back_changed_are_refused(tmp_path: Path, number
     row = {**MESSAGES, "chosen": [{"role": "assistant", "tool_calls": [call]}]}
     path = write(tmp_path / "x.jsonl", row)
     with pytest.raises(
-        ValueError, match=r"x\.jsonl:1: field 'chosen' holds a number that is not read back"
+        ValueError, match=r"x\.jsonl:1: field 'chosen' holds a number that datasets does not"
     ):
         load_pairs(path, progress=False)
 
@@ -145,7 +145,7 @@ def test_a_second_load_converts_nothing(tmp_path: Path, conversions: list[Any]) 
     conversions.clear()
     second = load_pairs(path, progress=False)
     assert conversions == []
-    assert second.dataset.to_list() == first.dataset.to_list()
+    assert list(second.dataset) == list(first.dataset)
     assert (second.format, second.unused, second.equal) == ("text", ("id",), 0)
     assert second.dataset._fingerprint == first.dataset._fingerprint
 

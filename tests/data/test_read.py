@@ -219,8 +219,13 @@ def test_parquet_has_no_nulls_but_its_own(tmp_path: Path) -> None:
     features = datasets.Features({"m": datasets.List(datasets.Json())})
     datasets.Dataset.from_list(kept, features=features).to_parquet(str(path))
     assert read(path) == [("x.parquet row 1", kept[0])]
-    damaged = put(path, path.read_bytes()[:-9])
-    assert error_of(damaged).startswith("x.parquet: damaged, or no Parquet file (")
+    content = path.read_bytes()
+    after = "x.parquet: damaged, or of another kind, after row 0 ("
+    assert error_of(put(path, content[:-9])).startswith(after)
+    pq.write_table(pa.table({"a": ["written so"]}), path, compression="none", use_dictionary=False)
+    assert error_of(put(path, path.read_bytes().replace(b"written", b"\xfcritten"))).startswith(
+        after
+    )
 
 
 def test_filling_is_told_by_the_feature() -> None:
@@ -244,6 +249,38 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     assert read(folder, split="test") == [("data/test.jsonl:1", {"a": "t"})]
     assert (
         error_of(folder, split="dev") == "data: no split 'dev', expected one of ['test', 'train']"
+    )
+
+
+@pytest.mark.parametrize("left", ["more.jsonl", "train.csv", "in/more.json.gz"])
+def test_no_file_of_a_folder_is_passed_over(tmp_path: Path, left: str) -> None:
+    folder = tmp_path / "data"
+    put(folder / "train.jsonl", LINES)
+    put(folder / "test.jsonl", LINES)
+    put(folder / ".hidden.jsonl", LINES)
+    put(folder / "dataset_infos.json", "{}")
+    assert len(read(folder)) == 2
+    put(folder / "train-2.jsonl", LINES)
+    assert len(read(folder)) == 4
+    put(folder / left, "")
+    assert error_of(folder) == (
+        f"data: '{left}' is in none of its splits ['test', 'train']: name files by split and keep one kind "
+        "of file in a folder, or give one file"
+    )
+    put(folder / "README.md", "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n---\n")
+    assert len(read(folder)) == 2
+
+
+def test_folders_are_read_by_the_names_that_they_were_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "data" / "x.jsonl", LINES)
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    assert read("link")[0][0] == "link/x.jsonl:1"
+    put(tmp_path / "a[1]" / "x.jsonl", LINES)
+    assert error_of("a[1]") == (
+        "a[1]: datasets takes '*', '?' and '[' in a folder's path for patterns"
     )
 
 
