@@ -52,6 +52,8 @@ def with_logps(
     """
     if not isinstance(dataset, Dataset):
         return own(dataset, name, batch_size)
+    # Columns of that name are of another reference, or of an earlier call.
+    dataset = dataset.remove_columns([n for n in _COLUMNS if n in dataset.column_names])
     path = Path(datasets.config.HF_DATASETS_CACHE) / "fastdpop"
     path /= f"ref-logps-{_key(trainer, dataset, batch_size)}"
     logps = _read(path)
