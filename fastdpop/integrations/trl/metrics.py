@@ -164,6 +164,6 @@ def evaluated(trainer: Any, loop: Callable[..., Any], *args: Any, **kwargs: Any)
     losses = trainer._metrics["eval"].pop("loss", [])
     if losses and trainer.accelerator.num_processes > 1:
         # Trainer's counts the pairs that are repeated at the end.
-        (name,) = (name for name in output.metrics if name.endswith("_loss"))
-        output.metrics[name] = losses[0]
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        output.metrics[f"{prefix}_loss"] = losses[0]
     return output
