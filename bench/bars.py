@@ -76,6 +76,7 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
         yield Bar(f"a training step of TRL's DPOTrainer, {trained}", value, 0.5)
         value = fast["peak_extra_bytes"] / stock["peak_extra_bytes"] if fast and stock else None
         yield Bar(f"its peak extra memory, {trained}", value, 1.0)
+    yield Bar("a step through FastDPOTrainer, against a bare loop", found.loop(), 1.03)
 
     for mode, limit in ((TRAINED, 1.0), (FROZEN, 1.0), (LOGPS, 1.0)):
         value = found.step("gsm8k-like", "fp32", mode, ours)
@@ -169,6 +170,10 @@ class _Results:
     def trainer(self, trained: str, contender: str) -> Row | None:
         rows = self._all("trainer", trained=trained, contender=contender)
         return rows[0] if rows else None
+
+    def loop(self) -> float | None:
+        rows = self._all("loop")
+        return rows[0]["to_bare"] if rows else None
 
     def gradient(self, ours: str, theirs: str) -> float | None:
         a = self._all("gradient", contender=ours)

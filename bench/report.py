@@ -97,6 +97,25 @@ def tables(rows: list[Row]) -> str:
         title = f"### dWeight of {pairs[0]['pairs']} pairs, bf16, DPO"
         parts.append(f"{title}\n\n{table(header, body)}")
 
+    parts += _of_trainers(rows)
+    for series, what in (("rows", "scored_rows"), ("vocabulary", "vocabulary")):
+        of_series = [r for r in rows if r["kind"] == "memory" and r["series"] == series]
+        points = sorted({row[what] for row in of_series})
+        if not points:
+            continue
+        peaks = {(r["contender"], r["mode"], r[what]): r["peak_extra_bytes"] for r in of_series}
+        header = [what.replace("_", " "), *(f"{point:,}" for point in points)]
+        body = []
+        for contender, mode in dict.fromkeys((r["contender"], r["mode"]) for r in of_series):
+            found = [peaks.get((contender, mode, point)) for point in points]
+            body.append([f"{contender}, {mode}", *("" if n is None else _mib(n) for n in found)])
+        parts.append(f"### Peak extra memory, MiB, over {header[0]}, bf16\n\n{table(header, body)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_trainers(rows: list[Row]) -> list[str]:
+    """Whole training steps."""
+    parts = []
     steps = [row for row in rows if row["kind"] == "trainer"]
     if steps:
         header = ["", "seconds", "x TRL", "peak MiB"]
@@ -113,19 +132,20 @@ def tables(rows: list[Row]) -> str:
         title = f"### A training step of TRL's DPOTrainer\n\n{count}"
         parts.append(f"{title}\n\n{table(header, body)}")
 
-    for series, what in (("rows", "scored_rows"), ("vocabulary", "vocabulary")):
-        of_series = [r for r in rows if r["kind"] == "memory" and r["series"] == series]
-        points = sorted({row[what] for row in of_series})
-        if not points:
-            continue
-        peaks = {(r["contender"], r["mode"], r[what]): r["peak_extra_bytes"] for r in of_series}
-        header = [what.replace("_", " "), *(f"{point:,}" for point in points)]
-        body = []
-        for contender, mode in dict.fromkeys((r["contender"], r["mode"]) for r in of_series):
-            found = [peaks.get((contender, mode, point)) for point in points]
-            body.append([f"{contender}, {mode}", *("" if n is None else _mib(n) for n in found)])
-        parts.append(f"### Peak extra memory, MiB, over {header[0]}, bf16\n\n{table(header, body)}")
-    return "\n\n".join(parts) + "\n"
+    loops = [row for row in rows if row["kind"] == "loop"]
+    if loops:
+        header = ["pairs a step", "trainer, seconds", "bare loop", "x bare loop"]
+        body = [
+            [
+                str(r["pairs"]),
+                f"{r['seconds']:.3g}",
+                f"{r['bare_seconds']:.3g}",
+                f"{r['to_bare']:.3f}",
+            ]
+            for r in loops
+        ]
+        parts.append(f"### A step through FastDPOTrainer\n\n{table(header, body)}")
+    return parts
 
 
 def _loss(row: Row) -> str:

@@ -20,6 +20,7 @@ from peft import get_peft_model
 
 import fastdpop
 from fastdpop.integrations.trl import FastDPOTrainer, references
+from fastdpop.integrations.trl import step as steps
 from fastdpop.losses import get, length_desensitised
 from tests.integrations.test_trl import lora
 from tests.integrations.trl_setup import WARNINGS, DPOTrainer, model, pairs, step, trainer
@@ -31,13 +32,13 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each batch that a reference scores ahead of training."""
     scored: list[int] = []
-    own = references.precomputed
+    own = steps._reference
 
-    def counted(of: Any, model: Any, batch: Any) -> Any:
-        scored.append(len(batch["input_ids"]) // 2)
-        return own(of, model, batch)
+    def counted(of: Any, model: Any, call: Any, *more: Any) -> Any:
+        scored.append(len(call["input_ids"]) // 2)
+        return own(of, model, call, *more)
 
-    monkeypatch.setattr(references, "precomputed", counted)
+    monkeypatch.setattr(steps, "_reference", counted)
     return scored
 
 
@@ -73,12 +74,21 @@ def test_they_are_those_of_the_step(tmp_path: Path) -> None:
     assert online["rewards/chosen"] == pytest.approx(found["rewards/chosen"], abs=1e-4)
 
 
+def test_a_subclass_may_score_the_reference_itself(tmp_path: Path) -> None:
+    class Halved(FastDPOTrainer):
+        def compute_ref_log_probs(self, *args: Any) -> Any:
+            return tuple(side / 2 for side in super().compute_ref_log_probs(*args))
+
+    whole = logps(made(tmp_path))
+    assert np.array_equal(logps(made(tmp_path, kind=Halved)), whole / 2)
+
+
 def test_evaluation_data_too(tmp_path: Path, batches: list[int]) -> None:
     given = {"eval_dataset": {"a": pairs(3, 20), "b": pairs(2, 40)}}
     for _ in range(2):
-        found = made(tmp_path, given=given).evaluate()
+        of = made(tmp_path, given=given)
         assert batches == [4, 4, 3, 2]
-        assert found["eval_b_loss"] > 0
+        assert of.evaluate(of.eval_dataset["b"])["eval_loss"] > 0
 
 
 def test_however_the_data_came_about(tmp_path: Path, batches: list[int]) -> None:
@@ -104,8 +114,6 @@ def test_patched_trainers_and_this_one_share_them(tmp_path: Path, batches: list[
         made(tmp_path)
     finally:
         fastdpop.unpatch_trl()
-    assert batches == [4, 4]
-    made(tmp_path, kind=DPOTrainer)  # TRL's own computes for itself
     assert batches == [4, 4]
 
 
@@ -286,13 +294,13 @@ def test_no_room(
 def test_a_reference_that_is_not_finite(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = references.precomputed
+    own = steps._reference
 
-    def overflown(*args: Any) -> Any:
-        chosen, rejected = own(*args)
-        return chosen, rejected.masked_fill(torch.arange(len(rejected)) == 2, float("nan"))
+    def overflown(*args: Any) -> torch.Tensor:
+        logps = own(*args)
+        return logps.masked_fill(torch.arange(len(logps)) == 2, float("nan"))
 
-    monkeypatch.setattr(references, "precomputed", overflown)
+    monkeypatch.setattr(steps, "_reference", overflown)
     with pytest.raises(FloatingPointError, match=r"of pair 3 of the train dataset are .*nan"):
         made(tmp_path)
     assert not (cache / "fastdpop").exists()

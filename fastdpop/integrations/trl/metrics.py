@@ -107,15 +107,15 @@ def _by_token(outputs: Any, own: int, dtype: torch.dtype) -> dict[str, tuple[Ten
 
     lengths = outputs.lengths.to(dtype)
     tokens = by_side(lengths)
-    metrics = {}
-    if outputs.entropy is not None:
-        metrics["entropy"] = by_side(outputs.entropy * lengths).sum(), tokens.sum()
-    if outputs.mean_logits is not None:
-        chosen, rejected = by_side(outputs.mean_logits * lengths)
-        metrics |= {"logits/chosen": (chosen, tokens[0]), "logits/rejected": (rejected, tokens[1])}
-    if outputs.token_accuracy is not None:
-        metrics["mean_token_accuracy"] = by_side(outputs.token_accuracy * lengths)[0], tokens[0]
-    return metrics
+    entropy = by_side(outputs.entropy * lengths)
+    logits = by_side(outputs.mean_logits * lengths)
+    correct = by_side(outputs.token_accuracy * lengths)
+    return {
+        "entropy": (entropy.sum(), tokens.sum()),
+        "logits/chosen": (logits[0], tokens[0]),
+        "logits/rejected": (logits[1], tokens[1]),
+        "mean_token_accuracy": (correct[0], tokens[0]),
+    }
 
 
 def _own_pairs(trainer: Any, count: int, mode: str) -> int:
@@ -164,6 +164,6 @@ def evaluated(trainer: Any, loop: Callable[..., Any], *args: Any, **kwargs: Any)
     losses = trainer._metrics["eval"].pop("loss", [])
     if losses and trainer.accelerator.num_processes > 1:
         # Trainer's counts the pairs that are repeated at the end.
-        (name,) = (name for name in output.metrics if name.endswith("_loss"))
-        output.metrics[name] = losses[0]
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        output.metrics[f"{prefix}_loss"] = losses[0]
     return output

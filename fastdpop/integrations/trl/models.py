@@ -12,7 +12,6 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from fastdpop import checks, engines
-from fastdpop.api import LOGGED
 from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
@@ -28,13 +27,11 @@ class Settings:
     Attributes:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
         loss: in the place of the config's; None: the config's.
-        statistics: those that are logged, of :data:`fastdpop.api.LOGGED`.
     """
 
     engine: str = "auto"
     workspace_bytes: int | None = None
     loss: PreferenceLoss | None = None
-    statistics: tuple[str, ...] = LOGGED
 
 
 def checked_settings(

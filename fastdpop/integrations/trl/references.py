@@ -7,6 +7,7 @@ which for one in memory is a temporary folder. Here everything that the log-prob
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -29,7 +30,6 @@ from trl.trainer.utils import hash_module
 
 from fastdpop import __version__
 from fastdpop.integrations.trl.loss import preference
-from fastdpop.integrations.trl.step import precomputed
 
 _COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -52,6 +52,8 @@ def with_logps(
     """
     if not isinstance(dataset, Dataset):
         return own(dataset, name, batch_size)
+    # Columns of that name are of another reference, or of an earlier call.
+    dataset = dataset.remove_columns([n for n in _COLUMNS if n in dataset.column_names])
     path = Path(datasets.config.HF_DATASETS_CACHE) / "fastdpop"
     path /= f"ref-logps-{_key(trainer, dataset, batch_size)}"
     logps = _read(path)
@@ -127,6 +129,8 @@ def _key(trainer: Any, dataset: Dataset, batch_size: int) -> str:
         "precision": (str(model.dtype), trainer.accelerator.mixed_precision, args.tf32),
         "device": trainer.accelerator.device.type,
         "engine": trainer._fastdpop.engine,
+        # A subclass may have its own; FastDPOTrainer's and that of a patched DPOTrainer are one.
+        "scored by": trainer.compute_ref_log_probs.__qualname__.removeprefix("Fast"),
         "ld_alpha": preference(trainer).traits.ld_alpha,
         # What is cut off, and how sequences are padded, by which products are rounded.
         "batches": (batch_size, args.max_length, args.truncation_mode),
@@ -180,13 +184,16 @@ def _computed(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> Any
     model = trainer.ref_model
     if model is None:
         model = _engine(trainer) if trainer.is_deepspeed_enabled else trainer.model
+    # TRL's gives the model too since 1.9.
+    parameters = [*inspect.signature(trainer.compute_ref_log_probs).parameters]
+    given = () if parameters == ["inputs"] else (model,)
     logps = []
     for batch in tqdm(
         iterable=loader,
         desc=f"Computing reference log probs for {name} dataset",
         disable=args.disable_tqdm,
     ):
-        both = torch.stack(precomputed(trainer, model, batch), dim=1)
+        both = torch.stack(trainer.compute_ref_log_probs(*given, batch), dim=1)
         logps.append(accelerator.gather_for_metrics(both))
     found = torch.cat(logps).float().cpu().numpy()
     if not np.isfinite(found).all():

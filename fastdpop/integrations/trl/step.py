@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from fastdpop.api import LOGGED
 from fastdpop.integrations.trl import metrics
 from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
@@ -43,7 +44,7 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         labels=labels,
         preference=preference(trainer),
         ref_logps=ref_logps,
-        preference_options={"statistics": trainer._fastdpop.statistics},
+        preference_options={"statistics": LOGGED},
         router_loss_weight=float(trainer.router_aux_loss_coef) if routes else 0.0,
     )
     loss = outputs.loss
