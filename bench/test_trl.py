@@ -56,14 +56,9 @@ def _model_and_tokenizer(quick: bool) -> tuple[Any, Any]:
 def _pairs(count: int) -> Any:
     from datasets import Dataset
 
-    from fastdpop.demo import gsm8k_pairs
+    from fastdpop.data.gsm8k import shipped_pairs
 
-    return Dataset.from_list(
-        [
-            {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            for pair in gsm8k_pairs("train")[:count]
-        ]
-    )
+    return Dataset.from_list(shipped_pairs("train")[:count])
 
 
 def _skip_without_packages(quick: bool) -> None:

@@ -12,7 +12,7 @@ from datasets import Dataset, load_from_disk
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
-from fastdpop.demo import gsm8k_pairs
+from fastdpop.data.gsm8k import shipped_pairs
 from fastdpop.integrations.trl.metrics import fill
 from fastdpop.integrations.trl.models import on_fastdpop
 from tests.tiny_model import tiny_llama, tiny_tokenizer
@@ -56,8 +56,12 @@ def gsm8k(count: int) -> Dataset:
     """Shortened, for a model of bytes."""
     return Dataset.from_list(
         [
-            {"prompt": p.prompt[-60:], "chosen": p.chosen[:90], "rejected": p.rejected[:90]}
-            for p in gsm8k_pairs("train")[:count]
+            {
+                "prompt": p["prompt"][-60:],
+                "chosen": p["chosen"][:90],
+                "rejected": p["rejected"][:90],
+            }
+            for p in shipped_pairs("train")[:count]
         ]
     )
 

@@ -14,7 +14,7 @@ import sys
 from importlib.resources import files
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli import accelerate_launcher
