@@ -15,6 +15,8 @@ environment = $(1)/bin/python -c '$(USABLE)' 2>/dev/null || $(call usable,$(PYTH
 ARGS ?=
 # One thread: the interpreter has nothing for a second one to do but wait.
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
+# Tests are single-threaded, so they share the cores; a part of them is not worth the start of other processes.
+PARALLEL = $(if $(ARGS),,-n auto --maxprocesses 4)
 INTERPRETED := tests/kernels tests/engines/test_conformance.py tests/gpu
 
 BIN := $(VENV)/bin
@@ -51,8 +53,8 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 	@touch $@
 
 test: lint docs ## all checks: lint, types, docs, tests, compiled kernels (ARGS: a part of the tests alone)
-	$(BIN)/python -m pytest $(ARGS)
-	$(if $(ARGS),,$(INTERPRET) $(BIN)/python -m pytest $(INTERPRETED))
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(if $(ARGS),,$(INTERPRET) $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED))
 	$(if $(ARGS),,@$(MAKE) --no-print-directory kernels)
 
 test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
