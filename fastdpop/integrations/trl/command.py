@@ -6,14 +6,11 @@ which patches TRL and runs the same script.
 
 from __future__ import annotations
 
-import atexit
-import os
 import runpy
 import subprocess
 import sys
 from importlib.resources import files
 
-import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -22,6 +19,7 @@ from trl.cli import main as run_trl
 from trl.cli.commands import training
 
 from fastdpop.integrations.trl.patching import patch_trl, unpatch_trl
+from fastdpop.integrations.trl.process import end_process
 
 _MODULE = "fastdpop.integrations.trl.command"
 _LAUNCHER = "launch_training_script"
@@ -83,11 +81,5 @@ def _train() -> int:
 
 if __name__ == "__main__":
     code = _train()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
-        # gloo's threads may still hold tensors of Python when the interpreter ends, and now and
-        # then abort the process for it (pytorch/pytorch#190489).
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    end_process(code)
     sys.exit(code)
