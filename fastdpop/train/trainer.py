@@ -56,7 +56,6 @@ class PairTrainer(FastDPOTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's; whatever ends it, what is printed next begins a line."""
-        set_seed(self.args.seed)  # to score the reference, or to find it scored, is no difference
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -185,6 +184,7 @@ class _GoOn(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        set_seed(args.seed)  # to have scored the reference, or to have found it, is no difference
         counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self._trainer._total_train_tokens = counts[-1] if counts else 0
 
