@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import set_seed
 from trl.scripts.utils import get_dataset
 
 from fastdpop.data import load_pairs
@@ -57,6 +58,7 @@ def run(argv: Sequence[str]) -> int:
     start = _open(output, asked, identity)
     config.eval_on_start = held_out is not None and start is None
     model, ref_model, peft_config = load_model(asked, source)
+    set_seed(config.seed)  # of a new adapter, which TRL before 1.15 does not seed
     try:
         trainer = PairTrainer(
             model,
