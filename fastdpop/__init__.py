@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from fastdpop import engines, losses
 from fastdpop.api import fused_dpop_loss, fused_logps, fused_preference_loss
 from fastdpop.output import PreferenceOutput
+from fastdpop.version import VERSION
 
 if TYPE_CHECKING:
     from fastdpop.hf import attach, detach, is_attached
     from fastdpop.integrations.trl import patch_trl, unpatch_trl
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "PreferenceOutput",

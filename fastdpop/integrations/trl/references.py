@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import hash_module
 
-from fastdpop import __version__
 from fastdpop.integrations.trl.loss import preference
+from fastdpop.version import VERSION
 
 _COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -119,7 +119,7 @@ def _key(trainer: Any, dataset: Dataset, batch_size: int) -> str:
     config = model.config.to_dict()
     args = trainer.args
     parts = {
-        "versions": (__version__, torch.__version__, transformers.__version__),
+        "versions": (VERSION, torch.__version__, transformers.__version__),
         "tokens": hash_of_tokens(dataset),
         "weights": _hash_of_weights(trainer),
         "adapters": model.peft_config if is_peft_model(model) else {},
