@@ -29,7 +29,8 @@ _IDENTITY = (
     "sync_ref_model", "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed",
-    "bf16", "fp16", "num_train_epochs", "max_steps",
+    "bf16", "fp16", "router_aux_loss_coef", "disable_dropout", "neftune_noise_alpha",
+    "train_sampling_strategy", "num_train_epochs", "max_steps",
 )  # fmt: skip
 """Settings of TRL's that decide which numbers a run computes."""
 _LENGTH = ("num_train_epochs", "max_steps")
@@ -161,7 +162,7 @@ def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
     """What a checkpoint must agree on with the run that goes on from it."""
     config = asked.config
     free = _LENGTH if config.lr_scheduler_type in ("constant", "constant_with_warmup") else ()
-    own = {name: str(getattr(config, name)) for name in _IDENTITY if name not in free}
+    own = {name: str(getattr(config, name, None)) for name in _IDENTITY if name not in free}
     own |= {f"model: {name}": str(value) for name, value in vars(asked.model).items()}
     own["loss"] = repr(asked.loss)
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
