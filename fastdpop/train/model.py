@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -90,8 +92,28 @@ def load_tokenizer(asked: Asked, source: Source) -> Any:
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
         raise ValueError(f"{name}: its tokenizer cannot be loaded: {error}") from error
     if asked.own.chat_template_path:
-        tokenizer.chat_template = Path(asked.own.chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = _template(Path(asked.own.chat_template_path))
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            f"{name}: its tokenizer has neither a pad_token nor an eos_token, and batches are padded "
+            "with one of them: set it in tokenizer_config.json"
+        )
     return tokenizer
+
+
+def _template(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # transformers' own tag
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason})") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: no valid template ({error.message})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the chat template is empty")
+    return text
 
 
 def load_model(asked: Asked, source: Source) -> tuple[Any, Any, Any]:

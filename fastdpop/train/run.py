@@ -122,7 +122,10 @@ def read(asked: Asked, tokenizer: Any, source: Source) -> tuple[Any, Any]:
 
 def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source: Source) -> Any:
     own, say = asked.own, PartialState().print
-    columns = dict(_mapping(text) for text in own.columns or ())
+    mappings = [_mapping(text) for text in own.columns or ()]
+    columns = dict(mappings)
+    if len(columns) < len(mappings):
+        raise ValueError(f"--columns is {own.columns}, expected each name once")
     if Path(str(what)).is_file():
         split = "train"  # the only one of a file
     pairs = load_pairs(
@@ -144,9 +147,11 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     if pairs.unused:
         notes.append(f"columns not used: {', '.join(pairs.unused)}")
     say(", ".join(notes))
-    if pairs.equal and PartialState().is_main_process:
+    equal = sum(row["chosen_ids"] == row["rejected_ids"] for row in dataset)
+    if equal and PartialState().is_main_process:
         warnings.warn(
-            f"{what}: chosen equals rejected in {pairs.equal} of {len(dataset)} pairs", stacklevel=2
+            f"{what}: chosen equals rejected in {equal} of {len(dataset)} pairs, which teach nothing",
+            stacklevel=2,
         )
     return dataset
 

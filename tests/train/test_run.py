@@ -133,6 +133,7 @@ def test_online_and_precomputed_references_agree(files: Files) -> None:
         (["--model", "/nowhere"], "/nowhere"),
         (["--columns", "prompt"], "--columns is 'prompt', expected NAME=COLUMN"),
         (["--columns", "prompt=question"], "question"),
+        (["--columns", "prompt=a", "prompt=b"], "expected each name once"),
         (["--chat_template_path", "/nowhere.jinja"], "/nowhere.jinja"),
         (["--merge-adapter"], "--merge-adapter has no effect"),
     ],
@@ -144,6 +145,44 @@ def test_errors_are_one_plain_line(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("fastdpop: error: ")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b" ", "the chat template is empty"),
+        (b"{% for m in messages %}\n{{ m.content }", "template.jinja:2: no valid template"),
+    ],
+)
+def test_a_chat_template_that_is_none(
+    files: Files, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    path = files.folder / "template.jinja"
+    path.write_bytes(content)
+    assert files.run("--chat", "--chat_template_path", str(path)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"fastdpop: error: {path}")
+    assert message in said
+
+
+def test_another_chat_template(files: Files) -> None:
+    path = files.folder / "template.jinja"
+    path.write_text(
+        "{% for m in messages %}({{ m.content }}){% generation %}{% endgeneration %}{% endfor %}"
+    )
+    assert files.run("--chat", "--chat_template_path", str(path)) == 0
+    assert (files.out / "chat_template.jinja").read_text() == path.read_text()
+
+
+@pytest.mark.filterwarnings("default:.*chosen equals rejected")
+def test_pairs_that_teach_nothing(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted among those that are trained on."""
+    equal = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    long = {name: text * 50 for name, text in equal.items()}
+    path = write(files.folder / "train.jsonl", [*rows(2), equal, long])
+    assert files.run("--max-length", "60", "--too-long", "drop") == 0
+    assert f"warning: {path}: chosen equals rejected in 1 of 3 pairs" in capsys.readouterr().err
 
 
 def test_a_malformed_row(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
