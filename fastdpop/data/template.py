@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -42,10 +42,12 @@ class Conversation(NamedTuple):
     @property
     def left_out(self) -> str:
         """The end of the prompt alone that the whole conversations do not have in its place."""
-        if self.chosen.startswith(self.prompt) and self.rejected.startswith(self.prompt):
-            return ""
-        same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*self, strict=False))
-        return self.prompt[sum(1 for _ in same) :]
+        return self.prompt[common_prefix([*self]) :]
+
+
+def common_prefix(sequences: list[Any]) -> int:
+    """How many characters, or token ids, all of the sequences begin with."""
+    return len(os.path.commonprefix(sequences))  # noqa: RUF071
 
 
 def turn_of(tokenizer: Any) -> Turn:
@@ -163,7 +165,7 @@ def _find_all(messages: list[Message], shown: str, where: str, start: int = 0) -
         role, begin = message.get("role"), start
         for kind, text in _parts(message):
             here = 0 if role in _ANYWHERE else start if kind == "content" else begin
-            at, stop = _find(text, shown, here, as_json=role == "tool" or kind == "tool_calls")
+            at, stop = _find(text, shown, here, as_json=role == "tool")
             if (
                 at < 0
                 and where.endswith("'prompt'")
@@ -195,28 +197,10 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
         if isinstance(text, str):
             yield "content", text
     for call in message.get("tool_calls") or []:
-        call = call.get("function", call)
-        yield from (
-            ("tool_calls", text) for text in _leaves([call.get("name"), call.get("arguments")])
-        )
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The strings and numbers in a JSON value; a string that is itself JSON is looked into."""
-    if isinstance(value, str):
-        try:
-            inner = json.loads(value)
-        except ValueError:
-            inner = None
-        if isinstance(inner, (dict, list)):
-            yield from _leaves(inner)
-        else:
-            yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield json.dumps(value)
+        function = call.get("function")
+        name = (function if isinstance(function, dict) else call).get("name")
+        if isinstance(name, str):
+            yield "tool_calls", name
 
 
 def _find(text: str, shown: str, start: int, *, as_json: bool = False) -> tuple[int, int]:

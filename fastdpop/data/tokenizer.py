@@ -26,6 +26,7 @@ class PairTokenizer:
         eos_token: its EOS token, which TRL appends to texts; may be None.
         turn: how its chat template ends an answer.
         added: how many special tokens it puts after every text.
+        unknown: the id of the token for all that it does not know, if that has no other meaning.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -33,6 +34,8 @@ class PairTokenizer:
         self.eos_token = tokenizer.eos_token
         self.turn = turn_of(tokenizer) if tokenizer.chat_template else Turn("", "")
         self.added = _added(tokenizer)
+        others = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        self.unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
         self.versions = (fastdpop.__version__, trl.__version__, transformers.__version__)
         dated = "strftime_now" in str(tokenizer.chat_template)
         self.day = datetime.date.today().isoformat() if dated else None
@@ -59,7 +62,6 @@ class PairTokenizer:
         """As the tokenizer's own, for a prompt (with a generation prompt) or all of a pair."""
         if add_generation_prompt:
             return self.inner.apply_chat_template(messages, add_generation_prompt=True, **options)
-        messages = self.without_end(messages)
         if not self.turn.header:
             return self.inner.apply_chat_template(messages, **options)
         options |= {"tokenize": False, "return_dict": False}

@@ -125,12 +125,6 @@ def test_the_place_is_that_of_the_row() -> None:
             "'assistant'): 'add'",
         ),
         (
-            CALLS,
-            pair(CHAT, answer("4", tool_calls=[CALL])),
-            "field 'chosen': the chat template does not show 'tool_calls' of message 0 (role "
-            "'assistant'): '2'",
-        ),
-        (
             CHATML.replace("{{ m.content }}", "{{ m.content[:3] }}"),
             pair([user("abcdef")]),
             "field 'prompt': the chat template does not show 'content' of message 0 (role 'user'): "
