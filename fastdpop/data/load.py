@@ -25,7 +25,6 @@ _MESSAGES = Features(
     | {"tools": Value("string"), "chat_template_kwargs": Json(), "place": Value("string")}
 )
 _SEEN = Features({"format": Value("string"), "unused": Value("string"), "equal": Value("bool")})
-"""What was seen in reading a row; ``unused`` is a JSON list."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Pairs:
     Attributes:
         dataset: the columns ``prompt``, ``chosen`` and ``rejected``, all strings or all lists of
             chat messages; with messages also ``tools`` (JSON text or None) and
-            ``chat_template_kwargs`` (a dict); ``place`` says where each came from. Its fingerprint
-            is that of the source's name and contents, the arguments, and this package's code.
+            ``chat_template_kwargs`` (a dict); ``place`` says where each came from.
         format: the name of the format that the rows had; of several, joined by ``", "``.
         unused: the names of fields that had no use, sorted.
         equal: how many pairs have the same text as chosen and rejected; they teach nothing.

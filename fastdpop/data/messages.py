@@ -85,11 +85,9 @@ def check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
             "the prompt ends with an assistant message; the completion belongs in 'chosen' and 'rejected'"
         )
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages:
-            raise ValueError(f"field '{field}' is empty, expected an assistant message")
-        for end, message in (("begins", messages[0]), ("ends", messages[-1])):
-            if message["role"] != "assistant":
-                raise ValueError(
-                    f"field '{field}': the completion {end} with a message of '{message['role']}', "
-                    "expected one of 'assistant'"
-                )
+        roles = [message["role"] for message in messages]
+        if {*roles[:1], *roles[-1:]} != {"assistant"}:
+            raise ValueError(
+                f"field '{field}' has messages of {roles}, expected the first and the last to be of "
+                "'assistant'"
+            )

@@ -11,6 +11,8 @@ import gzip
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,9 +48,8 @@ def open_source(
     """Find rows; see :func:`fastdpop.data.load_pairs` for what can be named.
 
     Raises:
-        ValueError: nothing of that name, no such split or configuration, or a kind of file that
-            cannot be read. The rows raise it for what they find, beginning with file and line (or
-            row).
+        ValueError: nothing of that name, or of a kind that cannot be read. The rows raise it for what
+            they find, beginning with file and line (or row).
         OSError: a file cannot be read.
     """
     if isinstance(source, datasets.Dataset):
@@ -73,8 +74,7 @@ def open_source(
     if _reader(path) or len(path.parts) > 2:
         raise ValueError(f"{path}: no such file or folder")
     problem = (
-        f"'{source}' is no file or folder here, and no data set that could be loaded from the "
-        "Hugging Face hub"
+        f"'{source}' is no file or folder here, and could not be loaded from the Hugging Face hub"
     )
     loaded = _attempt(problem, datasets.load_dataset, str(source), config, split=split)
     return _of_dataset(f"{source}[{split}]", f"{source}[{split}] row", loaded)
@@ -84,12 +84,7 @@ def open_source(
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """The objects of a file of JSON Lines or of one JSON array, which may be compressed by gzip.
-
-    Raises:
-        ValueError: ``file:line: ...`` for what is not UTF-8, JSON or an object.
-        OSError: the file cannot be read.
-    """
+    """The objects of a file of JSON Lines or of one JSON array; raises as :func:`open_source`."""
     lines, begun = _lines(path), False
     for number, line in lines:
         if not begun and line.lstrip().startswith("["):
@@ -192,23 +187,20 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:
 
 
 def _of_files(name: Path, paths: list[Path]) -> Source:
-    digests = []
+    readers, digests = [], []
     for path in paths:
-        if not _reader(path):
+        reader = _reader(path)
+        if not reader:
             raise ValueError(
                 f"{path}: cannot read a file of this kind, expected one of {', '.join(_READERS)} "
                 "(text may be compressed: .gz)"
             )
         with open(path, "rb") as file:
             digests.append((str(path), Hasher.hash_bytes(file)))
-
-    def rows() -> Iterator[Row]:
-        for path in paths:
-            reader = _reader(path)
-            assert reader is not None  # all have one, see above
-            yield from reader(path)
-
-    return Source(str(name), Hasher.hash(digests), rows)
+        readers.append(partial(reader, path))
+    return Source(
+        str(name), Hasher.hash(digests), lambda: chain.from_iterable(read() for read in readers)
+    )
 
 
 # ---------------------------------------------------------------------------- folders and data sets
@@ -242,8 +234,8 @@ def _files_of_folder(path: Path, split: str, config: str | None) -> list[Path]:
         left = sorted(file for file in whole.rglob("[!.]*") if _reader(file) and file not in known)
         if left:
             raise ValueError(
-                f"{path}: '{left[0].relative_to(whole)}' is in none of its splits {sorted(files)}: name files by "
-                "split and keep one kind of file in a folder, or give one file"
+                f"{path}: '{left[0].relative_to(whole)}' is in none of its splits {sorted(files)}: name "
+                "files by split and keep one kind of file in a folder, or give one file"
             )
     return [path / file.relative_to(whole) for file in files[split]]
 
@@ -272,9 +264,7 @@ def _unfilled(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
 def without_filling(value: Any, feature: Any) -> Any:
     """A value without the nulls that stand in Arrow where an object did not have another's key.
 
-    Args:
-        value: what a row of a ``datasets.Dataset`` holds in one column.
-        feature: the column's feature; objects of ``Json()`` share no keys, and keep their nulls.
+    The feature tells them: objects of ``Json()`` share no keys, and keep their nulls.
     """
     if isinstance(value, dict) and isinstance(feature, dict):
         return {k: without_filling(v, feature[k]) for k, v in value.items() if v is not None}

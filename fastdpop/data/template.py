@@ -24,9 +24,7 @@ _QUESTION, _ANSWER, _THANKS = "fastdpop-question", "fastdpop-answer", "fastdpop-
 
 
 class Turn(NamedTuple):
-    """How a template ends an assistant's turn: ``end``, the special token after the answer ("" if
-    none), and ``header``, the generation prompt if the template appends it even there ("" if not).
-    """
+    """What a template writes after an answer: the special token, and the next generation prompt."""
 
     end: str
     header: str
@@ -58,17 +56,12 @@ def turn_of(tokenizer: Any) -> Turn:
     ]
 
     def render(count: int, generate: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                turns[:count], tokenize=False, add_generation_prompt=generate
-            )
-        )
+        options = {"tokenize": False, "add_generation_prompt": generate}
+        return str(tokenizer.apply_chat_template(turns[:count], **options))
 
     try:
         plain, asked, thanked = render(2, False), render(2, True), render(3, False)
-    except (
-        Exception
-    ):  # whatever a template raises: a real conversation may please it, or say why not
+    except Exception:  # a template may raise anything; a real conversation may please it
         return Turn("", "")
     before, _, after = plain.rpartition(_ANSWER)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
@@ -102,14 +95,12 @@ def render_pair(tokenizer: Any, turn: Turn, row: dict[str, Any], place: str) -> 
             return tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generate, **options
             )
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"{place}: the chat template refuses this conversation: line {error.lineno} of the "
-                f"template is not valid ({error.message})"
-            ) from None
         except Exception as error:  # a template may raise anything
+            line = (
+                f" (in its line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+            )
             raise ValueError(
-                f"{place}: the chat template refuses this conversation: {error} (field '{field}')"
+                f"{place}: field '{field}': the chat template refuses this conversation: {error}{line}"
             ) from None
 
     prompt = render("prompt", row["prompt"], True)
@@ -130,13 +121,10 @@ def tools_of(row: dict[str, Any]) -> Any:
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
-def unused_options(tokenizer: Any, row: dict[str, Any]) -> list[str]:
+def unused_options(tokenizer: Any, row: dict[str, Any]) -> str:
     """The names among a row's ``chat_template_kwargs`` that the template never mentions."""
-    options = row.get("chat_template_kwargs")
-    if not options:
-        return []
     template = tokenizer.get_chat_template(tools=tools_of(row))
-    return [name for name in options if name not in template]
+    return ", ".join(name for name in row.get("chat_template_kwargs") or {} if name not in template)
 
 
 def find_loss(row: dict[str, Any], texts: Conversation, place: str) -> bool:
@@ -166,12 +154,8 @@ def _find_all(messages: list[Message], shown: str, where: str, start: int = 0) -
         for kind, text in _parts(message):
             here = 0 if role in _ANYWHERE else start if kind == "content" else begin
             at, stop = _find(text, shown, here, as_json=role == "tool")
-            if (
-                at < 0
-                and where.endswith("'prompt'")
-                and role == "assistant"
-                and kind != "tool_calls"
-            ):
+            earlier = where.endswith("'prompt'") and role == "assistant" and kind != "tool_calls"
+            if at < 0 and earlier:
                 answer = "" if kind in _THINKING else text.rpartition("</think>")[2]
                 at, stop = _find(answer, shown, here)
                 dropped |= at >= 0

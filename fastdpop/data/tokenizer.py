@@ -16,10 +16,8 @@ class PairTokenizer:
     """What TRL tokenises pairs with, in place of the Hugging Face tokenizer ``inner``.
 
     A text keeps one BOS and ends as it is written, without an EOS that the tokenizer adds to all
-    texts. A finished conversation ends with one end of its turn, and without a generation prompt.
-
-    A tokenisation is cached under a hash of this object, so the versions are part of it, and the
-    day where a template writes it.
+    texts. A finished conversation ends without a generation prompt. A tokenisation is cached under
+    a hash of this object: the versions are part of it, and the day where a template writes it.
 
     Attributes:
         inner: the Hugging Face tokenizer.

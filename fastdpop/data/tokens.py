@@ -8,10 +8,8 @@ that nothing is ever cut.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,7 +115,7 @@ def tokenize(
         raise ValueError(f"the {name} dataset has no pairs")
     _check_tokenizer(tokenizer, dataset[0])
     processing = PairTokenizer(tokenizer)
-    with progress_bars(progress), _without_warning():
+    with progress_bars(progress):
         with PartialState().main_process_first():
             checked = dataset.map(
                 _checked,
@@ -174,17 +172,11 @@ def _trl_tokens(dataset: Any, processing: Any, name: str, num_proc: int | None) 
     trainer = DPOTrainer.__new__(DPOTrainer)
     trainer._tokenizer = processing
     trainer._is_vlm = False
-    return trainer._prepare_dataset(dataset, processing, args, name).with_format(None)
-
-
-@contextlib.contextmanager
-def _without_warning() -> Iterator[None]:
-    """Without TRL's warning about prompts, in whose place ours counts."""
     logger = logging.getLogger(DPOTrainer.__module__)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.ERROR)  # no warning about prompts: ours counts them
     try:
-        yield
+        return trainer._prepare_dataset(dataset, processing, args, name).with_format(None)
     finally:
         logger.setLevel(level)
 
@@ -202,14 +194,12 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
         texts = render_pair(inner, processing.turn, row, place)
         dropped = find_loss(row, texts, place)
         sequences = [processing.encode_rendered(text) for text in texts]
-        unused = ", ".join(unused_options(inner, row))
+        unused = unused_options(inner, row)
     else:
         texts = Conversation(row["prompt"], *(row["prompt"] + row[field] for field in ended))
         dropped, unused = False, ""
         sequences = [processing.encode(text) for text in texts]
     prompt, chosen, _ = sequences
-    if not prompt:
-        raise ValueError(f"{place}: {_NO_PROMPT}")
     shared = common_prefix(sequences)
     if _TRL_SLICES and shared < len(prompt):
         raise ValueError(

@@ -76,14 +76,19 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
             {**MESSAGES, "prompt": [ASK, BLUE]},
             "the prompt ends with an assistant message; the completion belongs in 'chosen' and 'rejected'",
         ),
-        ({**MESSAGES, "chosen": []}, "field 'chosen' is empty, expected an assistant message"),
         (
-            {**MESSAGES, "chosen": [ASK]},
-            "field 'chosen': the completion begins with a message of 'user', expected one of 'assistant'",
+            {**MESSAGES, "chosen": []},
+            "field 'chosen' has messages of [], expected the first and the last to be of 'assistant'",
+        ),
+        (
+            {**MESSAGES, "chosen": [ASK, BLUE]},
+            "field 'chosen' has messages of ['user', 'assistant'], expected the first and the last to be of "
+            "'assistant'",
         ),
         (
             {**MESSAGES, "rejected": [GREEN, ASK]},
-            "field 'rejected': the completion ends with a message of 'user', expected one of 'assistant'",
+            "field 'rejected' has messages of ['assistant', 'user'], expected the first and the last to be "
+            "of 'assistant'",
         ),
         (
             {"chosen": [ASK, BLUE], "rejected": [SYSTEM, ASK, GREEN]},

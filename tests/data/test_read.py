@@ -328,8 +328,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert error_of("name") == (
-        "'name' is no file or folder here, and no data set that could be loaded from the Hugging Face "
-        "hub: no way"
+        "'name' is no file or folder here, and could not be loaded from the Hugging Face hub: no way"
     )
 
 
