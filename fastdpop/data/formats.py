@@ -264,9 +264,6 @@ def _turns(turns: list[re.Match[str]]) -> list[Message]:
     return messages
 
 
-# ------------------------------------------------------------------------------------------- finishing
-
-
 def _finished(draft: _Draft, fields: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     """The pair as text or as messages, with what stands beside it."""
     prompt, chosen, rejected = draft.prompt, draft.chosen, draft.rejected

@@ -129,34 +129,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from None
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[dict[str, str]]:
     # Not by pandas, which takes a short row for empty cells and a long one for an index.
     csv.field_size_limit(2**31 - 1)  # 128 KiB by default
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     table = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-
-    def rows() -> Iterator[dict[str, str]]:
-        header = next(table, [])
-        if len({*header}) < len(header):
-            raise ValueError(f"{path}: a column stands twice in the header {header}")
-        for cells in filter(None, table):  # a blank line has no cells
-            if len(cells) != len(header):
-                raise ValueError(
-                    f"{path}:{table.line_num}: {len(cells)} cells under a header of {len(header)}"
-                )
-            yield dict(zip(header, cells, strict=True))
-
-    return _numbered(f"{path} row", rows())
+    header = next(table, [])
+    if len({*header}) < len(header):
+        raise ValueError(f"{path}: a column stands twice in the header {header}")
+    for cells in filter(None, table):  # a blank line has no cells
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}:{table.line_num}: {len(cells)} cells under a header of {len(header)}"
+            )
+        yield dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    def rows() -> Iterator[dict[str, Any]]:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                table = pa.Table.from_batches([batch], file.schema_arrow)
-                yield from _unfilled(datasets.Dataset(InMemoryTable(table)))
-
-    return _numbered(f"{path} row", rows())
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            table = pa.Table.from_batches([batch], file.schema_arrow)
+            yield from _unfilled(datasets.Dataset(InMemoryTable(table)))
 
 
 def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
@@ -176,9 +169,9 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".json": read_json,
     ".jsonl": read_json,
     ".ndjson": read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    ".csv": lambda path: _numbered(f"{path} row", _csv(path)),
+    ".tsv": lambda path: _numbered(f"{path} row", _csv(path)),
+    ".parquet": lambda path: _numbered(f"{path} row", _parquet(path)),
 }
 
 

@@ -19,14 +19,8 @@ from datasets import Dataset, Features, List, Value
 from trl import data_utils
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fastdpop.data import template
 from fastdpop.data.load import progress_bars
-from fastdpop.data.template import (
-    Conversation,
-    common_prefix,
-    find_loss,
-    render_pair,
-    unused_options,
-)
 from fastdpop.data.tokenizer import PairTokenizer
 
 TOO_LONG = ("error", "drop")
@@ -41,23 +35,18 @@ _NO_PROMPT = (
     "field 'prompt' has no tokens of its own, so the first token of a completion follows nothing"
 )
 _LEFT_OUT = (
-    "the chat template ends the prompt alone with {left}, which is not there when an answer follows. "
-    "It is left out of training: the model is trained in another context than the one it will "
-    "answer in. Use a chat template that writes the same in both cases"
+    "the chat template ends the prompt alone with {left}, which is not there when an answer follows, nor "
+    "in training: the model will answer in another context. Use one that writes the same in both cases"
 )
 _MERGED = (
-    "the end of the prompt and the start of a completion make one token, so the completions start "
-    "before their own text, the chosen one with {start!r}, while the model will answer the whole "
-    "prompt. In pairs of text, a space at a prompt's end belongs at the start of the completions"
+    "the end of the prompt and the start of a completion make one token, so the completions start before "
+    "their own text, the chosen one with {start!r}. In pairs of text, a space at a prompt's end belongs at "
+    "the start of the completions"
 )
 _THINKING = (
-    "the chat template drops the thinking of earlier turns of the prompt, in training as when the "
-    "model answers"
+    "the chat template drops the thinking of earlier turns, in training as when the model answers"
 )
-_ENDED = (
-    "a completion brings an end of turn along, and another would be written after it; one is "
-    "trained"
-)
+_ENDED = "a completion brings an end of turn along, and another would follow it; one is trained"
 _ADDED = (
     "the tokenizer ends every text with a special token; each completion is trained on one {eos!r}, "
     "and no prompt ends with the tokenizer's"
@@ -154,9 +143,8 @@ def _check_tokenizer(tokenizer: Any, first: dict[str, Any]) -> None:
     chat = isinstance(first["prompt"], list)
     if chat and not tokenizer.chat_template:
         raise ValueError(
-            f"{first['place']}: field 'prompt' is a list of chat messages, but the tokenizer has no "
-            "chat template: give prompt, chosen and rejected as text, or use a tokenizer that has "
-            "one (an instruction-tuned model's)"
+            f"{first['place']}: field 'prompt' is a list of chat messages, but the tokenizer has no chat "
+            "template: give text, or use a tokenizer that has one (an instruction-tuned model's)"
         )
     if not chat and not tokenizer.eos_token:
         raise ValueError(
@@ -191,16 +179,18 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
     brought = any(ended[field] != row[field] for field in _COMPLETIONS)
     row = row | ended
     if chat:
-        texts = render_pair(inner, processing.turn, row, place)
-        dropped = find_loss(row, texts, place)
+        texts = template.render_pair(inner, processing.turn, row, place)
+        dropped = template.find_loss(row, texts, place)
         sequences = [processing.encode_rendered(text) for text in texts]
-        unused = unused_options(inner, row)
+        unused = template.unused_options(inner, row)
     else:
-        texts = Conversation(row["prompt"], *(row["prompt"] + row[field] for field in ended))
+        texts = template.Conversation(
+            row["prompt"], *(row["prompt"] + row[field] for field in ended)
+        )
         dropped, unused = False, ""
         sequences = [processing.encode(text) for text in texts]
     prompt, chosen, _ = sequences
-    shared = common_prefix(sequences)
+    shared = template.common_prefix(sequences)
     if _TRL_SLICES and shared < len(prompt):
         raise ValueError(
             f"{place}: the tokens of the prompt are not those at the start of prompt and completion, "
