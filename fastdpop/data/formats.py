@@ -8,6 +8,7 @@ fields are returned.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -227,41 +228,33 @@ def _implicit(form: str, chosen: Any, rejected: Any, fields: Mapping[str, Any]) 
 
 # -------------------------------------------------------------------------------------------- HH-RLHF
 
+_ANSWER = "\n\nAssistant:"
 _TRANSCRIPT = re.compile(r"\n\nHuman:.*\n\nAssistant:", re.DOTALL)
-_TURN = re.compile(r"\n\n(Human|Assistant):((?:(?!\n\n(?:Human|Assistant):).)*)", re.DOTALL)
+_TURN = re.compile(r"\n\n(Human|Assistant): ?((?:(?!\n\n(?:Human|Assistant):).)*)", re.DOTALL)
 
 
 def _transcripts(chosen: str, rejected: str, chat: bool) -> _Draft:
     """HH-RLHF: conversations as text, with all turns in common but the last."""
-    ours, theirs = list(_TURN.finditer(chosen)), list(_TURN.finditer(rejected))
+    start = os.path.commonprefix([chosen, rejected]).rfind(_ANSWER)  # noqa: RUF071
+    ours, theirs = _turns(chosen[start:]), _turns(rejected[start:])
+    if start < 0 or (ours[0] == theirs[0] and min(len(ours), len(theirs)) > 1):
+        raise ValueError("'chosen' and 'rejected' differ in a turn of 'Human'")
     for name, turns in (("chosen", ours), ("rejected", theirs)):
-        if turns[-1].group(1) != "Assistant":
+        if turns[-1]["role"] != "assistant":
             raise ValueError(f"field '{name}': the conversation ends with a turn of 'Human'")
-    at = 0
-    while at < min(len(ours), len(theirs)) - 1 and ours[at].group() == theirs[at].group():
-        at += 1
-    if not ours[at].group(1) == theirs[at].group(1) == "Assistant":
-        raise ValueError(
-            f"'chosen' and 'rejected' differ in turn {at + 1}, which is not the assistant's in both: "
-            "they do not answer one prompt"
-        )
     if chat:
-        return _Draft("HH-RLHF", _turns(ours[:at]), _turns(ours[at:]), _turns(theirs[at:]))
-    if at + 1 < max(len(ours), len(theirs)):
+        return _Draft("HH-RLHF", _turns(chosen[:start]), ours, theirs)
+    if max(len(ours), len(theirs)) > 1:
         raise ValueError(
-            f"'chosen' and 'rejected' differ from turn {at + 1} on, before their last answers: make "
-            "messages of them with chat=True, so that these are known to be turns"
+            "'chosen' and 'rejected' differ before their last answers: make messages of them with "
+            "chat=True, so that these are known to be turns"
         )
-    start = ours[at].start(2)
+    start += len(_ANSWER)
     return _Draft("HH-RLHF", chosen[:start], chosen[start:], rejected[start:])
 
 
-def _turns(turns: list[re.Match[str]]) -> list[Message]:
-    messages = []
-    for turn in turns:
-        text = turn.group(2).removeprefix(" ")  # the space is the mark's
-        messages.append(user(text) if turn.group(1) == "Human" else assistant(text))
-    return messages
+def _turns(text: str) -> list[Message]:
+    return [user(said) if who == "Human" else assistant(said) for who, said in _TURN.findall(text)]
 
 
 def _finished(draft: _Draft, fields: Mapping[str, Any], chat: bool) -> dict[str, Any]:

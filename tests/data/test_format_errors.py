@@ -106,8 +106,14 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
         ),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
-            "'chosen' and 'rejected' differ in turn 1, which is not the assistant's in both: they do not "
-            "answer one prompt",
+            "'chosen' and 'rejected' differ in a turn of 'Human'",
+        ),
+        (
+            {
+                "chosen": f"{TRANSCRIPT} a\n\nHuman: b\n\nAssistant: c",
+                "rejected": f"{TRANSCRIPT} a\n\nHuman: d\n\nAssistant: c",
+            },
+            "'chosen' and 'rejected' differ in a turn of 'Human'",
         ),
         (
             {"chosen": f"{TRANSCRIPT} b\n\nHuman: c", "rejected": f"{TRANSCRIPT} d"},

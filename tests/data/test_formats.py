@@ -235,7 +235,7 @@ def test_hh_rlhf_that_differs_before_the_last_answers() -> None:
         "rejected": [{"role": "assistant", "content": "What?"}],
         **NOTHING_BESIDE,
     }
-    with pytest.raises(ValueError, match=r"differ from turn 2 on.*chat=True"):
+    with pytest.raises(ValueError, match=r"differ before their last.*chat=True"):
         convert(row)
 
 
