@@ -190,13 +190,7 @@ def _messages(form: str, name: str, fields: Mapping[str, Any]) -> _Draft:
 
 
 def _both_messages(fields: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
-    chosen, rejected = fields["chosen"], fields["rejected"]
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError(
-            "one of 'chosen' and 'rejected' is text, expected both to be strings or both to be lists of "
-            "chat messages"
-        )
-    return messages_from(chosen, "chosen"), messages_from(rejected, "rejected")
+    return messages_from(fields["chosen"], "chosen"), messages_from(fields["rejected"], "rejected")
 
 
 def _with_text_prompt(

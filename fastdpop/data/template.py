@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
+from fastdpop.data.messages import Message, assistant, user
 
 # Options of a rendering that are not the template's: two of them would cut or change the ids.
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
@@ -50,10 +50,7 @@ def common_prefix(sequences: list[Any]) -> int:
 
 def turn_of(tokenizer: Any) -> Turn:
     """How the tokenizer's chat template ends an answer, found with a stand-in conversation."""
-    turns = [
-        {"role": role, "content": text}
-        for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _THANKS))
-    ]
+    turns = [user(_QUESTION), assistant(_ANSWER), user(_THANKS)]
 
     def render(count: int, generate: bool) -> str:
         options = {"tokenize": False, "add_generation_prompt": generate}
@@ -106,13 +103,11 @@ def render_pair(tokenizer: Any, turn: Turn, row: dict[str, Any], place: str) -> 
     prompt = render("prompt", row["prompt"], True)
     if tools and prompt == render("prompt", row["prompt"], True, None):
         raise ValueError(f"{place}: field 'tools': the chat template does not show tools")
-    return Conversation(
-        prompt,
-        *(
-            render(field, row["prompt"] + row[field], False).removesuffix(turn.header)
-            for field in ("chosen", "rejected")
-        ),
+    chosen, rejected = (
+        render(field, row["prompt"] + row[field], False).removesuffix(turn.header)
+        for field in ("chosen", "rejected")
     )
+    return Conversation(prompt, chosen, rejected)
 
 
 def tools_of(row: dict[str, Any]) -> Any:

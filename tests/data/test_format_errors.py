@@ -36,8 +36,7 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
         ({**TEXT, "prompt": []}, "field 'prompt' is empty"),
         (
             {**TEXT, "rejected": [GREEN]},
-            "one of 'chosen' and 'rejected' is text, expected both to be strings or both to be lists of "
-            "chat messages",
+            "field 'chosen' is ' blue.', expected a list of chat messages",
         ),
         (
             {**MESSAGES, "prompt": ["hello"]},
