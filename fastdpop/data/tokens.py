@@ -190,6 +190,8 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
         dropped, unused = False, ""
         sequences = [processing.encode(text) for text in texts]
     prompt, chosen, _ = sequences
+    if not prompt:
+        raise ValueError(f"{place}: {_NO_PROMPT}")
     shared = template.common_prefix(sequences)
     if _TRL_SLICES and shared < len(prompt):
         raise ValueError(
