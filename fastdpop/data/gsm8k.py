@@ -14,25 +14,16 @@ _ANNOTATION = re.compile(r"<<[^<>]*=([^<>=]*)>>")
 
 
 def shipped_problems(split: str) -> list[dict[str, Any]]:
-    """The package's excerpt of GSM8K: rows with ``question`` and ``answer``, annotations included.
-
-    Args:
-        split: ``"train"`` (300 rows) or ``"test"`` (60).
-    """
+    """The package's excerpt of GSM8K: ``question`` and ``answer`` of 300 ("train") or 60 ("test")."""
     path = resources.files("fastdpop") / "assets" / f"gsm8k-{split}.jsonl"
     with resources.as_file(path) as file:
         return [row.fields for row in read_json(file)]
 
 
 def shipped_pairs(split: str, seed: int = 0) -> list[dict[str, str]]:
-    """Pairs of the shipped problems: solutions against themselves with one result made wrong.
+    """Text pairs of the shipped problems: solutions against themselves with one result made wrong.
 
-    Args:
-        split: ``"train"`` (300 problems) or ``"test"`` (60 others).
-        seed: chooses which result is made wrong, and how.
-
-    Returns:
-        ``prompt``, ``chosen`` and ``rejected`` as text, of every problem that can be corrupted.
+    ``seed`` chooses which, and how. Problems that :func:`corrupt` cannot make wrong are left out.
     """
     rng = random.Random(seed)
     pairs = []
@@ -56,14 +47,9 @@ def corrupt(answer: str, rng: random.Random) -> str | None:
     Appendix D). GSM8K marks every result with a calculator annotation; the last one is the final
     answer's and is never touched.
 
-    Args:
-        answer: an answer with its ``<<...>>`` annotations.
-        rng: chooses the result and the error.
-
     Returns:
         The corrupted answer without annotations, to set against ``without_annotations(answer)``;
-        None when the answer has no intermediate result that is written as a plain number right
-        after its annotation.
+        None without an intermediate result that is a plain number right after its annotation.
     """
     places = []
     for mark in list(_ANNOTATION.finditer(answer))[:-1]:

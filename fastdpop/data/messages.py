@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdpop.data.json_text import DECODER, kind, why_invalid
-
 Message = dict[str, Any]
 
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function_response": "tool",
-}
-"""Other names of roles: ShareGPT's, which also stand where templates expect their own."""
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+"""ShareGPT's names of roles, which also stand where templates expect their own."""
+_FROM = (*_ROLES, "system", "user", "assistant", "tool")
 
 
 def user(text: str) -> Message:
@@ -41,22 +32,24 @@ def messages_from(value: Any, field: str) -> list[Message]:
     """
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
-        raise ValueError(f"field '{field}' is {kind(value)}, expected a list of chat messages")
+        raise ValueError(f"field '{field}' is {value!r:.80}, expected a list of chat messages")
     return [_message(item, f"field '{field}': message {i}") for i, item in enumerate(items, 1)]
 
 
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is {kind(value)}, expected an object with 'role' and 'content'")
+        raise ValueError(f"{place} is {value!r:.80}, expected an object with 'role' and 'content'")
     message = {key: item for key, item in value.items() if item is not None}
     if "from" in message and "role" not in message:
-        message = _from_sharegpt(message, place)
+        if message["from"] not in _FROM:
+            raise ValueError(f"{place}: 'from' is {message['from']!r:.80}, expected one of {_FROM}")
+        message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{place} has no string 'role': {value!r:.80}")
     message["role"] = role = _ROLES.get(role, role)
-    calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(map(_is_object, calls))):
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{place}: 'tool_calls' is not a list of objects: {calls!r:.80}")
     if "content" in message:
         message["content"] = _text(message["content"], place)
@@ -65,49 +58,20 @@ def _message(value: Any, place: str) -> Message:
     return message
 
 
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
-
-
 def _text(content: Any, place: str) -> str:
     """A message's text. Parts are joined: not every template of a text model knows of parts."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        raise ValueError(f"{place}: 'content' is {kind(content)}, expected a string")
-    for part in content:
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
         known = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
-        if known.keys() != {"type", "text"} or known["type"] != "text":
+        text = known.pop("text", None)
+        if known != {"type": "text"} or not isinstance(text, str):
             raise ValueError(
-                f"{place}: 'content' has a part that is not text, which a text model cannot be given: {part!r:.80}"
+                f"{place}: 'content' is not text, as a text model expects it, but {part!r:.80}"
             )
-        if not isinstance(part["text"], str):
-            raise ValueError(f"{place}: 'text' is {kind(part['text'])}, expected a string")
-    return "".join(part["text"] for part in content)
-
-
-def _from_sharegpt(message: Message, place: str) -> Message:
-    role, text = message.pop("from"), message.pop("value", None)
-    if not isinstance(role, str) or not isinstance(text, str):
-        raise ValueError(
-            f"{place}: expected strings 'from' and 'value', got {kind(role)} and {kind(text)}"
-        )
-    if role == "function_call":
-        return {"role": "assistant", "tool_calls": _calls(text, place), **message}
-    return {"role": role, "content": text, **message}
-
-
-def _calls(text: str, place: str) -> list[dict[str, Any]]:
-    """ShareGPT's text of a function call (or of a list of them) as ``tool_calls``."""
-    try:
-        value = DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: a function call that is {why_invalid(error)}") from None
-    calls = value if isinstance(value, list) else [value]
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError(f"{place}: a function call without a string 'name': {call!r:.80}")
-    return [{"type": "function", "function": call} for call in calls]
+        texts.append(text)
+    return "".join(texts)
 
 
 def check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> None:
@@ -116,18 +80,14 @@ def check_pair(prompt: list[Message], chosen: list[Message], rejected: list[Mess
     Raises:
         ValueError: the message names the field.
     """
-    if not prompt:
-        raise ValueError("field 'prompt' is empty")
     if prompt[-1]["role"] == "assistant":
         raise ValueError(
             "the prompt ends with an assistant message; the completion belongs in 'chosen' and 'rejected'"
         )
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages:
-            raise ValueError(f"field '{field}' is empty, expected an assistant message")
-        for end, message in (("begins", messages[0]), ("ends", messages[-1])):
-            if message["role"] != "assistant":
-                raise ValueError(
-                    f"field '{field}': the completion {end} with a message of '{message['role']}', "
-                    "expected one of 'assistant'"
-                )
+        roles = [message["role"] for message in messages]
+        if {*roles[:1], *roles[-1:]} != {"assistant"}:
+            raise ValueError(
+                f"field '{field}' has messages of {roles}, expected the first and the last to be of "
+                "'assistant'"
+            )

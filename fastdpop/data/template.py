@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
+from fastdpop.data.messages import Message, assistant, user
 
 # Options of a rendering that are not the template's: two of them would cut or change the ids.
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
@@ -24,9 +24,7 @@ _QUESTION, _ANSWER, _THANKS = "fastdpop-question", "fastdpop-answer", "fastdpop-
 
 
 class Turn(NamedTuple):
-    """How a template ends an assistant's turn: ``end``, the special token after the answer ("" if
-    none), and ``header``, the generation prompt if the template appends it even there ("" if not).
-    """
+    """What a template writes after an answer: the special token, and the next generation prompt."""
 
     end: str
     header: str
@@ -42,31 +40,25 @@ class Conversation(NamedTuple):
     @property
     def left_out(self) -> str:
         """The end of the prompt alone that the whole conversations do not have in its place."""
-        if self.chosen.startswith(self.prompt) and self.rejected.startswith(self.prompt):
-            return ""
-        same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*self, strict=False))
-        return self.prompt[sum(1 for _ in same) :]
+        return self.prompt[common_prefix([*self]) :]
+
+
+def common_prefix(sequences: list[Any]) -> int:
+    """How many characters, or token ids, all of the sequences begin with."""
+    return len(os.path.commonprefix(sequences))  # noqa: RUF071
 
 
 def turn_of(tokenizer: Any) -> Turn:
     """How the tokenizer's chat template ends an answer, found with a stand-in conversation."""
-    turns = [
-        {"role": role, "content": text}
-        for role, text in (("user", _QUESTION), ("assistant", _ANSWER), ("user", _THANKS))
-    ]
+    turns = [user(_QUESTION), assistant(_ANSWER), user(_THANKS)]
 
     def render(count: int, generate: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                turns[:count], tokenize=False, add_generation_prompt=generate
-            )
-        )
+        options = {"tokenize": False, "add_generation_prompt": generate}
+        return str(tokenizer.apply_chat_template(turns[:count], **options))
 
     try:
         plain, asked, thanked = render(2, False), render(2, True), render(3, False)
-    except (
-        Exception
-    ):  # whatever a template raises: a real conversation may please it, or say why not
+    except Exception:  # a template may raise anything; a real conversation may please it
         return Turn("", "")
     before, _, after = plain.rpartition(_ANSWER)
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
@@ -100,26 +92,22 @@ def render_pair(tokenizer: Any, turn: Turn, row: dict[str, Any], place: str) -> 
             return tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=generate, **options
             )
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"{place}: the chat template refuses this conversation: line {error.lineno} of the "
-                f"template is not valid ({error.message})"
-            ) from None
         except Exception as error:  # a template may raise anything
+            line = (
+                f" (in its line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
+            )
             raise ValueError(
-                f"{place}: the chat template refuses this conversation: {error} (field '{field}')"
+                f"{place}: field '{field}': the chat template refuses this conversation: {error}{line}"
             ) from None
 
     prompt = render("prompt", row["prompt"], True)
     if tools and prompt == render("prompt", row["prompt"], True, None):
         raise ValueError(f"{place}: field 'tools': the chat template does not show tools")
-    return Conversation(
-        prompt,
-        *(
-            render(field, row["prompt"] + row[field], False).removesuffix(turn.header)
-            for field in ("chosen", "rejected")
-        ),
+    chosen, rejected = (
+        render(field, row["prompt"] + row[field], False).removesuffix(turn.header)
+        for field in ("chosen", "rejected")
     )
+    return Conversation(prompt, chosen, rejected)
 
 
 def tools_of(row: dict[str, Any]) -> Any:
@@ -128,13 +116,10 @@ def tools_of(row: dict[str, Any]) -> Any:
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
-def unused_options(tokenizer: Any, row: dict[str, Any]) -> list[str]:
+def unused_options(tokenizer: Any, row: dict[str, Any]) -> str:
     """The names among a row's ``chat_template_kwargs`` that the template never mentions."""
-    options = row.get("chat_template_kwargs")
-    if not options:
-        return []
     template = tokenizer.get_chat_template(tools=tools_of(row))
-    return [name for name in options if name not in template]
+    return ", ".join(name for name in row.get("chat_template_kwargs") or {} if name not in template)
 
 
 def find_loss(row: dict[str, Any], texts: Conversation, place: str) -> bool:
@@ -163,13 +148,9 @@ def _find_all(messages: list[Message], shown: str, where: str, start: int = 0) -
         role, begin = message.get("role"), start
         for kind, text in _parts(message):
             here = 0 if role in _ANYWHERE else start if kind == "content" else begin
-            at, stop = _find(text, shown, here, as_json=role == "tool" or kind == "tool_calls")
-            if (
-                at < 0
-                and where.endswith("'prompt'")
-                and role == "assistant"
-                and kind != "tool_calls"
-            ):
+            at, stop = _find(text, shown, here, as_json=role == "tool")
+            earlier = where.endswith("'prompt'") and role == "assistant" and kind != "tool_calls"
+            if at < 0 and earlier:
                 answer = "" if kind in _THINKING else text.rpartition("</think>")[2]
                 at, stop = _find(answer, shown, here)
                 dropped |= at >= 0
@@ -195,28 +176,10 @@ def _parts(message: Message) -> Iterator[tuple[str, str]]:
         if isinstance(text, str):
             yield "content", text
     for call in message.get("tool_calls") or []:
-        call = call.get("function", call)
-        yield from (
-            ("tool_calls", text) for text in _leaves([call.get("name"), call.get("arguments")])
-        )
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The strings and numbers in a JSON value; a string that is itself JSON is looked into."""
-    if isinstance(value, str):
-        try:
-            inner = json.loads(value)
-        except ValueError:
-            inner = None
-        if isinstance(inner, (dict, list)):
-            yield from _leaves(inner)
-        else:
-            yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield json.dumps(value)
+        function = call.get("function")
+        name = (function if isinstance(function, dict) else call).get("name")
+        if isinstance(name, str):
+            yield "tool_calls", name
 
 
 def _find(text: str, shown: str, start: int, *, as_json: bool = False) -> tuple[int, int]:

@@ -16,16 +16,15 @@ class PairTokenizer:
     """What TRL tokenises pairs with, in place of the Hugging Face tokenizer ``inner``.
 
     A text keeps one BOS and ends as it is written, without an EOS that the tokenizer adds to all
-    texts. A finished conversation ends with one end of its turn, and without a generation prompt.
-
-    A tokenisation is cached under a hash of this object, so the versions are part of it, and the
-    day where a template writes it.
+    texts. A finished conversation ends without a generation prompt. A tokenisation is cached under
+    a hash of this object: the versions are part of it, and the day where a template writes it.
 
     Attributes:
         inner: the Hugging Face tokenizer.
         eos_token: its EOS token, which TRL appends to texts; may be None.
         turn: how its chat template ends an answer.
         added: how many special tokens it puts after every text.
+        unknown: the id of the token for all that it does not know, if that has no other meaning.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -33,6 +32,8 @@ class PairTokenizer:
         self.eos_token = tokenizer.eos_token
         self.turn = turn_of(tokenizer) if tokenizer.chat_template else Turn("", "")
         self.added = _added(tokenizer)
+        others = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        self.unknown = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
         self.versions = (fastdpop.__version__, trl.__version__, transformers.__version__)
         dated = "strftime_now" in str(tokenizer.chat_template)
         self.day = datetime.date.today().isoformat() if dated else None
@@ -59,7 +60,6 @@ class PairTokenizer:
         """As the tokenizer's own, for a prompt (with a generation prompt) or all of a pair."""
         if add_generation_prompt:
             return self.inner.apply_chat_template(messages, add_generation_prompt=True, **options)
-        messages = self.without_end(messages)
         if not self.turn.header:
             return self.inner.apply_chat_template(messages, **options)
         options |= {"tokenize": False, "return_dict": False}

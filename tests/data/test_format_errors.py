@@ -20,52 +20,27 @@ TRANSCRIPT = "\n\nHuman: Hi!\n\nAssistant:"
 MESSAGES = {"prompt": [ASK], "chosen": [BLUE], "rejected": [GREEN]}
 HERE = "(fields here: ['chosen', 'prompt'])"
 IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
+SIDE = "expected a string or a list of chat messages"
+SHAREGPT = {"chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"prompt": "p", "chosen": "c"}, f"field 'rejected' is missing {HERE}"),
-        (
-            {"prompt": "p", "completion": "c", "label": True},
-            "field 'chosen' is missing (fields here: ['completion', 'label', 'prompt']): these are single "
-            "completions with a label, and a pair is needed",
-        ),
-        (
-            {"messages": [ASK, BLUE]},
-            "field 'chosen' is missing (fields here: ['messages']): this is a single conversation, and a "
-            "pair of completions is needed",
-        ),
-        (
-            {**TEXT, "chosen": 3},
-            "field 'chosen' is a number, expected a string or a list of chat messages",
-        ),
-        (
-            {**TEXT, "chosen": None},
-            "field 'chosen' is null, expected a string or a list of chat messages",
-        ),
-        (
-            {**TEXT, "rejected": float("nan")},
-            "field 'rejected' is a number, expected a string or a list of chat messages",
-        ),
-        (
-            {**TEXT, "prompt": True},
-            "field 'prompt' is a boolean, expected a string or a list of chat messages",
-        ),
-        (
-            {**TEXT, "prompt": None},
-            "field 'prompt' is null, expected a string or a list of chat messages",
-        ),
-        ({**TEXT, "prompt": ""}, "field 'prompt' is empty"),
+        ({**TEXT, "chosen": 3}, f"field 'chosen' is 3, {SIDE}"),
+        ({**TEXT, "chosen": None}, f"field 'chosen' is None, {SIDE}"),
+        ({**TEXT, "rejected": float("nan")}, f"field 'rejected' is nan, {SIDE}"),
+        ({**TEXT, "prompt": True}, "field 'prompt' is True, expected a text that is not empty"),
+        ({**TEXT, "prompt": ""}, "field 'prompt' is '', expected a text that is not empty"),
         ({**TEXT, "prompt": []}, "field 'prompt' is empty"),
         (
             {**TEXT, "rejected": [GREEN]},
-            "field 'chosen' is a string and field 'rejected' is a list, expected both to be strings or both "
-            "to be lists of chat messages",
+            "field 'chosen' is ' blue.', expected a list of chat messages",
         ),
         (
             {**MESSAGES, "prompt": ["hello"]},
-            "field 'prompt': message 1 is a string, expected an object with 'role' and 'content'",
+            "field 'prompt': message 1 is 'hello', expected an object with 'role' and 'content'",
         ),
         (
             {**MESSAGES, "prompt": [SYSTEM, {"role": "user"}]},
@@ -77,7 +52,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ),
         (
             {**MESSAGES, "chosen": [{"role": "assistant", "content": 3}]},
-            "field 'chosen': message 1: 'content' is a number, expected a string",
+            "field 'chosen': message 1: 'content' is not text, as a text model expects it, but 3",
         ),
         (
             {**MESSAGES, "chosen": [{"role": "assistant", "content": None}]},
@@ -89,35 +64,40 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ),
         (
             {**MESSAGES, "prompt": [{"role": "user", "content": [IMAGE]}]},
-            "field 'prompt': message 1: 'content' has a part that is not text, which a text model cannot be "
-            f"given: {IMAGE!r}",
+            "field 'prompt': message 1: 'content' is not text, as a text model expects it, but "
+            f"{IMAGE!r}",
         ),
         (
             {**MESSAGES, "prompt": [{"role": "user", "content": ["hi"]}]},
-            "field 'prompt': message 1: 'content' has a part that is not text, which a text model cannot be "
-            "given: 'hi'",
+            "field 'prompt': message 1: 'content' is not text, as a text model expects it, but 'hi'",
         ),
         (
             {**MESSAGES, "prompt": [ASK, BLUE]},
             "the prompt ends with an assistant message; the completion belongs in 'chosen' and 'rejected'",
         ),
-        ({**MESSAGES, "chosen": []}, "field 'chosen' is empty, expected an assistant message"),
         (
-            {**MESSAGES, "chosen": [ASK]},
-            "field 'chosen': the completion begins with a message of 'user', expected one of 'assistant'",
+            {**MESSAGES, "chosen": []},
+            "field 'chosen' has messages of [], expected the first and the last to be of 'assistant'",
+        ),
+        (
+            {**MESSAGES, "chosen": [ASK, BLUE]},
+            "field 'chosen' has messages of ['user', 'assistant'], expected the first and the last to be of "
+            "'assistant'",
         ),
         (
             {**MESSAGES, "rejected": [GREEN, ASK]},
-            "field 'rejected': the completion ends with a message of 'user', expected one of 'assistant'",
+            "field 'rejected' has messages of ['assistant', 'user'], expected the first and the last to be "
+            "of 'assistant'",
         ),
         (
             {"chosen": [ASK, BLUE], "rejected": [SYSTEM, ASK, GREEN]},
-            "'chosen' and 'rejected' share no messages at the beginning to take for the prompt (fields here: "
-            "['chosen', 'rejected'])",
+            "'chosen' and 'rejected' share no beginning to take for the prompt (fields here: ['chosen', "
+            "'rejected'])",
         ),
         (
-            {"chosen": "blue", "rejected": "green"},
-            "field 'prompt' is missing, and 'chosen' and 'rejected' share no beginning to take for it",
+            {"chosen": "blue", "rejected": "green", "messages": []},
+            "'chosen' and 'rejected' share no beginning to take for the prompt (fields here: ['chosen', "
+            "'messages', 'rejected'])",
         ),
         (
             {"prompt": "Who?", "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
@@ -125,8 +105,14 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ),
         (
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
-            "'chosen' and 'rejected' differ in turn 1, which is not the assistant's in both: they do not "
-            "answer one prompt",
+            "'chosen' and 'rejected' differ in a turn of 'Human'",
+        ),
+        (
+            {
+                "chosen": f"{TRANSCRIPT} a\n\nHuman: b\n\nAssistant: c",
+                "rejected": f"{TRANSCRIPT} a\n\nHuman: d\n\nAssistant: c",
+            },
+            "'chosen' and 'rejected' differ in a turn of 'Human'",
         ),
         (
             {"chosen": f"{TRANSCRIPT} b\n\nHuman: c", "rejected": f"{TRANSCRIPT} d"},
@@ -134,29 +120,26 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ),
         (
             {**TEXT, "images": ["x.png"]},
-            "field 'images' is not empty, but only text can be trained on: leave such rows out",
+            "field 'images' is not empty, but cannot be used in training: leave such rows out",
+        ),
+        (
+            {**MESSAGES, "history": [["a", "b"]]},
+            "field 'history' is not empty, but cannot be used in training: leave such rows out",
         ),
         (
             {**TEXT, "system": "Be brief."},
             "field 'system' has no place in a text prompt: make messages of the pair with chat=True, or "
             "leave the field out",
         ),
-        ({**MESSAGES, "system": 3}, "field 'system' is a number, expected a string"),
+        ({**MESSAGES, "system": 3}, "field 'system' is 3, expected a string"),
         (
             {**MESSAGES, "prompt": [SYSTEM, ASK], "system": "Be long."},
             "field 'system' differs from the system message of the prompt",
         ),
         (
-            {**MESSAGES, "prompt": [ASK, BLUE, ASK], "history": [["a", "b"]]},
-            "field 'history' stands beside a prompt that has its own earlier turns",
-        ),
-        (
-            {**MESSAGES, "history": [["a"]]},
-            "field 'history': item 1 is ['a'], expected a list of the user's text and the answer",
-        ),
-        (
             {**MESSAGES, "tools": "{"},
-            "field 'tools': invalid JSON at column 2 (Expecting property name enclosed in double quotes): '{'",
+            "field 'tools' is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1)): '{'",
         ),
         (
             {**MESSAGES, "tools": {"name": "f"}},
@@ -164,63 +147,46 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         ),
         (
             {**MESSAGES, "chat_template_kwargs": "[1]"},
-            "field 'chat_template_kwargs' is a list, expected an object",
+            "field 'chat_template_kwargs' is [1], expected an object",
         ),
         (
             {**MESSAGES, "chat_template_kwargs": '{"a": 1, "a": 2}'},
-            "field 'chat_template_kwargs': the key 'a' stands twice in one object: '{\"a\": 1, \"a\": 2}'",
+            "field 'chat_template_kwargs' is not valid JSON (the key 'a' stands twice in one object: "
+            "{'a': 2}): '{\"a\": 1, \"a\": 2}'",
         ),
-        (
+        (  # as Python prints it
             {**MESSAGES, "prompt": "[{'role': 'user', 'content': 'hi'}]"},
-            "field 'prompt' looks like a list of messages, but is a list as Python prints it: write it as "
-            "JSON: \"[{'role': 'user', 'content': 'hi'}]\"",
+            "field 'prompt' is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+            "column 3 (char 2)): \"[{'role': 'user', 'content': 'hi'}]\"",
         ),
         (
-            {**MESSAGES, "prompt": '[{"role": "user"'},
-            "field 'prompt' looks like a list of messages, but is not valid JSON: write it as JSON: "
-            '\'[{"role": "user"\'',
+            {"conversations": [{"from": "human"}], **SHAREGPT},
+            "field 'conversations': message 1: 'content' is not text, as a text model expects it, but None",
         ),
         (
-            {"conversations": [{"from": "human"}], "chosen": "a", "rejected": "b"},
-            "field 'conversations': message 1: expected strings 'from' and 'value', got a string and null",
-        ),
-        (
-            {
-                "conversations": [{"from": "function_call", "value": "f()"}],
-                "chosen": "a",
-                "rejected": "b",
-            },
-            "field 'conversations': message 1: a function call that is invalid JSON at column 1 (Expecting "
-            "value)",
-        ),
-        (
-            {
-                "conversations": [{"from": "function_call", "value": "[1]"}],
-                "chosen": "a",
-                "rejected": "b",
-            },
-            "field 'conversations': message 1: a function call without a string 'name': 1",
+            {"conversations": [{"from": "function_call", "value": "{}"}], **SHAREGPT},
+            "field 'conversations': message 1: 'from' is 'function_call', expected one of ('human', 'gpt', "
+            "'observation', 'system', 'user', 'assistant', 'tool')",
         ),
         (
             {"question": 4, "chosen": "a", "rejected": "b"},
-            "field 'question' is a number, expected a string",
+            "field 'question' is 4, expected a text that is not empty",
         ),
-        ({"question": "", "chosen": "a", "rejected": "b"}, "field 'question' is empty"),
         (
             {**TEXT, "chosen": "a\ud83d"},
-            "field 'chosen' has half a surrogate pair, '\\ud83d', at character 2",
+            "field 'chosen' has half a surrogate pair, '\\ud83d'",
         ),
         (
             {**MESSAGES, "chosen": [{**BLUE, "\udc00": 1}]},
-            "field 'chosen' has half a surrogate pair, '\\udc00', at character 1",
+            "field 'chosen' has half a surrogate pair, '\\udc00'",
         ),
         (
             {**MESSAGES, "prompt": '[{"role": "user", "content": "\\ud83d"}]'},
-            "field 'prompt' has half a surrogate pair, '\\ud83d', at character 1",
+            "field 'prompt' has half a surrogate pair, '\\ud83d'",
         ),
         (
             {**TEXT, "note": {"a": ["\udc00"]}},
-            "field 'note' has half a surrogate pair, '\\udc00', at character 1",
+            "field 'note' has half a surrogate pair, '\\udc00'",
         ),
     ],
 )

@@ -191,22 +191,16 @@ def test_alpaca() -> None:
         "chosen": "der Himmel",
         "rejected": "die Himmel",
         "system": "Be brief.",
-        "history": [["Who are you?", "A translator."]],
+        "history": [],
     }
     expected = {
-        "prompt": [
-            SYSTEM,
-            {"role": "user", "content": "Who are you?"},
-            {"role": "assistant", "content": "A translator."},
-            {"role": "user", "content": "Translate to German.\nthe sky"},
-        ],
+        "prompt": [SYSTEM, {"role": "user", "content": "Translate to German.\nthe sky"}],
         "chosen": [{"role": "assistant", "content": "der Himmel"}],
         "rejected": [{"role": "assistant", "content": "die Himmel"}],
         **NOTHING_BESIDE,
     }
     assert convert(row) == (expected, "Alpaca", ())
-    assert convert({**row, "history": json.dumps(row["history"])}).fields == expected
-    plain = convert({**row, "input": "", "system": "", "history": []}).fields
+    plain = convert({**row, "input": "", "system": ""}).fields
     assert plain["prompt"] == [{"role": "user", "content": "Translate to German."}]
 
 
@@ -241,17 +235,15 @@ def test_hh_rlhf_that_differs_before_the_last_answers() -> None:
         "rejected": [{"role": "assistant", "content": "What?"}],
         **NOTHING_BESIDE,
     }
-    with pytest.raises(ValueError, match=r"differ from turn 2 on.*chat=True"):
+    with pytest.raises(ValueError, match=r"differ before their last.*chat=True"):
         convert(row)
 
 
-@pytest.mark.parametrize("completion", ["object", "list", "text", "cell"])
+@pytest.mark.parametrize("completion", ["object", "list", "text"])
 def test_sharegpt(completion: str) -> None:
     def written(text: str) -> Any:
         message = {"from": "gpt", "value": text}
-        return {"object": message, "list": [message], "text": text, "cell": json.dumps(message)}[
-            completion
-        ]
+        return {"object": message, "list": [message], "text": text}[completion]
 
     row = {
         "conversations": [
@@ -265,11 +257,10 @@ def test_sharegpt(completion: str) -> None:
 
 
 def test_sharegpt_with_tools() -> None:
-    call = {"name": "sky", "arguments": {"where": "here"}}
     row = {
         "conversations": [
             {"from": "human", "value": "What color is the sky?"},
-            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "gpt", "value": "Let me look."},
             {"from": "observation", "value": "blue"},
         ],
         "chosen": {"from": "gpt", "value": "It is blue."},
@@ -278,11 +269,12 @@ def test_sharegpt_with_tools() -> None:
         "system": "Be brief.",
     }
     fields = convert(row).fields
+    told = {"role": "tool", "content": "blue"}
     assert fields["prompt"] == [
         SYSTEM,
         ASK,
-        {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]},
-        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "Let me look."},
+        told,
     ]
     function = {"name": "sky", "description": "its color", "parameters": {}}
     assert json.loads(fields["tools"]) == [{"type": "function", "function": function}]

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,17 @@ import datasets
 import pytest
 
 import fastdpop.data.load as load
-from fastdpop.data import convert_row, load_pairs
+from fastdpop.data import load_pairs
 
 TEXT = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
 ASK = {"role": "user", "content": "What color is the sky?"}
 CALL = {
     "role": "assistant",
     "tool_calls": [{"function": {"name": "f", "arguments": {"n": 2**53 + 1, "x": 0.1, "z": None}}}],
+}
+CALL_IN_ARROW = {
+    "role": "assistant",
+    "tool_calls": [{"function": {"name": "f", "arguments": {"n": 2**53 + 1, "x": 0.1}}}],
 }
 TOLD = {"role": "tool", "name": "f", "content": "blué \u2028"}
 BLUE = {"role": "assistant", "content": "It is blue."}
@@ -31,8 +34,8 @@ MESSAGES = {"prompt": [ASK], "chosen": [CALL, TOLD, BLUE], "rejected": [GREEN]}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "fastdpop"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -93,10 +96,10 @@ def test_arguments_of_conversion_and_source_are_passed_on(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "x.jsonl: no pairs in this file"),
+        ([], "x.jsonl: no pairs"),
         (
             [TEXT, {**TEXT, "chosen": 3}],
-            "x.jsonl:2: field 'chosen' is a number, expected a string or a list of chat messages",
+            "x.jsonl:2: field 'chosen' is 3, expected a string or a list of chat messages",
         ),
         (
             [TEXT, TEXT, MESSAGES],
@@ -117,7 +120,24 @@ def test_errors_name_their_places_and_leave_nothing_behind(
     with pytest.raises(ValueError, match=r".") as error:
         load_pairs(path, progress=False)
     assert str(error.value).replace(f"{tmp_path}/", "") == message
-    assert list(cache.iterdir()) == []
+    assert list(cache.rglob("*.arrow")) == []
+
+
+def test_a_dataset_can_be_the_source() -> None:
+    # Arrow gives all messages the same keys.
+    rows = [
+        {**MESSAGES, "id": 1},
+        {**TEXT, "prompt": [ASK], "chosen": [BLUE], "rejected": [GREEN], "id": 2},
+    ]
+    source = datasets.Dataset.from_list(rows)
+    pairs = load_pairs(source, progress=False)
+    assert pairs.dataset["place"][:] == ["row 1", "row 2"]
+    assert [row["chosen"] for row in pairs.dataset] == [[CALL_IN_ARROW, TOLD, BLUE], [BLUE]]
+    assert (pairs.format, pairs.unused, pairs.equal) == ("chat messages", ("id",), 0)
+    with pytest.raises(ValueError, match=r"^row 2: field 'chosen' is None, expected"):
+        load_pairs(datasets.Dataset.from_list([TEXT, {**TEXT, "chosen": None}]), progress=False)
+    with pytest.raises(ValueError, match=r"^the dataset: no pairs"):
+        load_pairs(source.select([]), progress=False)
 
 
 @pytest.mark.parametrize("number", [0.3, 2**70, float("nan")])
@@ -139,12 +159,12 @@ def test_mixed_kinds_are_one_kind_as_messages(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- cache
 
 
-def test_a_second_load_converts_nothing(tmp_path: Path, conversions: list[Any]) -> None:
+def test_a_second_load_converts_one_row(tmp_path: Path, conversions: list[Any]) -> None:
     path = write(tmp_path / "x.jsonl", {**TEXT, "id": 1}, TEXT)
     first = load_pairs(path, progress=False)
     conversions.clear()
     second = load_pairs(path, progress=False)
-    assert conversions == []
+    assert len(conversions) == 1  # to learn the kind of all
     assert list(second.dataset) == list(first.dataset)
     assert (second.format, second.unused, second.equal) == ("text", ("id",), 0)
     assert second.dataset._fingerprint == first.dataset._fingerprint
@@ -177,36 +197,10 @@ def test_a_progress_bar_on_request(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
     load_pairs(path, chat=True, progress=True)
     error = capsys.readouterr().err
-    assert f"Reading {path}: 100%" in error
+    assert "Generating train split: 1 examples" in error
 
 
-# ------------------------------------------------------------------------------ streams, processes
-
-
-def test_streams() -> None:
-    rows = [{"question": "Why?", "chosen": "a", "rejected": "b", "id": i} for i in range(3)]
-    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    converted = stream.map(
-        partial(convert_row, source="mine"), with_indices=True, remove_columns=stream.column_names
-    )
-    expected = {
-        "prompt": [{"role": "user", "content": "Why?"}],
-        "chosen": [{"role": "assistant", "content": "a"}],
-        "rejected": [{"role": "assistant", "content": "b"}],
-        "tools": None,
-        "chat_template_kwargs": {},
-    }
-    assert list(converted) == [{**expected, "place": f"mine row {i}"} for i in (1, 2, 3)]
-    with pytest.raises(ValueError, match="mine row 8: field 'chosen' is missing"):
-        convert_row({"prompt": "p"}, 7, source="mine")
-
-
-def test_streams_know_what_arrow_filled_in() -> None:
-    row = {**MESSAGES, "chosen": [{**CALL, "content": None}, {**TOLD, "tool_calls": None}, BLUE]}
-    features = datasets.Features({name: datasets.List(datasets.Json()) for name in row})
-    fields = convert_row(row, 0, source="mine", features=features)
-    assert fields["chosen"] == MESSAGES["chosen"]
-
+# ---------------------------------------------------------------------------------------- processes
 
 PROCESS = """
 import sys
@@ -246,8 +240,8 @@ def test_one_of_several_processes_does_the_work_and_all_raise_errors(tmp_path: P
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     (loaded, error), (loaded_too, error_too) = (out.splitlines() for out, _ in outputs)
-    assert error == error_too == f"{bad}:2: field 'prompt' is empty"
+    assert error == error_too == f"{bad}:2: field 'prompt' is '', expected a text that is not empty"
     # The first row is converted once more, to learn the kind of all.
-    assert loaded.startswith(f"3 {good}:2 ")
-    assert loaded_too == loaded.replace("3", "0", 1)
-    assert [f"Reading {good}" in messages for _, messages in outputs] == [True, False]
+    assert sorted((loaded[0], loaded_too[0])) == ["1", "3"]
+    assert loaded[1:] == loaded_too[1:]
+    assert loaded[1:].startswith(f" {good}:2 ")

@@ -66,30 +66,24 @@ def test_the_end_of_a_turn_is_found(template: str, end: str, header: str) -> Non
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
-        (GEMMA, pair([SYSTEM, *CHAT]), r"System role not supported \(field 'prompt'\)"),
-        (GEMMA, pair([*CHAT, *CHAT]), r"Conversation roles must alternate.* \(field 'prompt'\)"),
-        (
-            GEMMA,
-            pair(CHAT, "4", [*answer("5"), *answer("6")]),
-            r"Conversation roles must alternate.* \(field 'rejected'\)",
-        ),
-        ("{{ messages | nonsense }}", pair(CHAT), "line 1 of the template is not valid .*nonsense"),
-        ("\n{% if %}", pair(CHAT), r"line 2 of the template is not valid"),
+        (GEMMA, pair([SYSTEM, *CHAT]), "System role not supported"),
+        (GEMMA, pair([*CHAT, *CHAT]), "Conversation roles must alternate"),
+        ("{{ messages | nonsense }}", pair(CHAT), ".*nonsense.* line 1"),
+        ("\n{% if %}", pair(CHAT), "Expected an expression.* line 2"),
         ("{{ messages[0].content + 1 }}", pair(CHAT), "can only concatenate str"),
         ("{{ messages[0].name.first }}", pair(CHAT), "has no attribute 'name'"),
         ("{{ 1 / 0 }}", pair(CHAT), "division"),
     ],
 )
 def test_what_a_template_refuses_is_named(template: str, row: dict[str, Any], message: str) -> None:
-    rows = dataset(row)
-    refusal = "^pairs.jsonl:1: the chat template refuses this conversation: .*" + message
-    with pytest.raises(ValueError, match=refusal):
-        tokens(rows, byte_level(template))
+    refusal = "^pairs.jsonl:1: field 'prompt': the chat template refuses this conversation: "
+    with pytest.raises(ValueError, match=refusal + ".*" + message):
+        tokens(row, byte_level(template))
 
 
 def test_the_place_is_that_of_the_row() -> None:
-    rows = dataset(pair(CHAT), pair(CHAT), pair([SYSTEM, *CHAT]))
-    with pytest.raises(ValueError, match=r"^pairs.jsonl:3: the chat template refuses"):
+    rows = dataset(pair(CHAT), pair(CHAT), pair(CHAT, "4", [*answer("5"), *answer("6")]))
+    with pytest.raises(ValueError, match=r"^pairs.jsonl:3: field 'rejected': the chat template re"):
         tokens(rows, byte_level(GEMMA))
 
 
@@ -123,12 +117,6 @@ def test_the_place_is_that_of_the_row() -> None:
             pair(CHAT, answer("4", tool_calls=[CALL])),
             "field 'chosen': the chat template does not show 'tool_calls' of message 0 (role "
             "'assistant'): 'add'",
-        ),
-        (
-            CALLS,
-            pair(CHAT, answer("4", tool_calls=[CALL])),
-            "field 'chosen': the chat template does not show 'tool_calls' of message 0 (role "
-            "'assistant'): '2'",
         ),
         (
             CHATML.replace("{{ m.content }}", "{{ m.content[:3] }}"),
