@@ -20,6 +20,11 @@ _SIDES = ("prompt", "chosen", "rejected")
 _BESIDE = ("system", "tools", "chat_template_kwargs")
 FIELDS = (*_SIDES, *_BESIDE, "conversations", "instruction", "input", "question")
 """The names of fields that are read."""
+_MAY_BE_THE_PROMPT = (
+    *("query", "question", "instruction", "input", "messages", "conversation", "context", "user"),
+    *("request", "problem", "post", "text", "user_input", "user_prompt"),
+)
+"""Names beside which what two answers share is not taken for the prompt."""
 _UNUSABLE = ("image", "images", "video", "videos", "audio", "audios", "history")
 """The names of fields that have a meaning and no use."""
 
@@ -55,7 +60,7 @@ def convert(
     """Recognise a row's format and convert the row.
 
     Args:
-        row: a row's fields. JSON text of a list of messages counts as that list.
+        row: a row's fields.
         columns: which of the row's fields to take for one of :data:`FIELDS`.
         chat: make messages of a text pair: the prompt the user's, the completions the assistant's.
 
@@ -67,7 +72,7 @@ def convert(
     fields = {name: _cell(name, value) for name, value in _mapped(row, columns).items()}
     for name, value in fields.items():
         try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
+            json.dumps({name: value}, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:  # JSON can escape it, and no tokenizer takes it
             raise ValueError(
                 f"field '{name}' has half a surrogate pair, {error.object[error.start]!r}"
@@ -79,7 +84,10 @@ def convert(
             )
     for name in ("chosen", "rejected"):
         if name not in fields:
-            raise ValueError(f"field '{name}' is missing (fields here: {sorted(fields)})")
+            raise ValueError(
+                f"field '{name}' is missing (fields here: {sorted(fields)}; --columns {name}=... says what "
+                "it is called)"
+            )
         if not isinstance(fields[name], (str, list, dict)):
             raise ValueError(
                 f"field '{name}' is {fields[name]!r:.80}, expected a string or a list of chat messages"
@@ -105,18 +113,9 @@ def _mapped(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any
     return rest | {name: row[source] for name, source in columns.items()}
 
 
-# A list of messages as JSON, or as Python prints it, which is no JSON and refused.
-_LIST_OF_MESSAGES = re.compile(
-    r"""\s*\[\s*\{\s*["'](?:role|content|from|value|tool_calls)["']\s*:"""
-)
-
-
 def _cell(name: str, value: Any) -> Any:
-    """What a cell of a table holds as JSON text, or the value as it is."""
-    if not isinstance(value, str):
-        return value
-    messages = name in (*_SIDES, "conversations") and _LIST_OF_MESSAGES.match(value)
-    if not messages and (name not in ("tools", "chat_template_kwargs") or not value):
+    """The value of a field that may be JSON text, or any other field's as it is."""
+    if name not in ("tools", "chat_template_kwargs") or not isinstance(value, str) or not value:
         return value
     try:
         return decode(value)
@@ -128,7 +127,7 @@ def _is_blank(value: object) -> bool:
     """Whether a value is nothing in any of the ways that JSON, Arrow and CSV have for it."""
     if isinstance(value, list):
         return all(map(_is_blank, value))
-    return value in (None, "", {}, "[]", "{}")
+    return value in (None, "", {}, "[]", "{}") or value != value  # NaN
 
 
 # ----------------------------------------------------------------------------------------- recognition
@@ -211,12 +210,22 @@ def _with_text_prompt(
 def _implicit(form: str, chosen: Any, rejected: Any, fields: Mapping[str, Any]) -> _Draft:
     from trl.data_utils import extract_prompt  # takes seconds, and most formats do without
 
+    beside = [name for name in _MAY_BE_THE_PROMPT if not _is_blank(fields.get(name))]
+    if beside and "prompt" not in fields:
+        raise ValueError(
+            f"field 'prompt' is missing, and '{beside[0]}' may be what it is called here: say --columns "
+            f"prompt={beside[0]}, or leave that field out"
+        )
     if not chosen or chosen[:1] != rejected[:1]:
         raise ValueError(
             "'chosen' and 'rejected' share no beginning to take for the prompt (fields here: "
             f"{sorted(fields)})"
         )
     shared: dict[str, Any] = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if not isinstance(chosen, str) and "user" not in {m["role"] for m in shared["prompt"]}:
+        raise ValueError(
+            "'chosen' and 'rejected' share no message of 'user' to take for the prompt"
+        )
     return _Draft(form, shared["prompt"], shared["chosen"], shared["rejected"])
 
 
@@ -241,7 +250,7 @@ def _transcripts(chosen: str, rejected: str, chat: bool) -> _Draft:
     if max(len(ours), len(theirs)) > 1:
         raise ValueError(
             "'chosen' and 'rejected' differ before their last answers: make messages of them with "
-            "chat=True, so that these are known to be turns"
+            "--chat (chat=True), so that these are known to be turns"
         )
     start += len(_ANSWER)
     return _Draft("HH-RLHF", chosen[:start], chosen[start:], rejected[start:])
@@ -262,7 +271,7 @@ def _finished(draft: _Draft, fields: Mapping[str, Any], chat: bool) -> dict[str,
                 if not _is_blank(fields.get(name)):
                     raise ValueError(
                         f"field '{name}' has no place in a text prompt: make messages of the pair with "
-                        "chat=True, or leave the field out"
+                        "--chat (chat=True), or leave the field out"
                     )
             return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         prompt = [user(prompt)]

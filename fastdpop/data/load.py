@@ -135,7 +135,7 @@ def _rows(
             kinds = ("text", "messages") if is_text else ("messages", "text")
             raise ValueError(
                 f"{row.place}: this pair is {kinds[1]}, while that at {first} is {kinds[0]}: "
-                "all of a source must be one kind (chat=True makes messages of text)"
+                "all of a source must be one kind (--chat, chat=True, makes messages of text)"
             )
         if not is_text:
             _check_numbers(fields, row.place)
@@ -153,6 +153,6 @@ def _check_numbers(fields: Mapping[str, Any], place: str) -> None:
             same = False
         if not same:
             raise ValueError(
-                f"{place}: field '{name}' holds a number that datasets does not read back as it is written; "
-                f"give it (or a call's arguments) as a string: {fields[name]!r:.200}"
+                f"{place}: field '{name}' holds a number that datasets does not read back as it is written: "
+                f"{fields[name]!r:.200}"
             )

@@ -8,6 +8,8 @@ Message = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 """ShareGPT's names of roles, which also stand where templates expect their own."""
+_UNUSABLE = ("image", "images", "video", "videos", "audio", "audios", "function_call")
+"""Keys of a message that have a meaning and no use; of others, the template decides."""
 _FROM = (*_ROLES, "system", "user", "assistant", "tool")
 
 
@@ -44,6 +46,10 @@ def _message(value: Any, place: str) -> Message:
         if message["from"] not in _FROM:
             raise ValueError(f"{place}: 'from' is {message['from']!r:.80}, expected one of {_FROM}")
         message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
+    for key in _UNUSABLE:
+        if message.get(key):
+            use = "give 'tool_calls'" if key == "function_call" else "leave such rows out"
+            raise ValueError(f"{place} has '{key}', which cannot be used in training: {use}")
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{place} has no string 'role': {value!r:.80}")

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable
 
-from fastdpop.data.json_text import decode
+from fastdpop.data.json_text import cell, decode
 
 
 class Row(NamedTuple):
@@ -129,7 +129,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from None
 
 
-def _csv(path: Path) -> Iterator[dict[str, str]]:
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
     # Not by pandas, which takes a short row for empty cells and a long one for an index.
     csv.field_size_limit(2**31 - 1)  # 128 KiB by default
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
@@ -142,11 +142,19 @@ def _csv(path: Path) -> Iterator[dict[str, str]]:
             raise ValueError(
                 f"{path}:{table.line_num}: {len(cells)} cells under a header of {len(header)}"
             )
-        yield dict(zip(header, cells, strict=True))
+        try:
+            yield dict(zip(header, map(cell, cells), strict=True))
+        except ValueError as error:
+            raise ValueError(f"{path}:{table.line_num}: {error}") from None
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     with pq.ParquetFile(path) as file:
+        for field in file.schema_arrow:
+            if pa.types.is_map(field.type):
+                raise ValueError(
+                    f"{path}: column '{field.name}' is a map, which cannot be read: leave it out"
+                )
         for batch in file.iter_batches(batch_size=1000):
             table = pa.Table.from_batches([batch], file.schema_arrow)
             yield from _unfilled(datasets.Dataset(InMemoryTable(table)))
@@ -157,7 +165,7 @@ def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
     try:
         for number, fields in enumerate(rows, 1):
             yield Row(f"{name} {number}", fields)
-    except (csv.Error, pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except (csv.Error, pa.ArrowException, UnicodeDecodeError, OSError, KeyError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's, not the data's
         raise ValueError(

@@ -101,7 +101,11 @@ def render_pair(tokenizer: Any, turn: Turn, row: dict[str, Any], place: str) -> 
             ) from None
 
     prompt = render("prompt", row["prompt"], True)
-    if tools and prompt == render("prompt", row["prompt"], True, None):
+    try:
+        ignored = bool(tools) and prompt == render("prompt", row["prompt"], True, None)
+    except ValueError:
+        ignored = False  # a template for tools alone
+    if ignored:
         raise ValueError(f"{place}: field 'tools': the chat template does not show tools")
     chosen, rejected = (
         render(field, row["prompt"] + row[field], False).removesuffix(turn.header)

@@ -47,6 +47,9 @@ _THINKING = (
     "the chat template drops the thinking of earlier turns, in training as when the model answers"
 )
 _ENDED = "a completion brings an end of turn along, and another would follow it; one is trained"
+_NO_END = (
+    "the chat template writes nothing after an answer, so the model is not trained to end its turn"
+)
 _ADDED = (
     "the tokenizer ends every text with a special token; each completion is trained on one {eos!r}, "
     "and no prompt ends with the tokenizer's"
@@ -183,11 +186,13 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
         dropped = template.find_loss(row, texts, place)
         sequences = [processing.encode_rendered(text) for text in texts]
         unused = template.unused_options(inner, row)
+        said = str(row["chosen"][-1].get("content") or "").strip()
+        endless = said != "" and texts.chosen.endswith(said)
     else:
         texts = template.Conversation(
             row["prompt"], *(row["prompt"] + row[field] for field in ended)
         )
-        dropped, unused = False, ""
+        dropped, unused, endless = False, "", False
         sequences = [processing.encode(text) for text in texts]
     prompt, chosen, _ = sequences
     if not prompt:
@@ -205,6 +210,7 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
         _MERGED.format(start=start): shared < len(prompt) and not texts.left_out,
         _THINKING: dropped,
         _ENDED: brought,
+        _NO_END: endless,
         _ADDED.format(eos=inner.eos_token): processing.added > 0 and not chat,
         _UNUSED.format(options=unused): unused,
         _UNKNOWN.format(unk=inner.unk_token): any(processing.unknown in ids for ids in sequences),

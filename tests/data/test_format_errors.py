@@ -18,7 +18,7 @@ GREEN = {"role": "assistant", "content": "It is green."}
 TEXT = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
 TRANSCRIPT = "\n\nHuman: Hi!\n\nAssistant:"
 MESSAGES = {"prompt": [ASK], "chosen": [BLUE], "rejected": [GREEN]}
-HERE = "(fields here: ['chosen', 'prompt'])"
+CALLED = "(fields here: ['chosen', 'prompt']; --columns rejected=... says what it is called)"
 IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
 SIDE = "expected a string or a list of chat messages"
 SHAREGPT = {"chosen": "a", "rejected": "b"}
@@ -27,7 +27,7 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "c"}, f"field 'rejected' is missing {HERE}"),
+        ({"prompt": "p", "chosen": "c"}, f"field 'rejected' is missing {CALLED}"),
         ({**TEXT, "chosen": 3}, f"field 'chosen' is 3, {SIDE}"),
         ({**TEXT, "chosen": None}, f"field 'chosen' is None, {SIDE}"),
         ({**TEXT, "rejected": float("nan")}, f"field 'rejected' is nan, {SIDE}"),
@@ -128,7 +128,8 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
         ),
         (
             {**TEXT, "system": "Be brief."},
-            "field 'system' has no place in a text prompt: make messages of the pair with chat=True, or "
+            "field 'system' has no place in a text prompt: make messages of the pair with --chat "
+            "(chat=True), or "
             "leave the field out",
         ),
         ({**MESSAGES, "system": 3}, "field 'system' is 3, expected a string"),
@@ -154,11 +155,6 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
             "field 'chat_template_kwargs' is not valid JSON (the key 'a' stands twice in one object: "
             "{'a': 2}): '{\"a\": 1, \"a\": 2}'",
         ),
-        (  # as Python prints it
-            {**MESSAGES, "prompt": "[{'role': 'user', 'content': 'hi'}]"},
-            "field 'prompt' is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
-            "column 3 (char 2)): \"[{'role': 'user', 'content': 'hi'}]\"",
-        ),
         (
             {"conversations": [{"from": "human"}], **SHAREGPT},
             "field 'conversations': message 1: 'content' is not text, as a text model expects it, but None",
@@ -181,8 +177,32 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
             "field 'chosen' has half a surrogate pair, '\\udc00'",
         ),
         (
-            {**MESSAGES, "prompt": '[{"role": "user", "content": "\\ud83d"}]'},
-            "field 'prompt' has half a surrogate pair, '\\ud83d'",
+            {**TEXT, "a\udc00": 1},
+            "field 'a\udc00' has half a surrogate pair, '\\udc00'",
+        ),
+        (
+            {"query": "What color?", "chosen": "The sky is blue.", "rejected": "The sky is green."},
+            "field 'prompt' is missing, and 'query' may be what it is called here: say --columns "
+            "prompt=query, or leave that field out",
+        ),
+        (
+            {"messages": [ASK], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
+            "field 'prompt' is missing, and 'messages' may be what it is called here: say --columns "
+            "prompt=messages, or leave that field out",
+        ),
+        (
+            {"chosen": [BLUE, ASK, BLUE], "rejected": [BLUE, GREEN]},
+            "'chosen' and 'rejected' share no message of 'user' to take for the prompt",
+        ),
+        (
+            {**MESSAGES, "prompt": [{**ASK, "images": ["cat.png"]}]},
+            "field 'prompt': message 1 has 'images', which cannot be used in training: leave such rows "
+            "out",
+        ),
+        (
+            {**MESSAGES, "chosen": [{**BLUE, "content": "", "function_call": {"name": "f"}}]},
+            "field 'chosen': message 1 has 'function_call', which cannot be used in training: give "
+            "'tool_calls'",
         ),
         (
             {**TEXT, "note": {"a": ["\udc00"]}},

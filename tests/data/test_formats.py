@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdpop.data.formats import convert
+from fastdpop.data.json_text import cell
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK = {"role": "user", "content": "What color is the sky?"}
@@ -59,7 +60,6 @@ def test_messages_stay_messages(chat: bool) -> None:
         },
         {"prompt": ASK["content"], "chosen": [BLUE], "rejected": [GREEN]},
         {"prompt": [ASK], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
-        {name: json.dumps(CHAT[name]) for name in ("prompt", "chosen", "rejected")},
         {
             "prompt": [{**ASK, "name": None}],
             "chosen": [{**BLUE, "tool_calls": None}],
@@ -82,6 +82,21 @@ def test_messages_stay_messages(chat: bool) -> None:
 )
 def test_other_ways_to_write_messages(row: dict[str, Any]) -> None:
     assert convert(row) == (CHAT, "chat messages", ())
+
+
+def test_text_that_is_json_is_text() -> None:
+    """Only a cell of a CSV file has no other way to hold messages."""
+    row = {"prompt": "Write JSON.", **{n: json.dumps(CHAT[n]) for n in ("chosen", "rejected")}}
+    assert convert(row).fields == row
+    assert cell(row["chosen"]) == CHAT["chosen"]
+    assert cell("[{'a': 1}]") == "[{'a': 1}]"
+    assert cell('[1, {"role": 2}]') == '[1, {"role": 2}]'
+    with pytest.raises(ValueError, match="a cell looks like a list of messages, but is not valid"):
+        cell("[{'role': 'user', 'content': 'hi'}]")
+
+
+def test_what_is_no_image() -> None:
+    assert convert({**TEXT, "images": float("nan"), "video": [None, ""]}).fields == TEXT
 
 
 def test_implicit_prompt_of_messages() -> None:

@@ -104,12 +104,12 @@ def test_arguments_of_conversion_and_source_are_passed_on(tmp_path: Path) -> Non
         (
             [TEXT, TEXT, MESSAGES],
             "x.jsonl:3: this pair is messages, while that at x.jsonl:1 is text: all of a source must be one "
-            "kind (chat=True makes messages of text)",
+            "kind (--chat, chat=True, makes messages of text)",
         ),
         (
             [MESSAGES, TEXT],
             "x.jsonl:2: this pair is text, while that at x.jsonl:1 is messages: all of a source must be one "
-            "kind (chat=True makes messages of text)",
+            "kind (--chat, chat=True, makes messages of text)",
         ),
     ],
 )

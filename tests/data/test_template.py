@@ -227,3 +227,20 @@ def test_options_that_a_template_does_not_know_are_reported() -> None:
     with pytest.warns(UserWarning, match="'chat_template_kwargs': enable_thinking$"):
         tokens(dataset(row, row), byte_level(CHATML))
     tokens(row, byte_level(QWEN3))
+
+
+def test_a_template_that_ends_no_turn() -> None:
+    endless = byte_level(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    )
+    with pytest.warns(
+        UserWarning, match=r"^pairs.jsonl:1: the chat template writes nothing after an"
+    ):
+        tokens(pair(CHAT), endless)
+    tokens(pair(CHAT), byte_level(CHATML))  # and no warning where it does
+
+
+def test_a_template_for_tools_alone() -> None:
+    """Which fails without them, so that what it shows cannot be compared."""
+    template = "{{ tools[0].function.name }}" + CHATML
+    assert "add" in texts(pair(CHAT, tools=[TOOL]), byte_level(template))[0]
