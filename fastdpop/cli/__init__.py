@@ -22,6 +22,8 @@ from fastdpop.cli import demo, doctor, train, trl
 
 COMMANDS = (demo, doctor)
 WITH_OWN_PARSER = (train, trl)
+# Of a user; the last is a library's, of what was asked for.
+_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
             return 130
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except _MISTAKES as error:
             return _failed(str(error))
         except (RuntimeError, MemoryError) as error:
             # Any other RuntimeError is a fault of the program: those of a user's mistake have

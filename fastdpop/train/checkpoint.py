@@ -28,6 +28,16 @@ def begin(folder: Path) -> None:
     (folder / _INCOMPLETE).touch()
 
 
+def marked(folder: Path) -> bool:
+    """Whether what is in a folder was not written to its end."""
+    return (folder / _INCOMPLETE).exists()
+
+
+def end(folder: Path) -> None:
+    """Take the mark of :func:`begin` away."""
+    (folder / _INCOMPLETE).unlink(missing_ok=True)
+
+
 def seal(folder: Path, identity: Identity) -> None:
     """Say that a checkpoint is whole, once every process has written its part."""
     names = sorted(
@@ -42,7 +52,7 @@ def seal(folder: Path, identity: Identity) -> None:
     partial = folder / (MANIFEST + ".partial")
     partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
-    (folder / _INCOMPLETE).unlink(missing_ok=True)
+    end(folder)
 
 
 def prune(output: Path, keep: int | None, best: str | None) -> None:
@@ -81,7 +91,7 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, expected a folder for the run")
     for folder in checkpoints(output):
-        if (folder / _INCOMPLETE).exists() and not (folder / MANIFEST).exists():
+        if marked(folder) and not (folder / MANIFEST).exists():
             shutil.rmtree(folder)
             notes.append(f"{folder} had not been written to its end, and was removed.")
     whole = checkpoints(output)
@@ -94,7 +104,7 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
         raise FileExistsError(
             f"{output} already holds a run ({whole[0].name}): go on with --resume, or choose another folder"
         )
-    if any((output / name).exists() for name in _MODEL_FILES):
+    if any((output / name).exists() for name in _MODEL_FILES) and not marked(output):
         raise FileExistsError(f"{output} already holds a model: choose another folder")
     return None, notes
 
@@ -123,6 +133,10 @@ def verify(folder: Path, identity: Identity) -> None:
     ]
     if changes:
         raise ValueError(f"{folder} belongs to another run; " + "; ".join(changes))
+    if not any("optimizer" in name or name.startswith("global_step") for name in files):
+        raise ValueError(
+            f"{folder} holds no state of an optimizer (--save_only_model): nothing can go on from it"
+        )
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing. {other}")

@@ -42,8 +42,10 @@ def model_source(asked: Asked) -> Source:
     Raises:
         ValueError, OSError: there is no such model; options for a new adapter beside an old one.
     """
-    name, trust = asked.model.model_name_or_path, asked.config.trust_remote_code
+    name, trust = asked.model.model_name_or_path, _trust(asked)
     assert name is not None  # the command line was checked
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
+        raise ValueError(f"--model is {name!r}: there is no such folder")
     adapter = base = None
     if find_adapter_config_file(name) is not None:
         from peft import PeftConfig
@@ -73,13 +75,18 @@ def model_source(asked: Asked) -> Source:
     )
 
 
+def _trust(asked: Asked) -> bool:
+    # TRL before 1.8 has it in the other one.
+    return any(getattr(where, "trust_remote_code", False) for where in (asked.config, asked.model))
+
+
 def load_tokenizer(asked: Asked, source: Source) -> Any:
     """The tokenizer, with another chat template if one was named.
 
     Raises:
         ValueError, OSError: there is none, or no such template.
     """
-    trust = {"trust_remote_code": asked.config.trust_remote_code}
+    trust = {"trust_remote_code": _trust(asked)}
     names = [asked.own.tokenizer] if asked.own.tokenizer else [source.adapter, source.base]
     if source.adapter and not (Path(source.adapter) / "tokenizer_config.json").exists():
         names = names[-1:]
@@ -149,7 +156,7 @@ def _load(asked: Asked, source: Source) -> Any:
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": model_args.attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
+        "trust_remote_code": _trust(asked),
     }
     if source.adapter is None:
         options["revision"] = model_args.model_revision
@@ -161,17 +168,25 @@ def _load(asked: Asked, source: Source) -> Any:
     options |= more or {}
     name = source.adapter or source.base
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source.base, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.base, output_loading_info=True, **options
+        )
+        model, report = loaded
+        if report["missing_keys"]:
+            raise ValueError(f"it has no weights for {sorted(report['missing_keys'])[:3]}")
         if source.adapter is None:
             return model
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
-        return model.merge_and_unload().requires_grad_() if asked.own.merge_adapter else model
+        tuned: Any = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
+        if asked.own.merge_adapter:
+            return tuned.merge_and_unload().requires_grad_()
+        return _with_whole_reference(tuned)
     except torch.OutOfMemoryError:
         raise
     # Weights of other shapes, a file cut short or damaged, a model that is none for text.
     except (
+        TypeError,
         RuntimeError,
         SafetensorError,
         pickle.UnpicklingError,
@@ -180,3 +195,23 @@ def _load(asked: Asked, source: Source) -> Any:
         ValueError,
     ) as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from error
+
+
+def _with_whole_reference(model: Any) -> Any:
+    """An adapter's model whose copy as the adapter "ref" is complete.
+
+    TRL copies the parameters that have ".default." within their names. Those that end with it, such as
+    IA3's and those of LoRA on an embedding, would stay as they were made.
+    """
+    own = model.add_adapter
+
+    def add_adapter(name: str, *args: Any, **kwargs: Any) -> None:
+        own(name, *args, **kwargs)
+        parameters = dict(model.named_parameters())
+        for full, parameter in parameters.items():
+            if "default" in full.split("."):
+                copied = ".".join(name if part == "default" else part for part in full.split("."))
+                parameters[copied].data.copy_(parameter.data)
+
+    model.add_adapter = add_adapter
+    return model

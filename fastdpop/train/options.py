@@ -54,11 +54,11 @@ def under_trl_names(name: str, value: Any) -> dict[str, Any]:
     }
     trl_name = SHORT[name][0] if name in SHORT else name
     if name in words:
-        if value not in words[name]:
+        if not isinstance(value, str) or value not in words[name]:
             raise ValueError(f"--{name} is {value!r}, expected one of {tuple(words[name])}")
         return {trl_name: words[name][value]}
     if name == "lora_targets":
-        return {trl_name: value.split(",")}
+        return {trl_name: value if isinstance(value, list) else str(value).split(",")}
     if name in ("eval_every", "save_every"):
         if not str(value).isdecimal():
             raise ValueError(f"--{name} is {value}, expected a whole number, 0 or above")

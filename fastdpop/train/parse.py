@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import itertools
@@ -17,16 +18,15 @@ from transformers.trainer_utils import IntervalStrategy
 from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments, TrlParser
 from trl.trainer.model_config import ModelConfig
 
-from fastdpop import checks, engines, losses
+from fastdpop import losses
 from fastdpop.integrations.trl import FastDPOConfig
 from fastdpop.integrations.trl.loss import check_config
 from fastdpop.losses import PreferenceLoss
-from fastdpop.train.options import DEFAULTS, MOST_THREADS, SHORT, PairArguments, under_trl_names
+from fastdpop.train.consistency import check, evaluates, missing
+from fastdpop.train.options import DEFAULTS, SHORT, PairArguments, under_trl_names
 
 _LISTS = ("columns", "loss_option")
 """Options of which each may be given several times."""
-_MOST_EPOCHS = 1e6
-_LARGEST_SEED = 2**32 - 1  # numpy takes no more
 
 
 @dataclass
@@ -61,7 +61,8 @@ def parse(argv: Sequence[str]) -> Asked:
         OSError: the YAML file cannot be read.
     """
     arguments, given = _translated(list(argv))
-    device = _device(_last(arguments, "--device"))
+    in_yaml = _in_yaml(arguments, "device")
+    device = _device(_last(arguments, "--device") or in_yaml)
     kinds: Any = (PairArguments, ScriptArguments, FastDPOConfig, ModelConfig, DatasetMixtureConfig)
     parser = _Parser(
         kinds,
@@ -78,13 +79,17 @@ def parse(argv: Sequence[str]) -> Asked:
     parser.given = given
     try:
         *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{_last(arguments, '--config')} is no YAML: {error}") from error
+    except IndexError:
+        parser.error("argument --config: expected one argument")
+    except TypeError as error:  # of a dataclass, about a value that is of the wrong type
+        raise ValueError(str(error)) from error
     if unknown:
         parser.error(_unknown(unknown, parser))
     own, data, config, model, mixture = parsed
     asked = Asked(own, data, config, model, mixture, given, None)
-    _check(asked, parser)
+    for name in missing(asked):
+        parser.error(f"{name} is missing")
+    check(asked)
     asked.loss = _loss(asked)
     if asked.loss is not None:  # what it replaces is TRL's default again, unless it was given
         for name, value in (("loss_type", ["sigmoid"]), ("beta", 0.1)):
@@ -105,14 +110,11 @@ class _Parser(TrlParser):
             return super().set_defaults_with_config(**values)  # the defaults themselves
         named: dict[str, Any] = {}
         for name, value in values.items():
-            named |= under_trl_names(name.replace("-", "_"), value)
+            named |= under_trl_names(str(name).replace("-", "_"), value)
         self.given |= set(named)
         for action in self._actions:
-            value = named.get(action.dest)
-            if isinstance(value, list) and action.nargs is None:
-                raise ValueError(f"{action.dest} is {value!r}, expected one value")
-            if action.dest in _LISTS and isinstance(value, str):
-                named[action.dest] = [value]
+            if action.dest in named:
+                named[action.dest] = _as_given(action, named[action.dest])
         return super().set_defaults_with_config(**named)
 
     def error(self, message: str) -> NoReturn:
@@ -122,6 +124,37 @@ class _Parser(TrlParser):
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _as_given(action: argparse.Action, value: Any) -> Any:
+    """A value of YAML such that it is read and checked as one of the command line.
+
+    Raises:
+        ValueError: it is none of this option.
+    """
+    name, kind = action.dest, action.type
+    wrong = ValueError(f"{name} is {value!r}, expected " + (
+        f"one of {tuple(action.choices)}" if action.choices else "one value"
+    ))  # fmt: skip
+    if name in _LISTS and isinstance(value, dict):
+        value = [f"{key}={item}" for key, item in value.items()]
+    if action.nargs == "+" and value is not None:
+        items = value if isinstance(value, list) else [value]
+        try:
+            return [kind(str(i)) if kind in (int, float, str) else i for i in items]
+        except ValueError as error:
+            raise ValueError(f"{name} is {value!r}: {error}") from None
+    if value is False and name.endswith("_strategy"):
+        return "no"  # which YAML takes for a boolean
+    if value is None and kind not in (int, float):
+        return None
+    if action.choices and value not in action.choices:
+        raise wrong
+    if kind is str or isinstance(value, dict):
+        return value
+    if value is None or isinstance(value, list):
+        raise wrong
+    return str(value)  # argparse reads it, and says what it is not
 
 
 def _translated(argv: list[str]) -> tuple[list[str], set[str]]:
@@ -170,6 +203,42 @@ def _last(arguments: list[str], flag: str) -> str | None:
     return found
 
 
+class _UniqueLoader(yaml.SafeLoader):
+    """YAML of which no key stands twice in one mapping."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _in_yaml(arguments: list[str], name: str) -> Any:
+    """What the file of ``--config`` says of an option that must be known before the others are read.
+
+    Raises:
+        ValueError: the file is no YAML.
+        OSError: it cannot be read.
+    """
+    path = _last(arguments, "--config")
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.load(file, _UniqueLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        return None  # TRL says so
+    for key in content:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: the key {key!r} is no option")
+    return content.get(name)
+
+
 def _unknown(arguments: list[str], parser: _Parser) -> str:
     name = next((a for a in arguments if a.startswith("--")), arguments[0])
     known = {o for action in parser._actions for o in action.option_strings}
@@ -192,9 +261,11 @@ def _device(name: str | None) -> torch.device:
         name = str(torch.accelerator.current_accelerator())
     try:
         device = torch.device(name)
+        if device.type == "cpu":
+            return torch.device("cpu")
         torch.ones(1, device=device).item()
     # What a build without CUDA raises, and one without a device's module.
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise ValueError(
             f"--device is {name!r}, expected a device that torch can use here, "
             f"such as cpu or cuda:0: {str(error).splitlines()[0]}"
@@ -202,67 +273,6 @@ def _device(name: str | None) -> torch.device:
     if device.index is not None and "LOCAL_RANK" not in os.environ:
         torch.accelerator.set_device_index(device.index)
     return device
-
-
-# --------------------------------------------------------------------------------- what goes together
-
-
-def _check(asked: Asked, parser: _Parser) -> None:
-    """Refuse what is missing, out of range, or without effect."""
-    own, config, given = asked.own, asked.config, asked.given
-    sources = [bool(own.pairs), bool(asked.data.dataset_name), bool(asked.mixture.datasets)]
-    if not asked.model.model_name_or_path:
-        parser.error("--model is missing")
-    if sum(sources) != 1:
-        what = "missing" if not any(sources) else "given beside --dataset_name or datasets"
-        parser.error(f"--pairs is {what}: name one source of pairs")
-    if "output_dir" not in given:
-        parser.error("--output is missing")
-    if own.threads is not None and not 1 <= own.threads <= MOST_THREADS:
-        raise ValueError(f"--threads is {own.threads}, expected 1 to {MOST_THREADS}")
-    for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
-        value = getattr(config, name)
-        low_enough = value == 0 and name == "max_grad_norm"  # no clipping, to TRL
-        if not (0 < value < float("inf") or low_enough):
-            raise ValueError(f"--{name} is {value}, expected a positive number")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} is {getattr(config, name)}, expected at least 1")
-    if "max_steps" in given and config.max_steps < 1:
-        raise ValueError(f"--steps is {config.max_steps}, expected at least 1")
-    if config.num_train_epochs > _MOST_EPOCHS:
-        raise ValueError(
-            f"--num_train_epochs is {config.num_train_epochs:g}, expected at most {_MOST_EPOCHS:g}"
-        )
-    if not 0 <= config.seed <= _LARGEST_SEED:
-        raise ValueError(f"--seed is {config.seed}, expected 0 to {_LARGEST_SEED}")
-    if config.padding_free:
-        raise ValueError("--padding_free is not available: TRL would pad all the same")
-    if not (0 <= config.weight_decay < float("inf")):
-        raise ValueError(f"--weight_decay is {config.weight_decay}, expected a number >= 0")
-    if config.max_length is not None and config.max_length < 2:
-        raise ValueError(f"--max_length is {config.max_length}, expected at least 2")
-    checks.workspace(own.workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
-    if own.engine != "auto":
-        engines.get(own.engine)
-    engines.choose(own.engine, config.device, torch.bfloat16 if config.bf16 else torch.float32)
-    _check_lora(asked)
-
-
-def _check_lora(asked: Asked) -> None:
-    model = asked.model
-    if not model.use_peft:
-        for name in sorted(asked.given):
-            if name.startswith("lora_") or name in ("use_rslora", "use_dora"):
-                raise ValueError(f"--{name} has no effect without --lora")
-    if not 0 < model.lora_alpha < float("inf"):
-        raise ValueError(f"--lora_alpha is {model.lora_alpha}, expected a positive number")
-    if not 0 <= model.lora_dropout < 1:
-        raise ValueError(
-            f"--lora_dropout is {model.lora_dropout}, expected a number from 0 to less than 1"
-        )
-    if model.lora_r < 1:
-        raise ValueError(f"--lora_r is {model.lora_r}, expected at least 1")
 
 
 def _loss(asked: Asked) -> PreferenceLoss | None:
@@ -295,13 +305,7 @@ def _option(text: str) -> tuple[str, Any]:
 def _settle(asked: Asked) -> None:
     """Defaults that follow from other options."""
     own, config, given = asked.own, asked.config, asked.given
-    if (
-        not own.eval_pairs
-        and "dataset_test_split" not in given
-        and not asked.mixture.test_split_size
-    ):
-        if given & {"eval_strategy", "eval_steps"} and config.eval_strategy != "no":
-            raise ValueError("--eval_strategy and --eval_steps have no effect without --eval-pairs")
+    if not evaluates(asked):
         config.eval_strategy, config.do_eval = IntervalStrategy.NO, False
     if config.sync_ref_model and "precompute_ref_log_probs" not in given:
         config.precompute_ref_log_probs = False  # the reference moves

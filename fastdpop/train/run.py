@@ -23,18 +23,51 @@ from fastdpop.train.parse import Asked, parse
 from fastdpop.train.report import evaluations, held_out_table
 from fastdpop.train.trainer import PairTrainer
 
-_IDENTITY = (
-    "loss_type", "loss_weights", "beta", "dpop_lambda", "label_smoothing", "ld_alpha", "use_weighting",
-    "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "precompute_ref_log_probs",
-    "sync_ref_model", "optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed",
-    "bf16", "fp16", "router_aux_loss_coef", "disable_dropout", "neftune_noise_alpha",
-    "train_sampling_strategy", "num_train_epochs", "max_steps",
-)  # fmt: skip
-"""Settings of TRL's that decide which numbers a run computes."""
+_FREE = (
+    *(
+        "output_dir",
+        "logging",
+        "log_",
+        "eval",
+        "do_",
+        "save_",
+        "per_device_eval",
+        "report_to",
+        "run_name",
+    ),
+    *(
+        "project",
+        "trackio",
+        "hub_",
+        "push_to_hub",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "use_cpu",
+    ),
+    *("dataloader_num_workers", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch"),
+    *(
+        "dataset_num_proc",
+        "ddp_",
+        "deepspeed",
+        "fsdp",
+        "debug",
+        "skip_memory",
+        "load_best",
+        "metric_for",
+    ),
+    *(
+        "greater_is",
+        "ignore_data_skip",
+        "include_",
+        "prediction_loss_only",
+        "enable_jit",
+        "restore_",
+    ),
+    *("gradient_checkpointing", "activation_", "torch_empty_cache", "max_length", "local_rank"),
+)
+"""How the names of those of TRL's settings begin on which no number depends that a run computes."""
 _LENGTH = ("num_train_epochs", "max_steps")
-"""Of these, what only says how long it goes on where the learning rate is constant."""
+"""Settings that only say how long it goes on where the learning rate is constant."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -57,7 +90,12 @@ def run(argv: Sequence[str]) -> int:
     train = train.shuffle(config.seed if config.data_seed is None else config.data_seed)
     identity = _identity(asked, train, held_out)
     start = _open(output, asked, identity)
-    config.eval_on_start = held_out is not None and start is None
+    if start is not None and config.sync_ref_model:
+        raise ValueError(
+            "--resume has no place with --sync_ref_model: checkpoints do not hold the reference"
+        )
+    if "eval_on_start" not in asked.given:
+        config.eval_on_start = held_out is not None and start is None
     model, ref_model, peft_config = load_model(asked, source)
     set_seed(config.seed)  # of a new adapter, which TRL before 1.15 does not seed
     try:
@@ -75,10 +113,14 @@ def run(argv: Sequence[str]) -> int:
             identity=identity,
             write_metrics=True,
         )
-    except (UnfitModel, NotImplementedError) as error:
+    except UnfitModel as error:
         raise ValueError(
             f"{asked.model.model_name_or_path} cannot be trained so: {error}"
         ) from error
+    except RuntimeError as error:
+        if "install" not in str(error):  # a logger's package, say
+            raise
+        raise ImportError(str(error)) from error
     if asked.data.ignore_bias_buffers:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
@@ -96,7 +138,7 @@ def run(argv: Sequence[str]) -> int:
         ended = known and known[-1]["step"] == trainer.state.global_step
         if not ended or config.load_best_model_at_end:
             trainer.evaluate()
-    trainer.save_model()
+    trainer.save_at_the_end()
     say(_summary(trainer, result))
     trainer.accelerator.end_training()
     return 0
@@ -106,7 +148,10 @@ def read(asked: Asked, tokenizer: Any, source: Source) -> tuple[Any, Any]:
     """Training and held-out pairs, checked and tokenised; None where there are no held-out ones."""
     own, data, mixture = asked.own, asked.data, asked.mixture
     if mixture.datasets:
-        parts = get_dataset(mixture)
+        try:
+            parts = get_dataset(mixture)
+        except Exception as error:  # those of hub, network and pyarrow have no common base
+            raise ValueError(f"datasets: {error}") from error
         train, held_out = parts["train"], parts.get("test")
     else:
         train = own.pairs or data.dataset_name
@@ -166,9 +211,16 @@ def _mapping(text: str) -> tuple[str, str]:
 def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
     """What a checkpoint must agree on with the run that goes on from it."""
     config = asked.config
-    free = _LENGTH if config.lr_scheduler_type in ("constant", "constant_with_warmup") else ()
-    own = {name: str(getattr(config, name, None)) for name in _IDENTITY if name not in free}
+    free: tuple[str, ...] = (
+        _LENGTH if config.lr_scheduler_type in ("constant", "constant_with_warmup") else ()
+    )
+    own = {
+        name: str(value)
+        for name, value in sorted(config.to_dict().items())
+        if not name.startswith((*_FREE, *free))
+    }
     own |= {f"model: {name}": str(value) for name, value in vars(asked.model).items()}
+    own["world_size"], own["merge_adapter"] = str(config.world_size), str(asked.own.merge_adapter)
     own["loss"] = repr(asked.loss)
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
     own["training pairs"] = hash_of_tokens(train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,22 +139,44 @@ class PairTrainer(FastDPOTrainer):
         output = Path(self._get_output_dir(trial=trial))
         folder = output / f"checkpoint-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
-        first = self.args.should_save
         try:
-            if first:
-                checkpoint.begin(folder)
-            super()._save_checkpoint(model, trial)
+            with self._writing(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoint.seal(folder, self._identity)
+                    # Only now: whatever happens, one whole checkpoint is there.
+                    checkpoint.prune(output, keep, self.state.best_model_checkpoint)
+        finally:
+            self.args.save_total_limit = keep
+
+    def save_at_the_end(self) -> None:
+        """The model and its tokenizer into the output folder, without the reference's adapter."""
+        peft_config = getattr(self.model, "peft_config", {})
+        if "ref" in peft_config and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model.delete_adapter("ref")
+        folder = Path(str(self.args.output_dir))
+        with self._writing(folder):
+            self.save_model()
             self.accelerator.wait_for_everyone()
-            if first:
-                checkpoint.seal(folder, self._identity)
-                # Only now: whatever happens, one whole checkpoint is there.
-                checkpoint.prune(output, keep, self.state.best_model_checkpoint)
+            if self.args.should_save:
+                checkpoint.end(folder)
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """Mark a folder that is being written to, and say which one could not be."""
+        try:
+            if self.args.should_save:
+                checkpoint.begin(folder)
+            yield
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, OSError, SafetensorError) as error:
             raise OSError(f"{folder} cannot be written: {error}") from error
-        finally:
-            self.args.save_total_limit = keep
+        except Exception as error:
+            if type(error) is not Exception:  # which is what tokenizers raises
+                raise
+            raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 class _InBatches(Sampler[int]):

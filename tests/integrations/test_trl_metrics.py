@@ -60,7 +60,7 @@ def test_an_evaluation_is_over_pairs(batch: int, tmp_path: Path) -> None:
     logratios = pair_by_pair(of)
     for side, values in logratios.items():
         assert values.std() > 0.1
-        mean, error = values.mean().item(), (values.std(correction=0) / PAIRS**0.5).item()
+        mean, error = values.mean().item(), (values.std() / PAIRS**0.5).item()
         assert found[f"eval_logratios/{side}"] == pytest.approx(mean, rel=1e-4)
         assert found[f"eval_logratios/{side}_standard_error"] == pytest.approx(error, rel=1e-4)
         assert found[f"eval_rewards/{side}"] == pytest.approx(0.5 * mean, rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import peft
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.tiny_model import tiny_tokenizer
+from tests.tiny_model import tiny_llama, tiny_tokenizer
 from tests.train.files import WARNINGS, Files
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -80,7 +81,7 @@ def test_an_adapter_may_be_merged_first(files: Files) -> None:
     base = AutoModelForCausalLM.from_pretrained(files.folder / "model")
     tuned = peft.PeftModel.from_pretrained(base, sft).merge_and_unload().eval()
     expected = mean_chosen_logps(files, tuned)
-    for out, flags in ((None, ()), ("online", ("--reference", "online")), ("lora", ("--lora",))):
+    for out, flags in ((None, ()), ("online", ("--reference", "online"))):
         folder = files.folder / out if out else None
         if out:
             assert files.run(*more, *flags, out=folder) == 0
@@ -88,7 +89,34 @@ def test_an_adapter_may_be_merged_first(files: Files) -> None:
         assert row["logps/chosen"] == pytest.approx(expected, rel=1e-5)
         assert row["rewards/chosen"] == pytest.approx(0, abs=1e-4)
     assert (files.out / "model.safetensors").exists()
-    assert (files.folder / "lora" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "IA3", "target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {"peft_type": "LORA", "r": 2, "target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=["ia3", "embedding"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
+def test_any_adapters_first_state_is_the_reference(files: Files, config: dict[str, Any]) -> None:
+    """TRL copies LoRA's on linear layers alone."""
+    tiny_llama(initializer_range=0.2, tied=False).save_pretrained(files.folder / "model")
+    base = AutoModelForCausalLM.from_pretrained(files.folder / "model")
+    model = peft.get_peft_model(base, peft.get_peft_config({"task_type": "CAUSAL_LM", **config}))
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "ia3" in name or "lora" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.5)
+    model.save_pretrained(files.folder / "other")
+    tiny_tokenizer().save_pretrained(files.folder / "other")
+    assert (
+        files.run("--model", str(files.folder / "other"), "--batch-pairs", "6", "--steps", "1") == 0
+    )
+    (row,) = (row for row in files.metrics() if "loss" in row)
+    assert row["logratios/chosen"] == row["logratios/rejected"] == 0.0
+    assert not (files.out / "ref").exists()
 
 
 def test_options_of_a_new_adapter_are_refused(

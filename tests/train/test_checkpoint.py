@@ -127,6 +127,24 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
         checkpoint.open_run(model / "adapter_config.json", False, IDENTITY)
 
 
+def test_a_model_that_was_not_written_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint.begin(tmp_path)
+    assert checkpoint.open_run(tmp_path, False, IDENTITY) == (None, [])
+    checkpoint.end(tmp_path)
+    with pytest.raises(FileExistsError, match="already holds a model"):
+        checkpoint.open_run(tmp_path, False, IDENTITY)
+
+
+def test_a_checkpoint_without_an_optimizer(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-1"
+    checkpoint.begin(folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    checkpoint.seal(folder, IDENTITY)
+    with pytest.raises(ValueError, match="holds no state of an optimizer"):
+        checkpoint.open_run(tmp_path, True, IDENTITY)
+
+
 def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     folders = {step: make(tmp_path, step) for step in (1, 2, 3, 4)}
     checkpoint.prune(tmp_path, None, None)

@@ -71,16 +71,16 @@ def test_short_options_stand_for_trls() -> None:
 
 def test_every_option_of_trl_works_under_its_name() -> None:
     given = asked(
-        "--per_device_eval_batch_size", "6", "--adam_beta2", "0.5", "--loss_type", "ipo", "sft",
-        "--loss_weights", "1.0", "0.1", "--label_smoothing", "0.5", "--lora", "--use_dora",
+        "--eval-pairs", "e", "--per_device_eval_batch_size", "6", "--adam_beta2", "0.5", "--loss_type", "robust", "sft",
+        "--loss_weights", "1.0", "0.1", "--label_smoothing", "0.3", "--lora", "--use_dora",
         "--no_remove_unused_columns", "--dataset_num_proc", "2", "--attn-implementation", "eager",
         "--dtype", "bfloat16",
     )  # fmt: skip
     assert given.config.per_device_eval_batch_size == 6
     assert given.config.adam_beta2 == 0.5
-    assert given.config.loss_type == ["ipo", "sft"]
+    assert given.config.loss_type == ["robust", "sft"]
     assert given.config.loss_weights == [1.0, 0.1]
-    assert given.config.label_smoothing == 0.5
+    assert given.config.label_smoothing == 0.3
     assert given.config.remove_unused_columns is False
     assert given.config.dataset_num_proc == 2
     assert given.model.use_dora
@@ -140,6 +140,17 @@ def test_yaml(tmp_path: Path) -> None:
         ("- a\n- b\n", "must contain a YAML mapping"),
         ("model: [m\n", "run.yaml is no YAML"),
         ("model: m\npairs: p\noutput: o\nsave_every: often\n", "--save_every is often"),
+        ("model: m\npairs: p\noutput: o\nsteps: null\n", "max_steps is None, expected one value"),
+        ("model: m\npairs: p\noutput: o\nsteps: 2.5\n", "invalid int value: '2.5'"),
+        ("model: m\npairs: p\noutput: o\nsteps: true\n", "invalid int value: 'True'"),
+        ("model: m\npairs: p\noutput: o\nseed: 3.7\n", "invalid int value: '3.7'"),
+        ("model: m\npairs: p\noutput: o\nbeta: null\n", "beta is None, expected one value"),
+        ("model: m\npairs: p\noutput: o\ndtype: foo\n", "dtype is 'foo', expected one of"),
+        ("model: m\npairs: p\noutput: o\nreference: [online]\n", "--reference is ['online']"),
+        ("model: m\npairs: p\noutput: o\nloss_weights: [a]\n", "loss_weights is ['a']"),
+        ("model: m\npairs: p\noutput: o\n1: 2\n", "the key 1 is no option"),
+        ("model: m\npairs: p\npairs: q\noutput: o\n", "the key 'pairs' stands twice"),
+        ("model: m\npairs: p\noutput: o\ndatasets: json\n", "datasets"),
         ("model: m\npairs: p\noutput: o\nlearning_rate: fast\n", "learning_rate"),
         (
             "model: m\npairs: p\noutput: o\nwarmup: [1, 2]\n",
@@ -157,6 +168,30 @@ def test_yaml_that_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_yaml_of_every_shape(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\npairs: p\noutput: o\ndevice: cpu\nlora: yes\nlora-targets: [q_proj, v_proj]\n"
+        "save_strategy: no\nreport_to: [none]\ncolumns: {prompt: question}\nloss: dpop\n"
+        "loss-option: {lam: 5, form: outside}\nlearning_rate: 1e-4\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr: 1.0e-5}\nmodel_init_kwargs: {revision: x}\n"
+    )
+    given = parse(["--config", str(file)])
+    assert given.model.lora_target_modules == ["q_proj", "v_proj"]
+    assert given.config.save_strategy == "no"
+    assert given.own.columns == ["prompt=question"]
+    assert given.loss == losses.get("dpop", lam=5, form="outside")
+    assert given.config.learning_rate == 1e-4
+    assert given.config.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert given.config.model_init_kwargs == {"revision": "x"}
+    assert given.config.use_cpu
+    given = parse(["--config", str(file), "--lora-targets", "k_proj"])
+    assert given.model.lora_target_modules == "k_proj"
+    file.write_text("model: m\npairs: p\noutput: o\ndevice: nope\n")
+    with pytest.raises(ValueError, match="--device is 'nope'"):
+        parse(["--config", str(file)])
+
+
 def test_yaml_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "/nowhere.yaml"]) == 1
     assert "/nowhere.yaml" in capsys.readouterr().err
@@ -171,6 +206,7 @@ def test_yaml_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["--too-long", "cut"], "argument --too_long/--too-long: invalid choice: 'cut'"),
         (["stray"], "stray"),
         (["--learning-rate"], "expected one argument"),
+        (["--config"], "argument --config: expected one argument"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
@@ -213,7 +249,7 @@ def test_what_is_missing(capsys: pytest.CaptureFixture[str], missing: str) -> No
         (["--beta", "nan"], "beta is nan"),
         (["--dpop-lambda", "-1"], "dpop_lambda is -1.0"),
         (["--loss_type", "dop"], "loss_type is 'dop'"),
-        (["--learning-rate", "0"], "--learning_rate is 0.0, expected a positive number"),
+        (["--learning-rate", "0"], "--learning_rate is 0.0, expected more than 0"),
         (["--learning-rate", "inf"], "--learning_rate is inf"),
         (["--weight-decay", "-1"], "--weight_decay is -1.0"),
         (["--max-grad-norm", "-1"], "--max_grad_norm is -1.0"),
@@ -228,11 +264,40 @@ def test_what_is_missing(capsys: pytest.CaptureFixture[str], missing: str) -> No
         (["--seed", "9" * 23], f"--seed is {'9' * 23}"),
         (["--max-length", "1"], "--max_length is 1, expected at least 2"),
         (["--eval-every", "x", "--eval-pairs", "e"], "--eval_every is x"),
-        (["--eval-steps", "5"], "have no effect without --eval-pairs"),
+        (["--eval-steps", "5"], "--eval_steps has no effect without --eval-pairs"),
         (["--schedule", "linear"], "--schedule is 'linear'"),
         (["--reference", "none"], "--reference is 'none'"),
         (["--threads", "1025"], "--threads is 1025"),
-        (["--padding_free"], "padding_free"),
+        (["--padding_free"], "--padding_free has no place here"),
+        (["--truncation_mode", "keep_start"], "--truncation_mode has no place here"),
+        (["--dataset_streaming"], "`fastdpop trl dpo` takes a stream"),
+        (["--do_train", "false"], "--do_train has no place here"),
+        (["--device", "cpu", "--warmup", "nan"], "--warmup_steps is nan"),
+        (["--logging-steps", "nan"], "--logging_steps is nan, expected more than 0"),
+        (["--logging-steps", "-1"], "--logging_steps is -1"),
+        (["--data_seed", "-1"], "--data_seed is -1"),
+        (["--save_total_limit", "-3"], "--save_total_limit is -3, expected at least 1"),
+        (["--precompute_ref_batch_size", "0"], "--precompute_ref_batch_size is 0"),
+        (["--sync_ref_model", "--ref_model_sync_steps", "0"], "--ref_model_sync_steps is 0"),
+        (["--ref_model_mixup_alpha", "0.5"], "has no effect without --sync_ref_model"),
+        (["--neftune_noise_alpha", "nan"], "--neftune_noise_alpha is nan"),
+        (["--loss_type", "sigmoid", "--dpop-lambda", "7"], "--dpop_lambda has no effect"),
+        (["--loss_type", "ipo", "--label_smoothing", "0.2"], "--label_smoothing has no effect"),
+        (["--loss", "simpo", "--loss_type", "sigmoid"], "--loss and --loss_type each name a loss"),
+        (["--loss", "dpop", "--dpop-lambda", "7"], "dpop_lambda is 7.0 beside loss=DPOP"),
+        (
+            ["--load_best_model_at_end"],
+            "--load_best_model_at_end has no effect without --eval-pairs",
+        ),
+        (["--eval_on_start"], "--eval_on_start has no effect without --eval-pairs"),
+        (["--save-every", "0", "--save_steps", "2"], "--save_steps has no effect with"),
+        (["--hub_model_id", "a/b"], "--hub_model_id has no effect without --push_to_hub"),
+        (["--lr_scheduler_kwargs", "garbage"], "--lr_scheduler_kwargs is 'garbage'"),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 3}'], "has no effect with --lr_scheduler_type"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "--lr_scheduler_type warmup_stable_decay"),
+        (["--accelerator_config", '{"foo": false}'], "foo"),
+        (["--lora", "--merge-adapter"], "--merge-adapter beside --lora"),
+        (["--output", ""], "--output is empty"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(

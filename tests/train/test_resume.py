@@ -135,6 +135,8 @@ def test_other_settings_data_or_bytes_are_refused(
         (("--learning-rate", "1e-3"), "learning_rate: 0.01 then, 0.001 now"),
         (("--pairs", str(files.folder / "test.jsonl")), "training pairs: "),
         (("--lora",), "use_peft: False then, True now"),
+        (("--neftune_noise_alpha", "5"), "neftune_noise_alpha: None then, 5.0 now"),
+        (("--train_sampling_strategy", "sequential"), "train_sampling_strategy: random then"),
         (("--loss", "ipo"), "loss: None then, IPO"),
     ):
         assert files.run("--steps", "4", "--save-every", "2", "--resume", *more) == 1
@@ -147,6 +149,15 @@ def test_other_settings_data_or_bytes_are_refused(
     path.write_bytes(content)
     assert files.run("--steps", "4", "--save-every", "2", "--resume") == 1
     assert f"{path} is damaged: its checksum has changed" in capsys.readouterr().err
+
+
+def test_a_reference_that_moves_is_in_no_checkpoint(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moves = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--save-every", "1")
+    assert files.run(*moves, "--steps", "2") == 0
+    assert files.run(*moves, "--steps", "3", "--resume") == 1
+    assert "--resume has no place with --sync_ref_model" in capsys.readouterr().err
 
 
 def test_only_the_newest_checkpoints_are_kept(files: Files) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastdpop.cli import main
@@ -283,6 +285,56 @@ def test_a_disk_that_is_full(
     assert said.startswith(f"fastdpop: error: {files.out / 'checkpoint-1'} cannot be written: ")
     monkeypatch.undo()
     assert files.run("--save-every", "1") == 0  # the same command starts again
+
+
+def test_a_model_that_cannot_be_written(
+    files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the very end; the same command starts again."""
+
+    def save_model(self: Any, *_: Any, **__: Any) -> None:
+        (files.out / "config.json").write_text("{}")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairTrainer, "save_model", save_model)
+        assert files.run("--save-every", "0") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"fastdpop: error: {files.out} cannot be written: No space left on device"
+    assert files.run("--save-every", "0") == 0
+    assert not list(files.out.glob("*incomplete*"))
+
+
+def test_a_model_that_is_no_causal_language_model(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its head would be a random one."""
+    tiny_llama(tied=False).model.save_pretrained(files.folder / "model")
+    assert files.run() == 1
+    assert "cannot be loaded: it has no weights for ['lm_head.weight']" in capsys.readouterr().err
+
+
+def test_a_logger_that_is_not_installed(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    assert files.run("--report_to", "trackio") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("fastdpop: error: ")
+    assert "trackio" in said
+
+
+def test_a_mixture_of_data_sets(files: Files) -> None:
+    """TRL's way to name data, which YAML alone can."""
+    file = files.folder / "run.yaml"
+    data = [
+        {"path": "json", "data_files": str(files.folder / f"{n}.jsonl")} for n in ("train", "test")
+    ]
+    file.write_text(json.dumps({"datasets": data, "test_split_size": 0.33}))
+    argv = files.argv("--config", str(file))
+    at = argv.index("--pairs")
+    assert main([*argv[:at], *argv[at + 2 :]]) == 0
+    assert [row["step"] for row in files.metrics() if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in files.metrics() if "eval_loss" in row] == [0, 3]
 
 
 def test_two_runs_do_not_share_a_folder(files: Files, capsys: pytest.CaptureFixture[str]) -> None:

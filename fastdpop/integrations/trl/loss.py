@@ -91,6 +91,21 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
     )
 
 
+def unread(args: Any) -> list[str]:
+    """The settings of a config that none of its losses reads, wherever they stand."""
+    settings = {
+        "dpop_lambda": "lam",
+        "discopop_tau": "tau",
+        "label_smoothing": "label_smoothing",
+        "f_alpha_divergence_coef": "alpha",
+        "beta": "beta",
+    }
+    read = {option for name in args.loss_type for option in _TAKES.get(name, settings.values())}
+    if str(args.f_divergence_type) != "alpha_divergence":
+        read -= {"alpha"}
+    return [name for name, option in settings.items() if option not in read]
+
+
 def logged_beta(trainer: Any) -> float:
     """The factor of the rewards that a ``DPOTrainer`` logs: its loss's beta, or the config's where that has none."""
     beta: float = _own_beta(trainer._fastdpop.loss) or trainer.beta

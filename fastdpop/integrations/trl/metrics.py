@@ -142,7 +142,9 @@ def fill(trainer: Any, mode: str) -> None:
     sums, counts, squares = values.unbind(1)
     means = sums.sum(0) / counts.sum(0).clamp_min(1)
     between = counts * (sums / counts.clamp_min(1) - means).square()
-    errors = (squares + between).sum(0).sqrt() / counts.sum(0).clamp_min(1)
+    # Of the mean, from the sample's own variance; 0 for a single pair, which has none.
+    n = counts.sum(0)
+    errors = ((squares + between).sum(0) / ((n - 1).clamp_min(1) * n.clamp_min(1))).sqrt()
     for name, mean, error in zip(kept.names[mode], means.tolist(), errors.tolist(), strict=True):
         metrics[name].append(mean)
         if mode == "eval" and name in _WITH_ERROR:
