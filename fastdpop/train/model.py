@@ -10,7 +10,9 @@ from typing import Any
 
 import jinja2
 import torch
+import trl
 from accelerate import PartialState
+from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -135,10 +137,11 @@ def load_model(asked: Asked, source: Source) -> tuple[Any, Any, Any]:
     model = _load(asked, source)
     trains_adapter = asked.model.use_peft or (source.adapter and not asked.own.merge_adapter)
     online = not asked.config.precompute_ref_log_probs
-    # TRL loads a reference by the model's name alone.
+    # TRL loads a reference by the model's name alone: in every step, under FSDP, and before TRL 1.4.
     special = asked.own.merge_adapter or asked.model.model_revision != "main"
+    loads = asked.config.fsdp or Version(trl.__version__) < Version("1.4")
     reference = None
-    if not trains_adapter and (online or (special and asked.config.fsdp)):
+    if not trains_adapter and (online or (special and loads)):
         reference = _load(asked, source)
     # All of it is in the model already.
     asked.config.model_init_kwargs = None
