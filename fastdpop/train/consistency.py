@@ -86,7 +86,8 @@ def check(asked: Any) -> None:
     """
     own, config, given = asked.own, asked.config, asked.given
     for name, why in _REFUSED.items():
-        if name in given:
+        says_so = name in ("do_train", "do_eval") and getattr(config, name)  # what it does anyhow
+        if name in given and not says_so:
             raise ValueError(f"--{name} has no place here: {why}")
     if bool(own.pairs) + bool(asked.data.dataset_name) + bool(asked.mixture.datasets) > 1:
         raise ValueError("--pairs, --dataset_name and datasets each name pairs: give one of them")

@@ -89,6 +89,10 @@ def test_every_option_of_trl_works_under_its_name() -> None:
     assert {"loss_type", "loss_weights", "remove_unused_columns"} <= given.given
 
 
+def test_what_it_does_anyhow_may_be_said() -> None:
+    assert asked("--do_train", "--do_eval", "--eval-pairs", "e").own.eval_pairs == "e"
+
+
 def test_trls_way_to_resume() -> None:
     given = asked("--resume_from_checkpoint", "true")
     assert (given.own.resume, given.config.resume_from_checkpoint) == (True, None)
