@@ -95,17 +95,17 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
             shutil.rmtree(folder)
             notes.append(f"{folder} had not been written to its end, and was removed.")
     whole = checkpoints(output)
-    if resume:
-        if not whole:
-            return None, [*notes, f"No checkpoint in {output}: starting from the beginning."]
-        verify(whole[0], identity)
-        return whole[0], notes
-    if whole:
+    if whole and not resume:
         raise FileExistsError(
             f"{output} already holds a run ({whole[0].name}): go on with --resume, or choose another folder"
         )
+    if whole:
+        verify(whole[0], identity)
+        return whole[0], notes
     if any((output / name).exists() for name in _MODEL_FILES) and not marked(output):
         raise FileExistsError(f"{output} already holds a model: choose another folder")
+    if resume:
+        notes.append(f"No checkpoint in {output}: starting from the beginning.")
     return None, notes
 
 

@@ -45,7 +45,6 @@ _NEEDS = {
     "hub_model_id": "push_to_hub",
     "precompute_ref_batch_size": "precompute_ref_log_probs",
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
-    "metric_for_best_model": "load_best_model_at_end",
     "greater_is_better": "metric_for_best_model",
 }
 """Options that mean nothing without another."""
@@ -86,8 +85,11 @@ def check(asked: Any) -> None:
     """
     own, config, given = asked.own, asked.config, asked.given
     for name, why in _REFUSED.items():
-        says_so = name in ("do_train", "do_eval") and getattr(config, name)  # what it does anyhow
-        if name in given and not says_so:
+        where = next(x for x in (config, asked.data, asked.mixture) if hasattr(x, name))
+        # What it does anyhow may be said.
+        harmless = bool(getattr(where, name)) == (name in ("do_train", "do_eval"))
+        harmless |= getattr(where, name) == "keep_start"
+        if name in given and not harmless:
             raise ValueError(f"--{name} has no place here: {why}")
     if bool(own.pairs) + bool(asked.data.dataset_name) + bool(asked.mixture.datasets) > 1:
         raise ValueError("--pairs, --dataset_name and datasets each name pairs: give one of them")
@@ -95,7 +97,7 @@ def check(asked: Any) -> None:
         raise ValueError("--output is empty, expected a folder")
     if own.threads is not None and not 1 <= own.threads <= MOST_THREADS:
         raise ValueError(f"--threads is {own.threads}, expected 1 to {MOST_THREADS}")
-    if "max_steps" in given and config.max_steps < 1:
+    if config.max_steps < 1 and config.max_steps != -1:  # TRL's way to say --epochs
         raise ValueError(f"--steps is {config.max_steps}, expected at least 1")
     for name, (least, most, inclusive) in _RANGES.items():
         value = getattr(config, name, None)
@@ -105,6 +107,8 @@ def check(asked: Any) -> None:
             bound = f"{'at least' if inclusive else 'more than'} {least:g}"
             bound += "" if most == math.inf else f" and at most {most:.10g}"
             raise ValueError(f"--{name} is {value}, expected {bound}")
+    if asked.mixture.test_split_size and (own.eval_pairs or not asked.mixture.datasets):
+        raise ValueError("--test_split_size has no effect beside --eval-pairs, or without datasets")
     _check_effects(asked)
     checks.workspace(own.workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
     if own.engine != "auto":
@@ -116,7 +120,7 @@ def check(asked: Any) -> None:
 
 def evaluates(asked: Any) -> bool:
     """Whether there are held-out pairs."""
-    named = asked.data.dataset_name and "dataset_test_split" in asked.given
+    named = asked.data.dataset_name and {"dataset_test_split", "eval_strategy"} & asked.given
     return bool(asked.own.eval_pairs or named or asked.mixture.test_split_size)
 
 
@@ -134,10 +138,8 @@ def _check_effects(asked: Any) -> None:
         if name in given and not has:
             raise ValueError(f"--{name} has no effect without --{needed}")
     for kind in ("save", "eval"):
-        if f"{kind}_steps" in given and getattr(config, f"{kind}_strategy") != "steps":
-            raise ValueError(
-                f"--{kind}_steps has no effect with --{kind}_strategy {getattr(config, f'{kind}_strategy').value}"
-            )
+        if f"{kind}_steps" in given and getattr(config, f"{kind}_strategy") == "no":
+            raise ValueError(f"--{kind}_steps has no effect with --{kind}_strategy no")
     if not evaluates(asked):
         for name in _EVALUATION:
             if name in given and getattr(config, name) not in ("no", False):
@@ -146,7 +148,8 @@ def _check_effects(asked: Any) -> None:
         is_file = source is not None and Path(source).is_file()
         nothing = source is None and not asked.data.dataset_name
         if f"dataset_{split}_split" in given and (is_file or nothing):
-            raise ValueError(f"--dataset_{split}_split has no effect: a file has no splits")
+            why = "a file has no splits" if is_file else f"no {split} data are named"
+            raise ValueError(f"--dataset_{split}_split has no effect: {why}")
 
 
 def _check_lora(asked: Any) -> None:

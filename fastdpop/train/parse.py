@@ -74,7 +74,10 @@ def parse(argv: Sequence[str]) -> Asked:
             action.nargs, action.const = "?", True  # `--bf16` alone is `--bf16 true`
     on_cpu = device.type == "cpu"
     parser.set_defaults_with_config(
-        **DEFAULTS, bf16=not on_cpu, gradient_checkpointing=not on_cpu, use_cpu=on_cpu
+        **DEFAULTS,
+        bf16=not (on_cpu or "fp16" in given or _in_yaml(arguments, "fp16")),
+        gradient_checkpointing=not on_cpu,
+        use_cpu=on_cpu,
     )
     parser.given = given
     try:

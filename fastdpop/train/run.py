@@ -18,6 +18,7 @@ from fastdpop.data.tokens import tokenize
 from fastdpop.integrations.trl.models import UnfitModel
 from fastdpop.integrations.trl.references import hash_of_tokens
 from fastdpop.train import checkpoint
+from fastdpop.train.consistency import evaluates
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
 from fastdpop.train.report import evaluations, held_out_table
@@ -152,11 +153,11 @@ def read(asked: Asked, tokenizer: Any, source: Source) -> tuple[Any, Any]:
             parts = get_dataset(mixture)
         except Exception as error:  # those of hub, network and pyarrow have no common base
             raise ValueError(f"datasets: {error}") from error
-        train, held_out = parts["train"], parts.get("test")
+        train, held_out = parts["train"], own.eval_pairs or parts.get("test")
     else:
         train = own.pairs or data.dataset_name
         held_out = own.eval_pairs
-        if held_out is None and data.dataset_name and asked.config.eval_strategy != "no":
+        if held_out is None and evaluates(asked):
             held_out = data.dataset_name
     splits = (data.dataset_train_split, data.dataset_test_split)
     return tuple(  # type: ignore[return-value]
@@ -171,11 +172,13 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     columns = dict(mappings)
     if len(columns) < len(mappings):
         raise ValueError(f"--columns is {own.columns}, expected each name once")
-    if Path(str(what)).is_file():
-        split = "train"  # the only one of a file
-    pairs = load_pairs(
-        what, columns=columns, chat=own.chat, split=split, config=asked.data.dataset_config
-    )
+    config: str | None = asked.data.dataset_config
+    label = f"{name} data of the mixture"
+    if isinstance(what, str):
+        label = what
+        if Path(what).is_file():
+            split, config = "train", None  # the only ones of a file
+    pairs = load_pairs(what, columns=columns, chat=own.chat, split=split, config=config)
     longest = asked.config.max_length or source.context
     dataset, dropped = tokenize(
         pairs.dataset,
@@ -186,7 +189,7 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
         vocab_size=source.vocab_size,
         num_proc=asked.config.dataset_num_proc,
     )
-    notes = [f"{what}: {len(dataset)} pairs ({pairs.format})"]
+    notes = [f"{label}: {len(dataset)} pairs ({pairs.format})"]
     if dropped:
         notes.append(f"{dropped} dropped for more than {longest} tokens")
     if pairs.unused:
@@ -195,7 +198,7 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     equal = sum(row["chosen_ids"] == row["rejected_ids"] for row in dataset)
     if equal and PartialState().is_main_process:
         warnings.warn(
-            f"{what}: chosen equals rejected in {equal} of {len(dataset)} pairs, which teach nothing",
+            f"{label}: chosen equals rejected in {equal} of {len(dataset)} pairs, which teach nothing",
             stacklevel=2,
         )
     return dataset
@@ -220,6 +223,9 @@ def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
         if not name.startswith((*_FREE, *free))
     }
     own |= {f"model: {name}": str(value) for name, value in vars(asked.model).items()}
+    path = Path(str(asked.model.model_name_or_path))
+    if path.exists():  # however it is spelt
+        own["model: model_name_or_path"] = str(path.resolve())
     own["world_size"], own["merge_adapter"] = str(config.world_size), str(asked.own.merge_adapter)
     own["loss"] = repr(asked.loss)
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"

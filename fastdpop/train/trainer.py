@@ -207,6 +207,7 @@ class _GoOn(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # as this run was told, not the one before
         set_seed(args.seed)  # to have scored the reference, or to have found it, is no difference
         counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self._trainer._total_train_tokens = counts[-1] if counts else 0

@@ -121,8 +121,9 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="already holds a model"):
-        checkpoint.open_run(model, False, IDENTITY)
+    for resume in (False, True):  # there is nothing to go on from, and nothing to write over
+        with pytest.raises(FileExistsError, match="already holds a model"):
+            checkpoint.open_run(model, resume, IDENTITY)
     with pytest.raises(FileExistsError, match="is a file, expected a folder"):
         checkpoint.open_run(model / "adapter_config.json", False, IDENTITY)
 

@@ -90,7 +90,13 @@ def test_every_option_of_trl_works_under_its_name() -> None:
 
 
 def test_what_it_does_anyhow_may_be_said() -> None:
-    assert asked("--do_train", "--do_eval", "--eval-pairs", "e").own.eval_pairs == "e"
+    given = asked(
+        "--do_train", "--do_eval", "--eval-pairs", "e", "--max_steps", "-1", "--padding_free", "false",
+        "--truncation_mode", "keep_start", "--save_strategy", "best", "--metric_for_best_model", "eval_loss",
+    )  # fmt: skip
+    assert given.own.eval_pairs == "e"
+    data = ["--dataset_name", "d", "--eval_strategy", "steps", "--eval_steps", "2"]
+    assert parse([*REQUIRED[:2], *REQUIRED[4:], *data]).config.eval_steps == 2
 
 
 def test_trls_way_to_resume() -> None:
@@ -273,7 +279,7 @@ def test_what_is_missing(capsys: pytest.CaptureFixture[str], missing: str) -> No
         (["--reference", "none"], "--reference is 'none'"),
         (["--threads", "1025"], "--threads is 1025"),
         (["--padding_free"], "--padding_free has no place here"),
-        (["--truncation_mode", "keep_start"], "--truncation_mode has no place here"),
+        (["--truncation_mode", "keep_end"], "--truncation_mode has no place here"),
         (["--dataset_streaming"], "`fastdpop trl dpo` takes a stream"),
         (["--do_train", "false"], "--do_train has no place here"),
         (["--device", "cpu", "--warmup", "nan"], "--warmup_steps is nan"),
