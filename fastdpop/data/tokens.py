@@ -71,10 +71,8 @@ def tokenize(
 ) -> tuple[Dataset, int]:
     """Token ids of preference pairs, as TRL's ``DPOTrainer`` makes them, checked.
 
-    Warns, with the first place and a count, of what is legal and may surprise: a prompt that does
-    not stand in front of its completions as it is, thinking of earlier turns that the template
-    drops, an end of turn that a completion brings along, options that the template does not know,
-    characters that the tokenizer does not know.
+    Warns, with the first place and a count, of what is legal and may surprise, such as a prompt that
+    does not stand in front of its completions as it is.
 
     Args:
         dataset: columns ``prompt``, ``chosen``, ``rejected`` (strings, or lists of messages) and

@@ -214,9 +214,9 @@ def _mapping(text: str) -> tuple[str, str]:
 def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
     """What a checkpoint must agree on with the run that goes on from it."""
     config = asked.config
-    free: tuple[str, ...] = (
-        _LENGTH if config.lr_scheduler_type in ("constant", "constant_with_warmup") else ()
-    )
+    constant = config.lr_scheduler_type in ("constant", "constant_with_warmup")
+    # A warm-up below 1 is a share of the whole.
+    free: tuple[str, ...] = _LENGTH if constant and not 0 < config.warmup_steps < 1 else ()
     own = {
         name: str(value)
         for name, value in sorted(config.to_dict().items())

@@ -151,6 +151,23 @@ def test_other_settings_data_or_bytes_are_refused(
     assert f"{path} is damaged: its checksum has changed" in capsys.readouterr().err
 
 
+def test_a_share_of_a_warm_up_belongs_to_the_whole(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert files.run("--steps", "2", "--save-every", "2", "--warmup", "0.5") == 0
+    assert files.run("--steps", "4", "--save-every", "2", "--warmup", "0.5", "--resume") == 1
+    assert "max_steps: 2 then, 4 now" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_saves_as_it_is_told_now(files: Files) -> None:
+    assert files.run("--steps", "2", "--save-every", "2") == 0
+    assert files.run("--steps", "4", "--save-every", "1", "--resume") == 0
+    assert sorted(p.name for p in files.out.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
+
+
 def test_a_reference_that_moves_is_in_no_checkpoint(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
