@@ -84,7 +84,7 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
         The checkpoint to go on from, None for a start from the beginning; and what to tell the user.
 
     Raises:
-        FileExistsError: the folder holds a run or a model, and `resume` is False.
+        FileExistsError: the folder holds a run, and `resume` is False; or a model and no checkpoint.
         ValueError: the newest checkpoint is damaged, or belongs to other settings or data.
     """
     notes = []

@@ -115,7 +115,7 @@ def check(asked: Any) -> None:
         engines.get(own.engine)
     engines.choose(own.engine, config.device, torch.bfloat16 if config.bf16 else torch.float32)
     _check_lora(asked)
-    _check_schedule(config, given)
+    _check_schedule(config)
 
 
 def evaluates(asked: Any) -> bool:
@@ -173,7 +173,7 @@ def _check_lora(asked: Any) -> None:
         raise ValueError(f"--lora_r is {model.lora_r}, expected at least 1")
 
 
-def _check_schedule(config: Any, given: set[str]) -> None:
+def _check_schedule(config: Any) -> None:
     """Make the schedule once, for its mistakes."""
     options = config.lr_scheduler_kwargs
     if options is not None and not isinstance(options, dict):

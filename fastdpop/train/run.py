@@ -25,47 +25,13 @@ from fastdpop.train.report import evaluations, held_out_table
 from fastdpop.train.trainer import PairTrainer
 
 _FREE = (
-    *(
-        "output_dir",
-        "logging",
-        "log_",
-        "eval",
-        "do_",
-        "save_",
-        "per_device_eval",
-        "report_to",
-        "run_name",
-    ),
-    *(
-        "project",
-        "trackio",
-        "hub_",
-        "push_to_hub",
-        "resume_from_checkpoint",
-        "disable_tqdm",
-        "use_cpu",
-    ),
-    *("dataloader_num_workers", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch"),
-    *(
-        "dataset_num_proc",
-        "ddp_",
-        "deepspeed",
-        "fsdp",
-        "debug",
-        "skip_memory",
-        "load_best",
-        "metric_for",
-    ),
-    *(
-        "greater_is",
-        "ignore_data_skip",
-        "include_",
-        "prediction_loss_only",
-        "enable_jit",
-        "restore_",
-    ),
-    *("gradient_checkpointing", "activation_", "torch_empty_cache", "max_length", "local_rank"),
-)
+    "output_dir", "logging", "log_", "eval", "do_", "save_", "per_device_eval", "report_to", "run_name",
+    "project", "trackio", "hub_", "push_to_hub", "resume_from_checkpoint", "disable_tqdm", "use_cpu",
+    "dataloader_num_workers", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch",
+    "dataset_num_proc", "ddp_", "deepspeed", "fsdp", "debug", "skip_memory", "load_best", "metric_for",
+    "greater_is", "ignore_data_skip", "include_", "prediction_loss_only", "enable_jit", "restore_",
+    "gradient_checkpointing", "activation_", "torch_empty_cache", "max_length", "local_rank",
+)  # fmt: skip
 """How the names of those of TRL's settings begin on which no number depends that a run computes."""
 _LENGTH = ("num_train_epochs", "max_steps")
 """Settings that only say how long it goes on where the learning rate is constant."""

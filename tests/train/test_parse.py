@@ -14,7 +14,9 @@ pytest.importorskip("trl")
 
 from fastdpop import losses
 from fastdpop.cli import main
+from fastdpop.data import tokens
 from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.train import options
 from fastdpop.train.options import SHORT, TRL_SHOWN, PairArguments, short_help
 from fastdpop.train.parse import Asked, parse
 from tests.train.files import WARNINGS
@@ -344,6 +346,11 @@ def test_help_shows_every_short_option() -> None:
     assert {trl for trl, *_ in SHORT.values()} - known == {
         "model_name_or_path", "use_peft", "lora_r", "lora_target_modules"
     }  # fmt: skip
+
+
+def test_what_becomes_of_long_pairs_has_one_list() -> None:
+    """It stands in a module that imports little, too."""
+    assert options.TOO_LONG == tokens.TOO_LONG
 
 
 def test_whole_help(capsys: pytest.CaptureFixture[str]) -> None:
