@@ -16,7 +16,8 @@ ARGS ?=
 # One thread: the interpreter has nothing for a second one to do but wait.
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 # Tests are single-threaded, so they share the cores; a part of them is not worth the start of other processes.
-PARALLEL = $(if $(ARGS),,-n auto --maxprocesses 4)
+# Processes that wait for one another fail after ten minutes.
+PARALLEL = $(if $(ARGS),,-n auto --maxprocesses 4) --timeout 600
 INTERPRETED := tests/kernels tests/engines/test_conformance.py tests/gpu
 
 BIN := $(VENV)/bin

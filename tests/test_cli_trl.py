@@ -86,7 +86,9 @@ def test_a_yaml_file_and_two_processes(files: Path) -> None:
     lines = [f"dpop_lambda: {LAMBDA}", "loss_type: dpop", f"beta: {BETA}"]
     lines += ["per_device_train_batch_size: 2", "num_processes: 2"]
     Path("config.yaml").write_text("\n".join(lines))
-    assert trl.run(["dpo", *FIXED, "--config", "config.yaml", "--multi_gpu"]) == 0
+    # Any free port, as tests run beside one another.
+    launch = ["--config", "config.yaml", "--multi_gpu", "--main_process_port", "0"]
+    assert trl.run(["dpo", *FIXED, *launch]) == 0
     assert rows()[0]["loss"] == pytest.approx(math.log(2.0), rel=1e-5)
     assert [row["epoch"] for row in rows()] == [0.5, 1.0]  # of eight pairs, four in a step
     args = torch.load("out/training_args.bin", weights_only=False)

@@ -15,9 +15,10 @@ def run(argv: Sequence[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(short_help())
         return 0 if argv else 2
-    from fastdpop.integrations.trl.process import end_process
+    from fastdpop.integrations.trl.process import end_process, keep_process_groups
     from fastdpop.train.run import run as train
 
+    keep_process_groups()
     code = train(argv)
     end_process(code)
     return code

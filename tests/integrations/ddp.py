@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer
+from fastdpop.integrations.trl.process import end_process
 from tests.integrations.trl_setup import logged, trainer
 
 folder, each = Path(sys.argv[1]), int(sys.argv[2])
@@ -27,10 +27,4 @@ if of.accelerator.is_main_process:
     weights = {n: p.detach() for n, p in of.model.named_parameters()}
     torch.save((logged(of, *names), weights), folder / f"{each}.pt")
 of.accelerator.wait_for_everyone()
-of.accelerator.end_training()
-# gloo's threads may still hold tensors of Python when the interpreter ends, and now and then abort
-# the process for it (pytorch/pytorch#190489). All is saved and agreed on here, so nothing is lost
-# by leaving without taking the interpreter down.
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(0)
+end_process(0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer
+from fastdpop.integrations.trl.process import end_process
 from tests.integrations.test_trl import lora
 from tests.integrations.trl_setup import pairs, trainer
 
@@ -37,7 +37,4 @@ of.train()
 if of.accelerator.is_main_process:
     torch.save((found, of.state.log_history), folder / f"pairs-{processes}.pt")
 of.accelerator.wait_for_everyone()
-of.accelerator.end_training()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(0)  # see ddp.py
+end_process(0)

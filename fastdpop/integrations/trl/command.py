@@ -19,7 +19,7 @@ from trl.cli import main as run_trl
 from trl.cli.commands import training
 
 from fastdpop.integrations.trl.patching import patch_trl, unpatch_trl
-from fastdpop.integrations.trl.process import end_process
+from fastdpop.integrations.trl.process import end_process, keep_process_groups
 
 _MODULE = "fastdpop.integrations.trl.command"
 _LAUNCHER = "launch_training_script"
@@ -70,6 +70,7 @@ def _launch_this_module(
 def _train() -> int:
     """TRL's training script, in a process of its own."""
     patch_trl()
+    keep_process_groups()
     script = files("trl.scripts").joinpath("dpo.py")
     try:
         runpy.run_path(str(script), run_name="__main__")
