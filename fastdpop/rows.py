@@ -214,7 +214,9 @@ def rows_from_labels(
     if hidden_index is not None:
         index = hidden_index.reshape(-1)[index]
         _check_in_range(
-            index, positions, "hidden_index contains {}, expected places of hidden states in [0, {})"
+            index,
+            positions,
+            "hidden_index contains {}, expected places of hidden states in [0, {})",
         )
     return rows_from_members(
         index,
