@@ -225,7 +225,8 @@ def draw(statistics: PairStatistics, numbers: dict[str, Any], name: str, path: P
 
 def _gains(axes: Axes, gains: Sequence[float], numbers: dict[str, Any]) -> None:
     low, high, overall = min(gains), max(gains), numbers["gain"]["all"]
-    edges = np.linspace(low, high, 25) if high > low else np.array([low - 0.05, low + 0.05])
+    bins = min(24, round(len(gains) ** 0.5) + 1)
+    edges = np.linspace(low, high, bins + 1) if high > low else np.array([low - 0.05, low + 0.05])
     axes.hist(gains, bins=list(edges), color=BLUE, edgecolor="white", linewidth=0.5)
     axes.axvline(overall, color=ORANGE, linewidth=2)
     axes.margins(y=0.12)  # room for the label
