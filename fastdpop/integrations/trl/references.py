@@ -129,6 +129,7 @@ def _key(trainer: Any, dataset: Dataset, batch_size: int) -> str:
         "precision": (str(model.dtype), trainer.accelerator.mixed_precision, args.tf32),
         "device": trainer.accelerator.device.type,
         "engine": trainer._fastdpop.engine,
+        "prefixes": trainer._fastdpop.share_prefixes,
         # A subclass may have its own; FastDPOTrainer's and that of a patched DPOTrainer are one.
         "scored by": trainer.compute_ref_log_probs.__qualname__.removeprefix("Fast"),
         "ld_alpha": preference(trainer).traits.ld_alpha,
