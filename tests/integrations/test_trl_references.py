@@ -131,6 +131,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "ld_alpha": lambda: {"ld_alpha": 0.5},
     "a loss's alpha": lambda: {"given": {"loss": length_desensitised(get("dpo", beta=0.5), 0.5)}},
     "engine": lambda: {"given": {"engine": "eager"}},
+    "prefixes": lambda: {"padding_free": True},
     "batch": lambda: {"per_device_train_batch_size": 2},
     "padding": lambda: {"pad_to_multiple_of": 16},
 }
