@@ -31,6 +31,7 @@ def fused_dpop_loss(
     ref_bias: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    hidden_index: Tensor | None = None,
     beta: float = 0.3,
     lam: float = 50.0,
     form: str = "inside",
@@ -73,6 +74,7 @@ def fused_dpop_loss(
         ref_bias=ref_bias,
         bias=bias,
         cu_seqlens=cu_seqlens,
+        hidden_index=hidden_index,
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
@@ -99,6 +101,7 @@ def fused_preference_loss(
     kl: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    hidden_index: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -126,6 +129,8 @@ def fused_preference_loss(
             gradients, through `ref_weight` and `ref_bias`, or through the policy's lm_head where those are None.
         kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read it.
         cu_seqlens: ``(S + 1,)`` bounds of the packed sequences, from 0 to the number of positions.
+        hidden_index: int64, shaped as `labels`: which row of `hidden`, then ``(N, H)``, is the state at each place, for
+            states that several sequences share (:func:`fastdpop.pack`). Only places before scored ones are read.
         softcap, logit_scale, temperature: see :class:`fastdpop.transform.LogitTransform`.
         pairs: ``(P, 2)`` indices of chosen and rejected sequence; by default the first half against the second. A
             sequence may serve several pairs and is scored once; one that no pair uses is not scored. -1 stands for a
@@ -150,7 +155,7 @@ def fused_preference_loss(
     transform = LogitTransform(softcap, logit_scale, temperature)
     head = LMHead(weight, bias, transform, engine, workspace_bytes)
     reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl)
-    batch = Batch(hidden, labels, cu_seqlens, shift_labels)
+    batch = Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index)
     options = Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite)
     return _preference_loss(batch, head, reference, options)
 
@@ -162,6 +167,7 @@ def fused_logps(
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    hidden_index: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -197,7 +203,7 @@ def fused_logps(
     checks.choice("reduction", reduction, ("sequence", "token"))
     checks.choice("dtype", dtype, (torch.float32, torch.float64))
     transform = LogitTransform(softcap, logit_scale, temperature)
-    batch = Batch(hidden, labels, cu_seqlens, shift_labels)
+    batch = Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index)
     batch.check()
     call = Call.of(hidden, LMHead(weight, bias, transform, engine, workspace_bytes))
     checks.weighting(token_weights, ld_alpha, labels, batch.sequences, reduction)

@@ -77,11 +77,12 @@ class Batch(NamedTuple):
     labels: Tensor
     cu_seqlens: Tensor | None
     shift: bool
+    hidden_index: Tensor | None
 
     def check(self) -> None:
         """Hidden states and labels fit together."""
         checks.flag("shift_labels", self.shift)
-        checks.batch(self.hidden, self.labels, self.cu_seqlens)
+        checks.batch(self.hidden, self.labels, self.cu_seqlens, self.hidden_index)
 
     @property
     def sequences(self) -> int:
@@ -107,6 +108,8 @@ class Batch(NamedTuple):
             keep_unpaired,
             token_weights,
             ld_alpha,
+            self.hidden_index,
+            self.hidden.shape[0],
         )
         weighted = token_weights is not None or ld_alpha is not None
         return Rows.of_tensors(tensors, weighted=weighted)

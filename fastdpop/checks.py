@@ -81,8 +81,10 @@ def no_transform(*tensors: Tensor | None) -> None:
         )
 
 
-def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Hidden states, labels and bounds fit together."""
+def batch(
+    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, hidden_index: Tensor | None = None
+) -> None:
+    """Hidden states, labels, bounds and places fit together."""
     _tensor("hidden", hidden)
     _tensor("labels", labels)
     if hidden.dtype not in FLOATS:
@@ -90,15 +92,17 @@ def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels has dtype {labels.dtype}, expected torch.int64")
     _device("labels", labels, hidden.device)
+    if hidden_index is not None:
+        _places(hidden_index, hidden, labels)
     if cu_seqlens is None:
-        if hidden.dim() != 3:
+        if hidden.dim() != 3 and hidden_index is None:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}, expected (sequences, T, H), "
                 "or packed (positions, H) with cu_seqlens"
             )
     else:
         _tensor("cu_seqlens", cu_seqlens)
-        if hidden.dim() != 2:
+        if hidden.dim() != 2 and hidden_index is None:
             raise ValueError(
                 f"hidden has shape {tuple(hidden.shape)}, expected packed (positions, H) "
                 "because cu_seqlens is given"
@@ -108,10 +112,30 @@ def batch(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}, "
                 "expected (sequences + 1,) integers"
             )
-    _shape("labels", labels, hidden.shape[:-1], "one label for each hidden state")
-    sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if hidden_index is None:
+        _shape("labels", labels, hidden.shape[:-1], "one label for each hidden state")
+    else:
+        _dims("labels", labels, 2 if cu_seqlens is None else 1)
+    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if sequences < 1:
         raise ValueError(f"the batch holds {max(sequences, 0)} sequences, expected at least one")
+
+
+def _places(hidden_index: Tensor, hidden: Tensor, labels: Tensor) -> None:
+    _tensor("hidden_index", hidden_index)
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, expected (N, H) because hidden_index is given"
+        )
+    if hidden_index.dtype != torch.int64:
+        raise ValueError(f"hidden_index has dtype {hidden_index.dtype}, expected torch.int64")
+    _device("hidden_index", hidden_index, hidden.device)
+    _shape("hidden_index", hidden_index, labels.shape, "one place for each label")
+
+
+def _dims(name: str, value: Tensor, dims: int) -> None:
+    if value.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {dims} dimensions")
 
 
 def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:

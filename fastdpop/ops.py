@@ -112,6 +112,8 @@ def rows_from_labels(
     keep_unpaired: bool,
     token_weights: Tensor | None,
     ld_alpha: float | None,
+    hidden_index: Tensor | None = None,
+    positions: int = 0,
 ) -> list[Tensor]:
     """:func:`fastdpop.rows.rows_from_labels`, as :meth:`fastdpop.rows.Rows.tensors`."""
     found = _rows_from_labels(
@@ -123,6 +125,8 @@ def rows_from_labels(
         keep_unpaired=keep_unpaired,
         token_weights=token_weights,
         ld_alpha=ld_alpha,
+        hidden_index=hidden_index,
+        positions=positions,
     )
     return found.tensors()
 
@@ -137,6 +141,8 @@ def _(
     keep_unpaired: bool,
     token_weights: Tensor | None,
     ld_alpha: float | None,
+    hidden_index: Tensor | None = None,
+    positions: int = 0,
 ) -> list[Tensor]:
     size = torch.library.get_ctx().new_dynamic_size
     count, members, sequences, bounds = size(), size(), size(), size()

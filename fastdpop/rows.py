@@ -177,6 +177,8 @@ def rows_from_labels(
     keep_unpaired: bool = False,
     token_weights: Tensor | None = None,
     ld_alpha: float | None = None,
+    hidden_index: Tensor | None = None,
+    positions: int = 0,
 ) -> Rows:
     """The rows of labels that are aligned with the hidden states, position by position.
 
@@ -188,11 +190,14 @@ def rows_from_labels(
         shift: the hidden state at a position predicts the label at the next one of the same
             sequence.
         token_weights: weight of each scored token, shaped as `labels`.
+        hidden_index: shaped as `labels`: which of the `positions` hidden states stands at each place,
+            where they do not stand there in order.
 
     `pairs`, `keep_unpaired` and `ld_alpha` are as in :func:`rows_from_members`.
 
     Raises:
-        ValueError: a label outside the vocabulary, or bounds that do not describe the labels.
+        ValueError: a label outside the vocabulary, a hidden state that does not exist, or bounds
+            that do not describe the labels.
     """
     flat = labels.reshape(-1)
     if cu_seqlens is None:
@@ -205,8 +210,16 @@ def rows_from_labels(
         # The first token of a sequence has no hidden state before it.
         scored[bounds[:-1][bounds[1:] > bounds[:-1]]] = False
     (position,) = scored.nonzero(as_tuple=True)
+    index = position - int(shift)
+    if hidden_index is not None:
+        index = hidden_index.reshape(-1)[index]
+        _check_in_range(
+            index,
+            positions,
+            "hidden_index contains {}, expected places of hidden states in [0, {})",
+        )
     return rows_from_members(
-        position - int(shift),
+        index,
         flat[position],
         torch.searchsorted(position, bounds),
         pairs,
@@ -252,7 +265,11 @@ def rows_from_members(
     """
     device, host = index.device, torch.device("cpu")
     index, targets = index.long(), targets.long()
-    _check_targets(targets, vocab_size)
+    _check_in_range(
+        targets,
+        vocab_size,
+        f"labels contain {{}}, expected token ids in [0, {{}}) or {IGNORE} for tokens that are not scored",
+    )
     starts = _checked_bounds("offsets", offsets, len(index), "tokens")
     lengths = [b - a for a, b in itertools.pairwise(starts)]
     sides = _checked_sides(pairs, len(lengths))
@@ -322,16 +339,16 @@ def _checked_sides(pairs: Tensor, sequences: int) -> list[list[int]]:
     return sides
 
 
-def _check_targets(targets: Tensor, vocab_size: int) -> None:
-    if targets.numel() == 0:
+def _check_in_range(values: Tensor, bound: int, message: str) -> None:
+    """
+    Raises:
+        ValueError: a value is not in ``[0, bound)``; `message` with that value and the bound.
+    """
+    if values.numel() == 0:
         return
-    low, high = torch.stack(torch.aminmax(targets)).tolist()
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(
-            f"labels contain {wrong}, expected token ids in [0, {vocab_size}) "
-            f"or {IGNORE} for tokens that are not scored"
-        )
+    low, high = torch.stack(torch.aminmax(values)).tolist()
+    if low < 0 or high >= bound:
+        raise ValueError(message.format(low if low < 0 else high, bound))
 
 
 def _shared_by(row_of: Tensor, offsets: Tensor) -> list[list[int]]:

@@ -13,13 +13,19 @@ from fastdpop.hf.forward import attached_forward, attachment_of
 from fastdpop.hf.guards import add_guards, remove_guards
 from fastdpop.hf.head import output_head
 from fastdpop.hf.interception import unwatch, watch
+from fastdpop.hf.tree_attention import uninstall
 from fastdpop.hf.wrappers import innermost, wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def attach(
-    model: Model, *, engine: str = "auto", workspace_bytes: int | None = None, check: bool = True
+    model: Model,
+    *,
+    engine: str = "auto",
+    workspace_bytes: int | None = None,
+    share_prefixes: bool = False,
+    check: bool = True,
 ) -> Model:
     """Let a Hugging Face causal language model's ``forward`` compute preference losses, without logits.
 
@@ -62,7 +68,12 @@ def attach(
     head = output_head(target)
     if check and head.weight.is_meta:
         raise ValueError("check is True, expected False for a model on the meta device")
-    settings = {"engine": engine, "workspace_bytes": workspace_bytes}
+    checks.flag("share_prefixes", share_prefixes)
+    settings = {
+        "engine": engine,
+        "workspace_bytes": workspace_bytes,
+        "share_prefixes": share_prefixes,
+    }
     attachment = attachment_of(target)
     new = attachment is None or attachment.settings != settings
     if new:
@@ -105,6 +116,7 @@ def detach(model: Model) -> Model:
             previous = MethodType(previous.__func__, target)
         if previous is not None:
             target.forward = previous
+    uninstall(target)
     remove_guards(target)
     for module in target.modules():  # every one that has been the head
         unwatch(module)

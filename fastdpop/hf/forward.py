@@ -17,6 +17,9 @@ from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
+from fastdpop.hf.sharing import SharedBatch, padded, shared_batch, tree_batch
+from fastdpop.hf.sharing_check import verdict, warn_once
+from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.output import PreferenceOutput
 from fastdpop.rows import IGNORE, default_pairs
@@ -64,9 +67,12 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         return_logps: bool = False,
         preference_options: Mapping[str, Any] | None = None,
         router_loss_weight: float | None = None,
+        prefix_tree: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        asked = _Asked(preference, ref_logps, return_logps, preference_options, router_loss_weight)
+        asked = _Asked(
+            preference, ref_logps, return_logps, preference_options, router_loss_weight, prefix_tree
+        )
         asked.check()
         if preference is None and not return_logps:
             if torch.compiler.is_compiling():
@@ -81,6 +87,7 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
 
 
 _SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
+_SET_HERE |= {"hidden_index"}
 """Arguments of the fused functions that are no options of a call."""
 
 
@@ -93,6 +100,7 @@ class _Asked:
     return_logps: bool
     options: Mapping[str, Any] | None
     router_loss_weight: float | None
+    prefix_tree: Mapping[str, Tensor] | None
 
     def check(self) -> None:
         """
@@ -112,10 +120,14 @@ class _Asked:
         elif self.preference is None:
             if self.ref_logps is not None:
                 raise ValueError("ref_logps is given without preference, expected preference= too")
-            if self.options is not None:
-                raise ValueError(
-                    "preference_options is given without preference, expected preference= too"
-                )
+            for name, given in (
+                ("preference_options", self.options),
+                ("prefix_tree", self.prefix_tree),
+            ):
+                if given is not None:
+                    raise ValueError(
+                        f"{name} is given without preference, expected preference= too"
+                    )
 
     @torch.compiler.disable
     def check_options(self) -> None:
@@ -132,6 +144,7 @@ class _Asked:
         function = fused_logps if self.preference is None else fused_preference_loss
         parameters = inspect.signature(function).parameters.values()
         names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
+        names |= {"share_prefixes"}
         for name in self.options:
             if name not in names:
                 raise ValueError(
@@ -154,21 +167,87 @@ def _answer(
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
     asked.check_options()
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
-    head = output_head(model)
-    with lazy_logits_from(head, model, adapter_columns(head)):
-        outputs = original(model, **call, return_dict=True)
-    output = _fused(model, outputs, labels, asked, settings)
+    run = functools.partial(_run, original, model)
+    call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
+    try:
+        outputs = run(call, batch)
+    except Unshareable as error:  # met by a layer
+        if batch is None:
+            raise
+        warn_once(model, str(error))
+        call, batch = padded(batch, call), None
+        outputs = run(call, batch)
+    output = _fused(model, outputs, labels, asked, settings, batch)
     return output if as_dict else output.to_tuple()
+
+
+def _run(
+    original: Callable[..., Any], model: nn.Module, call: dict[str, Any], batch: SharedBatch | None
+) -> Any:
+    """What the model's own forward returns, with lazy logits, on the batch as it is or as a tree."""
+    head = output_head(model)
+    if batch is None:
+        with lazy_logits_from(head, model, adapter_columns(head)):
+            return original(model, **call, return_dict=True)
+    with lazy_logits_from(head, model, adapter_columns(head)), masks_of(batch.layout):
+        return original(model, **batch.call(call), return_dict=True)
+
+
+@torch.compiler.disable
+def _laid_out(
+    model: nn.Module,
+    signature: inspect.Signature,
+    run: Callable[..., Any],
+    asked: _Asked,
+    settings: Mapping[str, Any],
+    call: dict[str, Any],
+    labels: Tensor,
+) -> tuple[dict[str, Any], SharedBatch | None]:
+    """The keywords of the model's forward, and the tree to compute them on; None: as they are."""
+    options, own = dict(asked.options or {}), _plain(settings)
+    laid_out = asked.prefix_tree is not None
+    if not laid_out and not options.get("share_prefixes", settings["share_prefixes"]):
+        return call, None
+
+    def logps(sample: dict[str, Any], labels: Tensor, batch: SharedBatch | None) -> Tensor:
+        plain = {name: value for name, value in call.items() if isinstance(value, (bool, int))}
+        inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
+        return fused_logps(**inputs, **own, reduction="token")
+
+    batch = None
+    try:
+        if laid_out:
+            batch = tree_batch(asked.prefix_tree or {}, call, labels)
+        elif options.get("cu_seqlens") is not None:
+            raise Unshareable("cu_seqlens is given: pack with fastdpop.pack instead")
+        else:
+            batch = shared_batch(call, labels)
+        if "position_ids" not in signature.parameters:
+            raise Unshareable(f"{type(model).__name__} takes no position_ids")
+        found = verdict(model, batch, logps)
+        if found.mode != "shared":
+            raise Unshareable(found.reason)
+    except Unshareable as error:
+        warn_once(model, str(error))
+        return (call if batch is None else padded(batch, call)), None
+    return call, batch
 
 
 @torch.compiler.disable
 def _fused(
-    model: nn.Module, outputs: Any, labels: Tensor, asked: _Asked, settings: dict[str, Any]
+    model: nn.Module,
+    outputs: Any,
+    labels: Tensor,
+    asked: _Asked,
+    settings: Mapping[str, Any],
+    batch: SharedBatch | None,
 ) -> PreferenceModelOutput:
     """The loss or the log-probs from what the model returned."""
-    options = dict(asked.options or {})
-    inputs = _inputs(model, outputs, labels, options) | settings | options
+    options = {k: v for k, v in (asked.options or {}).items() if k != "share_prefixes"}
+    inputs = _inputs(model, outputs, labels, options, batch) | _plain(settings) | options
     passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
+    if batch is not None and passed_on["hidden_states"] is not None:
+        passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
     if asked.preference is None:
         logps = fused_logps(**inputs)
         shape = labels.shape if options.get("reduction") == "token" else logps.shape
@@ -180,6 +259,11 @@ def _fused(
     )
     values["logps"] = _by_sequence(result, options.get("pairs"))
     return PreferenceModelOutput(**values, **passed_on)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are arguments of the fused functions."""
+    return {name: value for name, value in settings.items() if name != "share_prefixes"}
 
 
 _PASSED_ON = ("aux_loss", "hidden_states", "attentions")
@@ -224,7 +308,11 @@ def _arguments(
 
 
 def _inputs(
-    model: nn.Module, outputs: Any, labels: Tensor, options: Mapping[str, Any]
+    model: nn.Module,
+    outputs: Any,
+    labels: Tensor,
+    options: Mapping[str, Any],
+    batch: SharedBatch | None,
 ) -> dict[str, Any]:
     """Arguments of the fused function, read from the lazy logits that the model returned."""
     owner, logits = type(model).__name__, getattr(outputs, "logits", None)
@@ -232,12 +320,15 @@ def _inputs(
         found = type(logits).__name__
         raise RuntimeError(f"{owner} returned logits of type {found}, expected what its head gave")
     product = logits.product
-    hidden = product.hidden
-    if hidden.shape[:-1] != labels.shape:
+    hidden, index = product.hidden, None
+    positions = labels.shape if batch is None else (1, len(batch.tree.input_ids))
+    if hidden.shape[:-1] != positions:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])}, "
+            f"labels has shape {tuple(positions)}, expected {tuple(hidden.shape[:-1])}, "
             f"the positions of {owner}'s logits"
         )
+    if batch is not None:
+        hidden, index = hidden[0], batch.hidden_index
     if options.get("cu_seqlens") is not None:
         if len(labels) != 1:
             raise ValueError(
@@ -249,6 +340,7 @@ def _inputs(
         "weight": product.weight,
         "bias": product.bias,
         "labels": labels,
+        "hidden_index": index,
         "softcap": product.softcap,
         "logit_scale": product.logit_scale,
     }

@@ -27,7 +27,7 @@ def check(model: Any, head: Any) -> None:
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
     dtypes: list[torch.dtype] = []
-    with _undisturbed(model, device), torch.no_grad():
+    with undisturbed(model, device), torch.no_grad():
         watch = head.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
         try:
             logits = model(input_ids=ids, return_dict=True, **cacheless).logits
@@ -38,7 +38,7 @@ def check(model: Any, head: Any) -> None:
             ) from error
         finally:
             watch.remove()
-        options = {"reduction": "token"}
+        options = {"reduction": "token", "share_prefixes": False}
         output = model(input_ids=ids, labels=ids, return_logps=True, preference_options=options)
     finite = logits[logits.isfinite()]
     if len(finite) == 0:
@@ -60,7 +60,7 @@ def check(model: Any, head: Any) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, with every module's mode and the random state restored at the end."""
     modes = {module: module.training for module in model.modules()}
     accelerators = [] if device.type == "cpu" else [device]

@@ -1,0 +1,213 @@
+"""A padded batch as a prefix tree: which calls can be laid out so, and what the model is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdpop.hf.tree_attention import Layout, Unshareable
+from fastdpop.prefix.tree import PrefixTree, build_tree
+from fastdpop.rows import IGNORE
+
+_MADE_HERE = ("input_ids", "attention_mask", "position_ids")
+_NEVER_SHARED = 2**62
+"""More tokens than any prefix has."""
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """S sequences as one row of N tokens.
+
+    Attributes:
+        tree: their tree; shape: ``(S, T)`` of the labels.
+        hidden_index: ``(S, T)`` place of each token in the tree, 0 for padding; on the device of the ids.
+        device: where the model's inputs go.
+        packed: nothing is shared, sequences stand side by side.
+    """
+
+    tree: PrefixTree
+    hidden_index: Tensor
+    padding: Tensor
+    device: torch.device
+    packed: bool = False
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        mask = torch.stack([self.tree.end, self.tree.position_ids])[None, None]
+        object.__setattr__(self, "layout", Layout(mask))
+
+    def call(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords of a call of the model on the tree."""
+        ids = self.tree.input_ids.to(self.device)[None]
+        own = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": self.tree.position_ids.to(self.device)[None],
+        }
+        call = {**given, **own}
+        if self.packed:
+            bounds = self.tree.offsets.to(self.device, torch.int32)
+            lengths = self.tree.offsets.diff()
+            call |= {
+                "seq_idx": torch.arange(len(lengths)).repeat_interleave(lengths).to(bounds)[None],
+                **{f"cu_seq_lens_{side}": bounds for side in "qk"},
+                **{f"max_length_{side}": int(lengths.max()) for side in "qk"},
+            }
+        return call
+
+    def unshared(self, states: Tensor) -> Tensor:
+        """``(1, N, H)`` by token of the tree as ``(S, T, H)`` by token of the batch, 0 for padding."""
+        return states[0][self.hidden_index] * ~self.padding[..., None]
+
+
+def shared_batch(
+    call: Mapping[str, Any], labels: Tensor, *, packed: bool = False, least: int | None = None
+) -> SharedBatch:
+    """The tree of a padded batch.
+
+    Args:
+        call: keywords of the model's forward; labels: ``(S, T)``.
+        packed: lay sequences side by side.
+
+    Raises:
+        Unshareable: the call says more of its tokens than ids, or what the tree cannot say.
+    """
+    ids = call.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise Unshareable("the call gives no input_ids")
+    if ids.dim() != 2 or ids.shape != labels.shape:
+        raise Unshareable(
+            f"input_ids has shape {tuple(ids.shape)}, and labels {tuple(labels.shape)}"
+        )
+    _check_rest(call)
+    mask = call.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise Unshareable(f"attention_mask has shape {tuple(mask.shape)}")
+    present = (mask != 0).cpu().numpy()
+    tokens = ids.cpu().numpy()
+    if (np.diff(present.astype(np.int8), axis=1, prepend=0) == 1).sum(1).max(initial=0) > 1:
+        raise Unshareable("attention_mask leaves out tokens inside a sequence")
+    if bool(((labels != IGNORE) & (mask == 0)).any()):
+        raise Unshareable("labels score tokens that attention_mask leaves out")
+    _check_positions(call.get("position_ids"), present)
+    sequences = [row[kept] for row, kept in zip(tokens, present, strict=True)]
+    if not present.any():
+        raise Unshareable("there is no token")
+    options = {} if least is None else {"least": least}
+    tree = build_tree(sequences, **({"least": _NEVER_SHARED} if packed else options))
+    index = np.zeros(ids.shape, dtype=np.int64)
+    index[present] = tree.nodes.numpy()
+    return SharedBatch(
+        tree=tree,
+        hidden_index=torch.from_numpy(index).to(ids.device),
+        padding=torch.from_numpy(~present).to(ids.device),
+        device=ids.device,
+        packed=packed,
+    )
+
+
+def _check_rest(call: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        Unshareable: there are inputs besides tokens.
+    """
+    for name, value in call.items():
+        if name in _MADE_HERE or value is None:
+            continue
+        if name == "output_attentions" and value:
+            raise Unshareable("attention weights are asked for")
+        if not isinstance(value, (bool, int, float, str)):
+            raise Unshareable(f"the call gives {name}")
+
+
+def _check_positions(given: Tensor | None, present: Any) -> None:
+    """
+    Raises:
+        Unshareable: positions are given that do not count a sequence's tokens from 0.
+    """
+    if given is None:
+        return
+    counted = np.cumsum(present, axis=1) - 1
+    places = np.broadcast_to(given.cpu().numpy(), present.shape) if given.dim() == 2 else None
+    if places is None or (places[present] != counted[present]).any():
+        raise Unshareable("position_ids do not count the tokens of a sequence from 0")
+
+
+def tree_batch(given: Mapping[str, Any], call: Mapping[str, Any], labels: Tensor) -> SharedBatch:
+    """The tree that a caller has laid out with :func:`fastdpop.pack`.
+
+    Raises:
+        ValueError: it does not fit the ids and labels.
+    """
+    ids = call.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+        raise ValueError(
+            "input_ids is not (1, N), expected the packed row that prefix_tree describes"
+        )
+    n = ids.shape[1]
+    missing = {"end", "hidden_index"} - set(given)
+    if missing:
+        raise ValueError(f"prefix_tree lacks {sorted(missing)}, expected what fastdpop.pack gives")
+    end, index = given["end"].cpu().long(), given["hidden_index"]
+    if end.shape != (n,) or index.shape != labels.shape:
+        raise ValueError(
+            f"prefix_tree has end of shape {tuple(end.shape)} and hidden_index of shape {tuple(index.shape)}, "
+            f"expected ({n},) and {tuple(labels.shape)}"
+        )
+    position = _depths(end)
+    index = index.to(ids.device)
+    places = torch.arange(labels.shape[1], device=ids.device)
+    if n == 0 or bool(((index < 0) | (index >= n)).any()):
+        raise ValueError(
+            f"hidden_index of prefix_tree is not in [0, {n}), expected places in the row"
+        )
+    padding = position.to(ids.device)[index] != places
+    lengths = (~padding).sum(1).cpu()
+    tree = PrefixTree(
+        input_ids=ids[0].cpu(),
+        position_ids=position,
+        end=end,
+        nodes=index[~padding].cpu(),
+        offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+    )
+    return SharedBatch(tree, index, padding, ids.device)
+
+
+def _depths(end: Tensor) -> Tensor:
+    """How many tokens stand above each one.
+
+    Raises:
+        ValueError: `end` is of no tree.
+    """
+    n = len(end)
+    ends = end.tolist()
+    open_ends: list[int] = []
+    depths = []
+    for i, e in enumerate(ends):
+        while open_ends and open_ends[-1] <= i:
+            open_ends.pop()
+        if not i < e <= (open_ends[-1] if open_ends else n):
+            raise ValueError(
+                f"end of prefix_tree is {e} at {i}, expected a subtree's end inside the one above it"
+            )
+        depths.append(len(open_ends))
+        open_ends.append(e)
+    return torch.tensor(depths, dtype=torch.int64)
+
+
+def padded(batch: SharedBatch, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call on the padded batch that a tree was made from."""
+    ids = batch.tree.input_ids.to(batch.device)[batch.hidden_index]
+    rest = {name: value for name, value in call.items() if name != "position_ids"}
+    return {
+        **rest,
+        "input_ids": ids.masked_fill(batch.padding, 0),
+        "attention_mask": (~batch.padding).long(),
+    }
