@@ -17,11 +17,15 @@ from fastdpop.version import VERSION
 if TYPE_CHECKING:
     from fastdpop.hf import attach, detach, is_attached
     from fastdpop.integrations.trl import patch_trl, unpatch_trl
+    from fastdpop.prefix.pack import PackedPairs, pack
+    from fastdpop.prefix.sampler import PromptSampler
 
 __version__ = VERSION
 
 __all__ = [
+    "PackedPairs",
     "PreferenceOutput",
+    "PromptSampler",
     "__version__",
     "attach",
     "detach",
@@ -31,14 +35,15 @@ __all__ = [
     "fused_preference_loss",
     "is_attached",
     "losses",
+    "pack",
     "patch_trl",
     "unpatch_trl",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """attach, detach and is_attached need transformers, patch_trl and unpatch_trl also trl, the rest
-    only torch: import them when they are used.
+    """attach, detach and is_attached need transformers, patch_trl and unpatch_trl also trl, pack and
+    PromptSampler numpy, the rest only torch: import them when they are used.
     """
     if name in ("attach", "detach", "is_attached"):
         from fastdpop import hf
@@ -48,4 +53,12 @@ def __getattr__(name: str) -> Any:
         from fastdpop.integrations import trl
 
         return getattr(trl, name)
+    if name in ("PackedPairs", "pack"):
+        from fastdpop.prefix import pack
+
+        return getattr(pack, name)
+    if name == "PromptSampler":
+        from fastdpop.prefix.sampler import PromptSampler
+
+        return PromptSampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

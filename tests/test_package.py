@@ -40,7 +40,9 @@ def test_one_version_everywhere() -> None:
 
 def test_public_names() -> None:
     expected = {
+        "PackedPairs",
         "PreferenceOutput",
+        "PromptSampler",
         "__version__",
         "attach",
         "detach",
@@ -50,6 +52,7 @@ def test_public_names() -> None:
         "fused_preference_loss",
         "is_attached",
         "losses",
+        "pack",
         "patch_trl",
         "unpatch_trl",
     }

@@ -60,7 +60,7 @@ def runs(end: Tensor) -> list[Run]:
     return list(map(Run, first.tolist(), last.tolist(), ends[first].tolist()))
 
 
-def build_tree(sequences: Sequence[Sequence[int]], least: int = LEAST_SHARED) -> PrefixTree:
+def build_tree(sequences: Sequence[Sequence[int] | Ints], least: int = LEAST_SHARED) -> PrefixTree:
     """The tree of sequences of token ids, which may be empty, or equal.
 
     Args:
