@@ -1,4 +1,4 @@
-"""Prefixes that are computed once in TRL's trainers: who turns it on, the same results, pairs of one prompt together."""
+"""Prefixes that are computed once in TRL's trainers: who turns it on, equal results, pairs of one prompt together."""
 
 from __future__ import annotations
 
@@ -253,7 +253,8 @@ def test_pairs_of_one_prompt_stand_side_by_side(tmp_path: Path) -> None:
     for epoch in (0.0, 1.0, 1.5):
         of.state.epoch = epoch
         orders.append(list(sampler))
-        assert sorted(orders[-1]) == list(range(PROMPTS * EACH)) and len(sampler) == 12
+        assert sorted(orders[-1]) == list(range(PROMPTS * EACH))
+        assert len(sampler) == PROMPTS * EACH
         assert len(groups(orders[-1])) == PROMPTS
     assert orders[0] != orders[1] == orders[2]
     other = made(tmp_path, seed=7).get_train_dataloader().batch_sampler.sampler
