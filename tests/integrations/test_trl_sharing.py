@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 import fastdpop
 from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, models
+from tests.integrations.test_trl import lora
 from tests.integrations.trl_setup import (
     WARNINGS,
     DPOConfig,
@@ -93,13 +94,22 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # ---- the same training --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precomputed", [False, True], ids=["live", "precomputed"])
-def test_training_is_the_same(precomputed: bool, tmp_path: Path, tokens: list[int]) -> None:
+CASES: dict[str, Any] = {
+    "live": lambda: {},
+    "precomputed": lambda: {"precompute_ref_log_probs": True},
+    "adapter": lambda: {"reference": None, "given": {"peft_config": lora(init_lora_weights=True)}},
+    "checkpointing": lambda: {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_the_same(case: str, tmp_path: Path, tokens: list[int]) -> None:
     """On batches of all pairs, whose order has no effect."""
-    options = {"precompute_ref_log_probs": precomputed, "per_device_train_batch_size": 12}
     runs, computed = [], []
     for share in (False, True):
-        of = made(tmp_path, share, **options)
+        torch.manual_seed(3)
+        of = made(tmp_path, share, per_device_train_batch_size=12, **CASES[case]())
+        start = {n: p.detach().clone() for n, p in of.model.named_parameters()}
         of.train()
         computed.append(tokens[-1])
         tokens.clear()
@@ -111,9 +121,8 @@ def test_training_is_the_same(precomputed: bool, tmp_path: Path, tokens: list[in
     assert len(rows) == 3
     for row, shared in zip(rows, shared_rows, strict=True):
         assert shared == pytest.approx(row, rel=1e-4, abs=1e-5)
-    start = dict(model().named_parameters())
+    assert any(not torch.equal(weight, start[name]) for name, weight in weights.items())
     for name, weight in weights.items():
-        assert not torch.equal(weight, start[name])
         torch.testing.assert_close(shared_weights[name], weight, rtol=1e-3, atol=5e-5)
 
 

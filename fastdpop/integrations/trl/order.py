@@ -14,6 +14,9 @@ from trl.trainer import dpo_trainer
 
 from fastdpop.prefix.sampler import PromptSampler
 
+_PROMPTS = ("prompt_ids", "prompt_input_ids")
+"""The columns of token ids, in the data of DPO and of CPO."""
+
 
 def by_prompt(trainer: Any, sampler: Any, dataset: Any = None) -> Any:
     """``Trainer._get_train_sampler``: a random order of prompts, in the place of one of pairs, if prefixes are shared.
@@ -23,16 +26,15 @@ def by_prompt(trainer: Any, sampler: Any, dataset: Any = None) -> Any:
         dataset: the training data; the trainer's by default.
     """
     dataset = trainer.train_dataset if dataset is None else dataset
-    if (
-        not trainer._fastdpop.share_prefixes
-        or not isinstance(sampler, RandomSampler)
-        or not isinstance(dataset, Dataset)
-        or "prompt_ids" not in dataset.column_names
-    ):
+    shares = trainer._fastdpop.share_prefixes
+    if not (shares and isinstance(sampler, RandomSampler) and isinstance(dataset, Dataset)):
+        return sampler
+    column = next((name for name in _PROMPTS if name in dataset.column_names), None)
+    if column is None:
         return sampler
     args = trainer.args
     seed = args.seed if args.data_seed is None else args.data_seed
-    return _PromptSampler(trainer, prompts(dataset), seed=seed)
+    return _PromptSampler(trainer, prompts(dataset, column), seed=seed)
 
 
 class _PromptSampler(PromptSampler):
@@ -47,10 +49,10 @@ class _PromptSampler(PromptSampler):
         return super().__iter__()
 
 
-def prompts(dataset: Dataset) -> Iterator[bytes]:
+def prompts(dataset: Dataset, column: str = _PROMPTS[0]) -> Iterator[bytes]:
     """A digest for every pair, of its prompt's token ids."""
-    for table in dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(1000):
-        lists = table.column("prompt_ids").combine_chunks()
+    for table in dataset.select_columns([column]).with_format("arrow").iter(1000):
+        lists = table.column(column).combine_chunks()
         tokens = lists.flatten().cast("int64").to_numpy()
         ends = lists.value_lengths().to_numpy().cumsum()
         for start, end in zip([0, *ends[:-1]], ends, strict=True):

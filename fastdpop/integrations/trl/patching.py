@@ -168,7 +168,6 @@ def _patch_dpo(kind: Any) -> None:
     own_step = kind._compute_loss
     own_reference = kind.compute_ref_log_probs
     own_precompute = kind._precompute_ref_logps
-    own_sampler = kind._get_train_sampler
     own_loop = kind.evaluation_loop
     own_log = kind.log
 
@@ -188,11 +187,6 @@ def _patch_dpo(kind: Any) -> None:
         if not on_fastdpop(self):
             return own(dataset, name, batch_size)
         return references.with_logps(self, own, dataset, name, batch_size)
-
-    @functools.wraps(own_sampler)
-    def sampler(self: Any, *args: Any) -> Any:
-        own = own_sampler(self, *args)
-        return by_prompt(self, own, *args) if on_fastdpop(self) else own
 
     @functools.wraps(own_loop)
     def loop(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,9 +208,20 @@ def _patch_dpo(kind: Any) -> None:
     _set(kind, "_compute_loss", compute_loss)
     _set(kind, "compute_ref_log_probs", reference)
     _set(kind, "_precompute_ref_logps", precompute)
-    _set(kind, "_get_train_sampler", sampler)
     _set(kind, "evaluation_loop", loop)
     _set(kind, "log", log)
+    _patch_sampler(kind)
+
+
+def _patch_sampler(kind: Any) -> None:
+    own_sampler = kind._get_train_sampler
+
+    @functools.wraps(own_sampler)
+    def sampler(self: Any, *args: Any) -> Any:
+        own = own_sampler(self, *args)
+        return by_prompt(self, own, *args) if on_fastdpop(self) else own
+
+    _set(kind, "_get_train_sampler", sampler)
 
 
 def _patch_config() -> None:
@@ -266,6 +271,7 @@ def _patch_cpo(kind: Any) -> None:
 
     _set(kind, "model", AttachedWhenSet("model", take_for_cpo))
     _set(kind, "get_batch_loss_metrics", step)
+    _patch_sampler(kind)
 
 
 def _patch_online(kind: Any) -> None:
