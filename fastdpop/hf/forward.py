@@ -222,9 +222,10 @@ def _laid_out(
             raise Unshareable("cu_seqlens is given: pack with fastdpop.pack instead")
         else:
             batch = shared_batch(call, labels)
-        if "position_ids" not in signature.parameters:
-            raise Unshareable(f"{type(model).__name__} takes no position_ids")
-        found = verdict(model, batch, logps)
+        found = verdict(model, batch, logps, "position_ids" in signature.parameters)
+        if found.mode == "packed" and not laid_out:
+            warn_once(model, found.reason, "nothing is shared, sequences are laid side by side")
+            return call, shared_batch(call, labels, packed=True)
         if found.mode != "shared":
             raise Unshareable(found.reason)
     except Unshareable as error:

@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,8 +51,11 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Verdict]] = weakref.WeakK
 _lock = threading.RLock()
 
 
-def verdict(model: nn.Module, batch: SharedBatch, logps: Logps) -> Verdict:
+def verdict(model: nn.Module, batch: SharedBatch, logps: Logps, positions: bool) -> Verdict:
     """What a model can do in calls such as this one; found out once, on tokens of the `batch`.
+
+    Args:
+        positions: its forward takes ``position_ids``.
 
     Raises:
         RuntimeError: log-probs over a tree differ from the model's own, and nothing tells why.
@@ -62,7 +65,7 @@ def verdict(model: nn.Module, batch: SharedBatch, logps: Logps) -> Verdict:
     with _lock:
         known = _known.setdefault(model, {})
         if key not in known:
-            known[key] = _find_out(model, batch, logps, key[1])
+            known[key] = _find_out(model, batch, logps, key[1], positions)
             if known[key].mode == "padded":
                 uninstall(model)
         elif known[key].mode != "padded" and not installed(model):
@@ -70,17 +73,23 @@ def verdict(model: nn.Module, batch: SharedBatch, logps: Logps) -> Verdict:
         return known[key]
 
 
+def verdict_of(model: nn.Module) -> Verdict | None:
+    """What was found out last about a model."""
+    with _lock:
+        return next(reversed(_known.get(model, {}).values()), None)
+
+
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def warn_once(model: nn.Module, reason: str) -> None:
+def warn_once(model: nn.Module, reason: str, effect: str = "it has no effect") -> None:
     """Say, once for each model and reason, why its sequences are not shared."""
     with _lock:
         said = _warned.setdefault(model, set())
         if reason in said:
             return
         said.add(reason)
-    warnings.warn(f"share_prefixes has no effect: {reason}", stacklevel=2)
+    warnings.warn(f"share_prefixes: {effect}, because {reason}", stacklevel=2)
 
 
 def _dtype(model: nn.Module, device: str) -> torch.dtype:
@@ -91,35 +100,98 @@ def _dtype(model: nn.Module, device: str) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _find_out(model: nn.Module, batch: SharedBatch, logps: Logps, dtype: torch.dtype) -> Verdict:
-    call, labels = _sample(batch)
+def _find_out(
+    model: nn.Module, batch: SharedBatch, logps: Logps, dtype: torch.dtype, positions: bool
+) -> Verdict:
+    trial = _Trial(model, logps, dtype, *_sample(batch))
     with (
         undisturbed(model, batch.device),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
-        expected = logps(call, labels, None)
+        reason = _state(model)
+        if reason is not None:
+            exact = positions and trial.fault(packed=True) is None
+            return Verdict("packed" if exact else "padded", reason)
+        if not positions:
+            return Verdict("padded", f"{type(model).__name__} takes no position_ids")
+        reason = trial.fault()
+        return Verdict("shared" if reason is None else "padded", reason or "")
+
+
+@dataclass
+class _Trial:
+    """A padded call on short sequences that branch, and labels that score all their tokens."""
+
+    model: nn.Module
+    logps: Logps
+    dtype: torch.dtype
+    call: dict[str, Any]
+    labels: Tensor
+
+    def fault(self, packed: bool = False) -> str | None:
+        """What keeps the model from computing them as a tree, or packed side by side; None: nothing.
+
+        Raises:
+            RuntimeError: log-probs are not those of separate sequences, and nothing tells why.
+        """
+        owner = type(self.model).__name__
+        batch = shared_batch(self.call, self.labels, least=1, packed=packed)
         try:
-            install(model)
-            shared = shared_batch(call, labels, least=1)
-            found = logps(call, labels, shared)
-        except (Unshareable, RuntimeError, TypeError, ValueError, IndexError) as error:
-            return Verdict("padded", str(error))
-        if _agree(found, expected, shared, dtype):
-            return Verdict("shared")
-        reason = _reason(model, shared.layout.seen)
-        if reason is None:
-            difference = (found - expected).abs().median().item()
+            install(self.model)
+            found = self.logps(self.call, self.labels, batch)
+        except Unshareable as error:
+            return str(error)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            own = _own_attention(self.model, batch.layout.seen)
+            return own or f"{owner} cannot take a tree for its mask ({error})"
+        if packed or batch.layout.seen:
+            difference, allowed = self._difference(found, batch)
+            if difference <= allowed and not self._leaks(found, batch):
+                return None
+        reason = _own_attention(self.model, batch.layout.seen)
+        if reason is None and not packed:
             raise RuntimeError(
-                f"log-probs of {type(model).__name__} over a prefix tree differ from its own by {difference:.3g} nats in the median, "
-                f"beyond the rounding of {dtype}: leave out share_prefixes, and please report the model"
+                f"log-probs of {owner} over a prefix tree differ from its own by {difference:.3g} nats in the "
+                f"median, expected at most {allowed:.3g} in {self.dtype}: leave out share_prefixes, and please "
+                "report the model"
             )
-        try:
-            shared = shared_batch(call, labels, packed=True)
-            found = logps(call, labels, shared)
-        except (Unshareable, RuntimeError, TypeError, ValueError, IndexError):
-            return Verdict("padded", reason)
-        return Verdict("packed" if _agree(found, expected, shared, dtype) else "padded", reason)
+        return reason or "sequences side by side do not stay apart"
+
+    def _difference(self, found: Tensor, batch: SharedBatch) -> tuple[float, float]:
+        """The median over the tokens behind the first branch, and what rounding may do.
+
+        What comes before sees the same in any case. The mean would be that of a few tokens in mixtures of experts,
+        where rounding may choose another expert.
+        """
+        behind = self._behind(batch)
+        expected = self.logps(self.call, self.labels, None)[behind].double()
+        difference = (found[behind].double() - expected).abs().nan_to_num(torch.inf)
+        return difference.median().item(), ROUNDING[self.dtype] * (
+            1.0 + expected.abs().mean().item()
+        )
+
+    def _behind(self, batch: SharedBatch) -> Tensor:
+        """Which of the tokens of ``(S, T)`` are predicted from behind the first path through the tree."""
+        end = batch.tree.end
+        leaf = int((end == torch.arange(1, len(end) + 1)).nonzero()[0])
+        behind = torch.zeros_like(batch.padding)
+        behind[:, 1:] = (batch.hidden_index[:, :-1] > leaf) & ~batch.padding[:, 1:]
+        return behind
+
+    def _leaks(self, found: Tensor, batch: SharedBatch) -> bool:
+        """Whether a token of the first path has an effect on those behind it, in the very same computation."""
+        end, ids = batch.tree.end, batch.tree.input_ids.clone()
+        leaf = int((end == torch.arange(1, len(end) + 1)).nonzero()[0])
+        # The last run of the path: no other sequence goes through it.
+        ids[leaf] = ids[0] if ids[leaf] != ids[0] else ids[-1]
+        other = replace(batch, tree=replace(batch.tree, input_ids=ids))
+        changed = self.logps(self.call, self.labels, other)
+        behind = self._behind(batch)
+        effect = (changed[behind] - found[behind]).double().abs()
+        exact = 4 * torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
+        allowed = exact * (1.0 + found[behind].double().abs().mean())
+        return bool(effect.median() > allowed)
 
 
 def _sample(batch: SharedBatch) -> tuple[dict[str, Any], Tensor]:
@@ -147,31 +219,21 @@ def _sequences(tree: PrefixTree) -> list[list[int]]:
     return [tokens[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _agree(found: Tensor, expected: Tensor, batch: SharedBatch, dtype: torch.dtype) -> bool:
-    """Whether log-probs differ by rounding only, by the median over the tokens behind the first branch.
-
-    What comes before sees the same in any case. The mean would be that of a few tokens in mixtures of experts, where
-    rounding may choose another expert.
-    """
-    first_leaf = (batch.tree.end == torch.arange(1, len(batch.tree.end) + 1)).nonzero()[0].item()
-    behind = (batch.hidden_index[:, :-1] > first_leaf) & ~batch.padding[:, 1:]
-    found, expected = (values[:, 1:][behind].double() for values in (found, expected))
-    difference = (found - expected).abs()
-    allowed = ROUNDING[dtype] * (1.0 + expected.abs().mean())
-    return bool(difference.isfinite().all()) and bool(difference.median() <= allowed)
-
-
-def _reason(model: nn.Module, seen: Collection[nn.Module]) -> str | None:
-    """What a model has that does not fit a tree."""
-    owner = type(model).__name__
+def _state(model: nn.Module) -> str | None:
+    """The layer of a model whose state runs along the sequence, if it has one."""
     for module in model.modules():
         kind = type(module).__name__
-        if _STATE.search(kind) and kind != "Conv1D":  # GPT-2's linear layers have that name
-            return f"{owner} has {kind}, whose state runs along the sequence"
-    attention = {
-        type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()
-    }
-    left = sorted(attention - {type(m).__name__ for m in seen})
-    if not seen or left:
-        return f"{owner} computes attention by itself" + (f" ({left[0]})" if left else "")
+        if module is not model and _STATE.search(kind) and kind != "Conv1D":  # GPT-2's linear map
+            return f"{type(model).__name__} has {kind}, whose state runs along the sequence"
     return None
+
+
+def _own_attention(model: nn.Module, seen: Collection[nn.Module]) -> str | None:
+    """An attention of the model that does not ask transformers' interface."""
+    kinds = {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
+    left = sorted(kinds - {type(m).__name__ for m in seen})
+    if seen and not left:
+        return None
+    return f"{type(model).__name__} computes attention by itself" + (
+        f" ({left[0]})" if left else ""
+    )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastdpop import attach, losses, naive
+from fastdpop.hf.sharing_check import verdict_of
 from tests.models.shrink import LEFT_OUT, V, build
 
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -47,6 +49,10 @@ class Outcome:
     router_loss: bool = False
     head: tuple[str, ...] = ()
     """What the head does beyond a product with an untied weight."""
+    sharing: str = ""
+    """How prefixes are shared: "shared", "packed" or "padded"."""
+    reason: str = ""
+    """Why no more than that."""
 
 
 def compare(name: str) -> Outcome:
@@ -76,15 +82,68 @@ def compare(name: str) -> Outcome:
     out.loss.backward()
     torch.testing.assert_close(out.logps, own.detach(), rtol=LOGPS, atol=0.0)
     torch.testing.assert_close(out.loss.double(), expected.double(), rtol=LOSS, atol=0.0)
-    found = _gradients(model)
-    different = found.keys() ^ expected_gradients.keys()
+    _check_gradients(_gradients(model), expected_gradients)
+    head = _kind_of_head(model, inputs)
+    return Outcome(name, None, bool(router_loss), head, *share(build(name)))
+
+
+def share(model: nn.Module) -> tuple[str, str]:
+    """Loss, log-probs and gradients with prefixes shared, against those without; how they are shared, and why not more.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    torch.manual_seed(1)
+    ids = torch.randint(3, V, (4, 24))
+    ids[2:, :17] = ids[:2, :17]
+    mask = torch.ones_like(ids)
+    mask[1, -2:], mask[2, -4:] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :12] = -100
+    # The router's loss counts tokens, of which there are fewer.
+    call = {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+    attach(model)
+    ref_logps = model(**call, return_logps=True).logps.detach() + torch.tensor(
+        [1.0, -1.0, 0.5, 0.5]
+    )
+    found = []
+    for shared in (False, True):
+        model.zero_grad()
+        options = {"share_prefixes": shared}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            out = model(
+                **call,
+                preference=DPOP,
+                ref_logps=ref_logps,
+                preference_options=options,
+                router_loss_weight=0.0,
+            )
+        out.loss.backward()
+        found.append((out, {name: g.clone() for name, g in _gradients(model).items()}))
+    _check_equal(*found)
+    known = verdict_of(model)
+    reasons = [str(w.message) for w in said if "share_prefixes" in str(w.message)]
+    return (
+        (known.mode, known.reason) if known else ("padded", reasons[0].partition(", because ")[2])
+    )
+
+
+def _check_equal(unshared: Any, shared: Any) -> None:
+    (expected, expected_gradients), (out, gradients) = unshared, shared
+    torch.testing.assert_close(out.logps, expected.logps, rtol=LOGPS, atol=0.0)
+    torch.testing.assert_close(out.loss.double(), expected.loss.double(), rtol=LOSS, atol=0.0)
+    _check_gradients(gradients, expected_gradients)
+
+
+def _check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    different = found.keys() ^ expected.keys()
     assert not different, f"parameters with a gradient in one of the two: {sorted(different)}"
     # A parameter whose exact gradient is 0 (a key's bias) has rounding errors of the others' size.
-    every = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
-    for parameter, gradient in expected_gradients.items():
+    every = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for parameter, gradient in expected.items():
         error = (found[parameter] - gradient).norm() / (gradient.norm() + 1e-3 * every)
         assert error <= GRADIENTS, f"the gradient of {parameter} is off by {error:.2g}"
-    return Outcome(name, router_loss=bool(router_loss), head=_kind_of_head(model, inputs))
 
 
 def _logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -229,7 +288,10 @@ def main() -> int:
     outcomes = []
     for outcome in sweep(tuple(options.names) or NAMES, options.jobs):
         outcomes.append(outcome)
-        print(f"{outcome.name:28}{outcome.error or 'right'}", flush=True)
+        print(
+            f"{outcome.name:28}{outcome.error or 'right'}; {outcome.sharing} {outcome.reason}",
+            flush=True,
+        )
     unexpected = [o.name for o in outcomes if (o.error is None) == (o.name in LEFT_OUT)]
     if unexpected:
         print(f"not as LEFT_OUT in tests/models/shrink.py has it: {', '.join(unexpected)}")
