@@ -51,7 +51,9 @@ class FastDpopPlugin(BasePlugin):
         from fastdpop.integrations.trl import patch_trl
 
         patch_trl(
-            engine=cfg.fastdpop_engine or "auto", workspace_bytes=cfg.fastdpop_workspace_bytes
+            engine=cfg.fastdpop_engine or "auto",
+            workspace_bytes=cfg.fastdpop_workspace_bytes,
+            share_prefixes=bool(cfg.fastdpop_share_prefixes),
         )
         FastDpopPlugin._patched = True
 

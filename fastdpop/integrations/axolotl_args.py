@@ -19,7 +19,10 @@ TRAINERS = ("dpo", "ipo")
 """Values of ``rl`` that Axolotl trains with TRL's ``DPOTrainer``."""
 
 _PLUGIN = "fastdpop.integrations.axolotl.FastDpopPlugin"
-_OPTIONS = ("dpop_lambda", "fastdpop_engine", "fastdpop_workspace_bytes")
+_OPTIONS = (
+    *("dpop_lambda", "fastdpop_engine", "fastdpop_workspace_bytes"),
+    "fastdpop_share_prefixes",
+)
 _SHARDED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 
 
@@ -29,7 +32,7 @@ class FastDpopArgs(BaseModel):
     Attributes:
         fastdpop: compute the losses of ``rl: dpo`` with fastdpop.
         dpop_lambda: DPOP's lambda, 0 or above, for ``dpo_loss_type: ["dpop"]``; the default is the paper's 50.
-        fastdpop_engine, fastdpop_workspace_bytes: as in :func:`fastdpop.patch_trl`.
+        fastdpop_engine, fastdpop_workspace_bytes, fastdpop_share_prefixes: as in :func:`fastdpop.patch_trl`.
     """
 
     fastdpop: StrictBool | None = Field(
@@ -50,6 +53,13 @@ class FastDpopArgs(BaseModel):
         default=None,
         gt=0,
         json_schema_extra={"description": "Upper bound of fastdpop's scratch memory."},
+    )
+    fastdpop_share_prefixes: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Compute what sequences of a batch begin with in common once, and no padding, through the "
+            "whole model. The default is what dpo_padding_free is."
+        },
     )
 
     @field_validator("dpop_lambda", mode="before")
@@ -111,6 +121,11 @@ def _check_on(data: Mapping[str, Any]) -> None:
         raise ValueError(
             "dpo_use_liger_kernel is true, expected false with fastdpop: true: it replaces the loss that fastdpop "
             "computes"
+        )
+    if data.get("dpo_padding_free") and data.get("fastdpop_share_prefixes") is False:
+        raise ValueError(
+            "fastdpop_share_prefixes is false beside dpo_padding_free: true, expected true or none: fastdpop leaves "
+            "the padding out by the same computation"
         )
     for key in _SHARDED:
         degree = data.get(key) or 1

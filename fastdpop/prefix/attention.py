@@ -221,8 +221,9 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     others = (None, None, None)  # scale, softcap, how
     if dout is None:
         return None, None, None, None, None, *others
-    sinks = ctx.saved_tensors[4]
-    *found, of_sinks = _attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # which can be read once where gradients are checkpointed
+    sinks = saved[4]
+    *found, of_sinks = _attention_backward(dout, *saved, *ctx.options)
     return *found, None, None if sinks is None else of_sinks, *others
 
 

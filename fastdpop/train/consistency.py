@@ -53,7 +53,6 @@ _EVALUATION = (
     *("metric_for_best_model", "per_device_eval_batch_size"),
 )
 _REFUSED = {
-    "padding_free": "TRL would pad all the same",
     "truncation_mode": "nothing is ever cut",
     "do_train": "it always trains",
     "do_eval": "it evaluates where there are --eval-pairs",

@@ -78,6 +78,7 @@ TRL_SHOWN = {
     "seed": ("N", "of the order of the data, of dropout and of a new adapter"),
     "bf16": ("", "autocast to bfloat16; weights that are trained stay in their own type"),
     "gradient_checkpointing": ("", "less memory for more time"),
+    "share_prefixes": ("", "compute what pairs begin with in common once, and no padding"),
     "report_to": ("NAME", "tensorboard, wandb, trackio, ..."),
     "lora_alpha": ("A", "of a new adapter"),
     "lora_dropout": ("P", "of a new adapter"),
@@ -186,7 +187,7 @@ class PairArguments:
 _GROUPS = {
     "data": ("pairs", "eval_pairs", "columns", "chat", "chat_template_path", "max_length", "too_long"),
     "model": (
-        "model", "tokenizer", "output", "device", "threads", "bf16", "gradient_checkpointing",
+        "model", "tokenizer", "output", "device", "threads", "bf16", "gradient_checkpointing", "share_prefixes",
         "lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge_adapter",
     ),
     "loss": ("beta", "dpop_lambda", "loss", "loss_option", "reference"),

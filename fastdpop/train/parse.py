@@ -20,6 +20,7 @@ from trl.trainer.model_config import ModelConfig
 
 from fastdpop import losses
 from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.integrations.trl.config import shares_prefixes
 from fastdpop.integrations.trl.loss import check_config
 from fastdpop.losses import PreferenceLoss
 from fastdpop.train.consistency import check, evaluates, missing
@@ -315,5 +316,6 @@ def _settle(asked: Asked) -> None:
     if str(config.resume_from_checkpoint).lower() in ("true", "false"):  # TRL's way to say --resume
         own.resume = own.resume or str(config.resume_from_checkpoint).lower() == "true"
         config.resume_from_checkpoint = None
+    config.share_prefixes, config.padding_free = shares_prefixes(config), False  # under one name
     if "per_device_eval_batch_size" not in given:
         config.per_device_eval_batch_size = config.per_device_train_batch_size

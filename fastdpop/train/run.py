@@ -16,7 +16,9 @@ from trl.scripts.utils import get_dataset
 from fastdpop.data import load_pairs
 from fastdpop.data.tokens import tokenize
 from fastdpop.integrations.trl.models import UnfitModel
+from fastdpop.integrations.trl.order import prompts
 from fastdpop.integrations.trl.references import hash_of_tokens
+from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint
 from fastdpop.train.consistency import evaluates
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
@@ -54,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(asked, source)
     train, held_out = read(asked, tokenizer, source)
     # Once: what is scored together beforehand is trained on together, see PairTrainer.
-    train = train.shuffle(config.seed if config.data_seed is None else config.data_seed)
+    train = _mixed(train, config)
     identity = _identity(asked, train, held_out)
     start = _open(output, asked, identity)
     if start is not None and config.sync_ref_model:
@@ -175,6 +177,14 @@ def _mapping(text: str) -> tuple[str, str]:
     if not (name and sign and column):
         raise ValueError(f"--columns is {text!r}, expected NAME=COLUMN, such as prompt=question")
     return name, column
+
+
+def _mixed(train: Any, config: Any) -> Any:
+    """Training pairs in the order of the run's seed; those of one prompt side by side, if they share it."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    if not config.share_prefixes:
+        return train.shuffle(seed)
+    return train.select(list(PromptSampler(prompts(train), seed=seed)))
 
 
 def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from fastdpop.integrations.trl import FastDPOTrainer
+from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint
 from fastdpop.train.report import MetricsFile, Progress
 
@@ -76,7 +77,7 @@ class PairTrainer(FastDPOTrainer):
         not moved has log-ratios of exactly 0. Every epoch has an order of batches of its own.
         """
         sampler = super()._get_train_sampler(*args)
-        if isinstance(sampler, RandomSampler):
+        if isinstance(sampler, (RandomSampler, PromptSampler)):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             # Those of all processes together: one process with a batch as large trains alike.
             size = self._train_batch_size * self.args.world_size

@@ -1,4 +1,4 @@
-"""Trains for two steps, also under torchrun, for test_trl_ddp.py: python ddp.py FOLDER PAIRS_A_PROCESS."""
+"""Trains for two steps, also under torchrun, for test_trl_ddp.py: python ddp.py FOLDER PAIRS_A_PROCESS [share]."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ of = trainer(
     dpop_lambda=2.0,
     max_steps=2,
     per_device_train_batch_size=each,
+    share_prefixes=sys.argv[3:] == ["share"],
 )
 of.train()
 if of.accelerator.is_main_process:

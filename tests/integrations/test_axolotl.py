@@ -120,6 +120,18 @@ def test_lambda_reaches_the_trainer(module: Any, patched_first: bool, tmp_path: 
         assert ([ours] == logged(direct, "loss", "penalty")) is (lam == 5.0)
 
 
+@pytest.mark.parametrize(
+    ("share", "padding_free", "shares"),
+    [(True, False, True), (None, False, False), (False, False, False), (None, True, True)],
+)
+def test_prefixes(
+    module: Any, share: bool | None, padding_free: bool, shares: bool, tmp_path: Path
+) -> None:
+    module.FastDpopPlugin().pre_model_load(Settings(fastdpop=True, fastdpop_share_prefixes=share))
+    of = trainer(DPOTrainer, tmp_path, padding_free=padding_free)
+    assert of._fastdpop.share_prefixes is shares
+
+
 def test_the_entry_point_is_the_plugin(module: Any) -> None:
     tomllib = pytest.importorskip("tomllib")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]

@@ -46,8 +46,8 @@ def smoothed(*names: str) -> float:
 
 
 def lora(**options: Any) -> LoraConfig:
-    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"], **options}
-    return LoraConfig(r=2, init_lora_weights=False, **settings)
+    settings = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+    return LoraConfig(**{"r": 2, "init_lora_weights": False, **settings, **options})
 
 
 def both(folder: Path, **options: Any) -> tuple[Any, Any]:

@@ -13,7 +13,10 @@ import torch
 
 pytest.importorskip("trl")
 
+from datasets import concatenate_datasets
+
 import fastdpop
+from fastdpop.hf.forward import attachment_of
 from fastdpop.integrations.trl.cpo import preference
 from tests.integrations.trl_setup import WARNINGS, arguments, gradients, model, namespace, pairs
 from tests.tiny_model import tiny_tokenizer
@@ -34,13 +37,13 @@ def patched() -> Iterator[None]:
     assert namespace(cpo.CPOTrainer) == before
 
 
-def trainer(folder: Path, policy: Any = None, **options: Any) -> Any:
+def trainer(folder: Path, policy: Any = None, data: Any = None, **options: Any) -> Any:
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|end|>"  # TRL asks for one
     return cpo.CPOTrainer(
         model() if policy is None else policy,
         args=arguments(folder, cpo.CPOConfig, max_length=64, **options),
-        train_dataset=pairs(),
+        train_dataset=pairs() if data is None else data,
         processing_class=tokenizer,
     )
 
@@ -79,6 +82,33 @@ def test_a_loss(options: dict[str, Any], tmp_path: Path, patched: None) -> None:
     for name, value in own_metrics.items():
         if not name.startswith("logits/"):  # TRL's are those of prompts and padding too
             assert metrics[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("options", CASES[-2:], ids=str)
+def test_shared_prefixes(options: dict[str, Any], tmp_path: Path, patched: None) -> None:
+    found = []
+    for share in (False, True):
+        fastdpop.patch_trl(share_prefixes=share)
+        of = trainer(tmp_path, per_device_train_batch_size=8, **options)  # in any order
+        assert attachment_of(of.model).settings["share_prefixes"] is share  # type: ignore[union-attr]
+        tokens: list[int] = []
+        of.model.get_input_embeddings().register_forward_hook(
+            lambda _, ids, __, tokens=tokens: tokens.append(ids[0].numel())
+        )
+        found.append((step(of), tokens[-1]))
+    ((loss, gradient, metrics), count), ((own_loss, own_gradient, own_metrics), own_count) = found
+    assert own_count < count
+    assert own_loss == pytest.approx(loss, rel=2e-5)
+    assert own_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(own_gradient, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_pairs_of_one_prompt_stand_side_by_side(tmp_path: Path, patched: None) -> None:
+    fastdpop.patch_trl(share_prefixes=True)
+    data = concatenate_datasets([pairs(4), pairs(4)])
+    order = list(trainer(tmp_path, data=data).get_train_dataloader().batch_sampler.sampler)
+    assert sorted(order) == list(range(8))
+    assert [abs(a - b) for a, b in zip(order[::2], order[1::2], strict=True)] == [4] * 4
 
 
 def test_mean_logits_are_those_of_completions(tmp_path: Path, patched: None) -> None:

@@ -32,9 +32,12 @@ def run(processes: int, script: str, *arguments: str) -> str:
     return done.stderr
 
 
-def test_gradients_and_metrics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [(), ("share",)], ids=["padded", "shared"])
+def test_gradients_and_metrics_are_those_of_the_whole_batch(
+    share: tuple[str, ...], tmp_path: Path
+) -> None:
     for processes in (1, 2):
-        run(processes, "ddp.py", str(tmp_path), str(4 // processes))
+        run(processes, "ddp.py", str(tmp_path), str(4 // processes), *share)
     metrics, weights = torch.load(tmp_path / "4.pt")
     other_metrics, other_weights = torch.load(tmp_path / "2.pt")
     assert len(metrics) == 2

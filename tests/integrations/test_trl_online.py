@@ -74,6 +74,28 @@ def test_log_probs_of_completions(max_length: int, tmp_path: Path, patched: None
     assert not torch.equal(logps, own_logps)  # two computations
 
 
+def test_two_completions_share_their_prompt(tmp_path: Path, patched: None) -> None:
+    prompts, completions = torch.randint(256, (3, 12)).repeat(2, 1), torch.randint(256, (6, 5))
+    prompt_mask, completion_mask = torch.ones_like(prompts), torch.ones_like(completions)
+    prompt_mask[::3, :2] = completion_mask[1, 3:] = 0
+    inputs = [prompts, prompt_mask, completions, completion_mask]
+    found = []
+    for share in (False, True):
+        fastdpop.patch_trl(share_prefixes=share)
+        of = trainer(tmp_path)
+        tokens: list[int] = []
+        of.model.get_input_embeddings().register_forward_hook(
+            lambda _, ids, __, tokens=tokens: tokens.append(ids[0].numel())
+        )
+        logps = of._forward(of.model, *inputs) * completion_mask
+        (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps)).sum().backward()
+        found.append((logps.detach(), gradients(of.model), tokens[-1]))
+    (logps, gradient, count), (shared_logps, shared_gradient, shared_count) = found
+    assert shared_count == count - 3 * 12 - 2 - 2
+    torch.testing.assert_close(shared_logps, logps, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared_gradient, gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_no_room_for_a_prompt_is_left_to_trl(tmp_path: Path, patched: None) -> None:
     of, inputs = trainer(tmp_path), batch()
     of.max_length = 5

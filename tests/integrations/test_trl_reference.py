@@ -81,6 +81,14 @@ def test_exact(options: dict[str, Any], bf16: bool, tmp_path: Path) -> None:
     assert not differences(tmp_path, bf16=bf16, **options).any()
 
 
+@pytest.mark.parametrize("options", [SEQUENTIAL, {"per_device_train_batch_size": 1}])
+def test_exact_where_prefixes_are_shared(options: dict[str, Any], tmp_path: Path) -> None:
+    """Equal batches are equal trees."""
+    if not options.keys() <= {field.name for field in fields(DPOConfig)}:
+        pytest.skip("this version has no such setting")
+    assert not differences(tmp_path, share_prefixes=True, **options).any()
+
+
 @pytest.mark.parametrize(("bf16", "bound"), [(False, 2e-4), (True, 2e-2)], ids=["fp32", "bf16"])
 def test_shuffled_agrees_to_rounding(bf16: bool, bound: float, tmp_path: Path) -> None:
     assert differences(tmp_path, bf16=bf16).abs().max() < bound

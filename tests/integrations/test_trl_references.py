@@ -91,6 +91,15 @@ def test_evaluation_data_too(tmp_path: Path, batches: list[int]) -> None:
         assert of.evaluate(of.eval_dataset["b"])["eval_loss"] > 0
 
 
+def test_where_prefixes_are_shared(tmp_path: Path, batches: list[int]) -> None:
+    """A model that has shared some has another name for its attention from then on, and computes the same."""
+    used = model(noise=0.02)
+    for reference in (used, used, model(noise=0.02)):
+        given = {"eval_dataset": pairs(3, 20)}
+        made(tmp_path, given=given, reference=reference, padding_free=True)
+        assert batches == [4, 4, 3]
+
+
 def test_however_the_data_came_about(tmp_path: Path, batches: list[int]) -> None:
     made(tmp_path)
     others = pairs(12)
@@ -131,6 +140,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "ld_alpha": lambda: {"ld_alpha": 0.5},
     "a loss's alpha": lambda: {"given": {"loss": length_desensitised(get("dpo", beta=0.5), 0.5)}},
     "engine": lambda: {"given": {"engine": "eager"}},
+    "prefixes": lambda: {"padding_free": True},
     "batch": lambda: {"per_device_train_batch_size": 2},
     "padding": lambda: {"pad_to_multiple_of": 16},
 }

@@ -101,6 +101,14 @@ def test_what_it_does_anyhow_may_be_said() -> None:
     assert parse([*REQUIRED[:2], *REQUIRED[4:], *data]).config.eval_steps == 2
 
 
+def test_two_names_for_one_way_to_leave_padding_out() -> None:
+    for more in (["--share-prefixes"], ["--share_prefixes", "true"], ["--padding_free"]):
+        config = asked(*more).config
+        assert (config.share_prefixes, config.padding_free) == (True, False)
+    for more in ([], ["--share-prefixes", "false"], ["--padding_free", "false"]):
+        assert asked(*more).config.share_prefixes is False
+
+
 def test_trls_way_to_resume() -> None:
     given = asked("--resume_from_checkpoint", "true")
     assert (given.own.resume, given.config.resume_from_checkpoint) == (True, None)
@@ -280,7 +288,10 @@ def test_what_is_missing(capsys: pytest.CaptureFixture[str], missing: str) -> No
         (["--schedule", "linear"], "--schedule is 'linear'"),
         (["--reference", "none"], "--reference is 'none'"),
         (["--threads", "1025"], "--threads is 1025"),
-        (["--padding_free"], "--padding_free has no place here"),
+        (
+            ["--padding_free", "--share-prefixes", "false"],
+            "share_prefixes is False beside padding_free=True, expected True or None",
+        ),
         (["--truncation_mode", "keep_end"], "--truncation_mode has no place here"),
         (["--dataset_streaming"], "`fastdpop trl dpo` takes a stream"),
         (["--do_train", "false"], "--do_train has no place here"),

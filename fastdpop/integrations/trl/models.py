@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -16,6 +16,7 @@ from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
 from fastdpop.integrations.trl import cpo, online
+from fastdpop.integrations.trl.config import shares_prefixes
 from fastdpop.integrations.trl.loss import check_given, preference
 from fastdpop.losses.base import PreferenceLoss, check_loss
 
@@ -27,26 +28,33 @@ class Settings:
     Attributes:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
         loss: in the place of the config's; None: the config's.
+        share_prefixes: as in :func:`fastdpop.attach`; until a trainer has its model, if its arguments do not say.
     """
 
     engine: str = "auto"
     workspace_bytes: int | None = None
     loss: PreferenceLoss | None = None
+    share_prefixes: bool = False
 
 
 def checked_settings(
-    engine: str, workspace_bytes: int | None, loss: PreferenceLoss | None = None
+    engine: str,
+    workspace_bytes: int | None,
+    loss: PreferenceLoss | None = None,
+    share_prefixes: bool = False,
 ) -> Settings:
     """
     Raises:
-        ValueError, TypeError: there is no such engine, the workspace is not a positive int, or the loss is none.
+        ValueError, TypeError: there is no such engine, the workspace is not a positive int, the loss is none, or
+            `share_prefixes` is neither True nor False.
     """
     if loss is not None:
         check_loss(loss)
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
-    return Settings(engine, workspace_bytes, loss)
+    checks.flag("share_prefixes", share_prefixes)
+    return Settings(engine, workspace_bytes, loss, share_prefixes)
 
 
 def on_fastdpop(trainer: Any) -> bool:
@@ -141,7 +149,9 @@ were attached here, not by their owner."""
 
 
 def _attach(trainer: Any, model: Any) -> None:
-    settings = trainer._fastdpop
+    given = trainer._fastdpop
+    shares = shares_prefixes(trainer.args, given.share_prefixes)
+    settings = trainer._fastdpop = replace(given, share_prefixes=shares)
     inner = model.get_base_model() if is_peft_model(model) else model
     before, here = _taken.get(inner, (None, False))
     # The second: hidden, and not detached since.
@@ -154,6 +164,7 @@ def _attach(trainer: Any, model: Any) -> None:
                 model,
                 engine=settings.engine,
                 workspace_bytes=settings.workspace_bytes,
+                share_prefixes=shares,
                 check=whole,
             )
         except (RuntimeError, TypeError) as error:
@@ -164,10 +175,28 @@ def _attach(trainer: Any, model: Any) -> None:
         assert found is not None
     elif found is before and here:
         # The latest trainer's.
-        found.settings.update(engine=settings.engine, workspace_bytes=settings.workspace_bytes)
+        found.settings.update(
+            engine=settings.engine, workspace_bytes=settings.workspace_bytes, share_prefixes=shares
+        )
     else:
         here = False  # its owner's, who decides
+        _follow(trainer, found.settings["share_prefixes"])
     _taken[inner] = found, here
+
+
+def _follow(trainer: Any, shares: bool) -> None:
+    """Order data, and have a reference computed, as its owner's model computes.
+
+    Raises:
+        ValueError: the trainer was told otherwise.
+    """
+    asked = trainer._fastdpop.share_prefixes or getattr(trainer.args, "share_prefixes", None)
+    if asked not in (None, shares):
+        raise ValueError(
+            f"share_prefixes is {asked}, expected {shares}, as the model was attached: let the trainer attach it, or "
+            f"call fastdpop.attach(model, share_prefixes={asked})"
+        )
+    trainer._fastdpop = replace(trainer._fastdpop, share_prefixes=shares)
 
 
 def _check_devices(trainer: Any) -> None:

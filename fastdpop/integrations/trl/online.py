@@ -25,6 +25,8 @@ def completion_logps(
 ) -> Tensor | None:
     """``OnlineDPOTrainer._forward``: the log-prob of every completion token, padding too, shaped as `completion_ids`.
 
+    Where prefixes are shared, padding is not computed, and has log-probs of 0. TRL's loss reads none of them.
+
     None where the completions leave no room for a prompt: the first token's log-prob has no meaning then.
     """
     room = trainer.max_length - completion_ids.shape[1]
@@ -34,9 +36,12 @@ def completion_logps(
     ids = torch.cat([prompt_ids, completion_ids], dim=1)
     labels = ids.clone()
     labels[:, : prompt_ids.shape[1]] = IGNORE
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    if trainer._fastdpop.share_prefixes:
+        labels.masked_fill_(mask == 0, IGNORE)
     out = model(
         input_ids=ids,
-        attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+        attention_mask=mask,
         labels=labels,
         return_logps=True,
         preference_options={"reduction": "token"},

@@ -7,16 +7,15 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import trl
 from torch import nn
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fastdpop.integrations import dpop_lambda as lambdas
 from fastdpop.integrations.trl import cpo, metrics, online, references
-from fastdpop.integrations.trl.config import FastDPOConfig
+from fastdpop.integrations.trl.config import ADDED, FastDPOConfig, check
 from fastdpop.integrations.trl.models import (
     AttachedWhenSet,
     Settings,
@@ -25,6 +24,7 @@ from fastdpop.integrations.trl.models import (
     take_for_cpo,
     take_for_online,
 )
+from fastdpop.integrations.trl.order import by_prompt, without_padding_warning
 from fastdpop.integrations.trl.step import Inputs, precomputed, step
 from fastdpop.integrations.trl.version import check_version
 
@@ -35,7 +35,9 @@ _running: list[tuple[Any, str]] = []
 """Trainers of patched classes that are at work, each with the name of the method."""
 
 
-def patch_trl(*, engine: str = "auto", workspace_bytes: int | None = None) -> None:
+def patch_trl(
+    *, engine: str = "auto", workspace_bytes: int | None = None, share_prefixes: bool = False
+) -> None:
     """Let TRL's ``DPOTrainer`` compute its losses with fastdpop, and ``DPOConfig`` know DPOP.
 
     Afterwards ``DPOConfig`` takes ``loss_type="dpop"``, alone or in a list, and ``dpop_lambda`` (the paper's 50), also
@@ -46,14 +48,17 @@ def patch_trl(*, engine: str = "auto", workspace_bytes: int | None = None) -> No
 
     Args:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
+        share_prefixes: as in :func:`fastdpop.attach`, for trainers whose arguments do not say it themselves
+            (``DPOConfig(share_prefixes=...)``); pairs of one prompt are then trained on side by side.
 
     Raises:
         ImportError: TRL is not installed, or of a version that is not served.
         RuntimeError: a trainer of a patched class is running.
-        ValueError, TypeError: there is no such engine, or the workspace is not a positive int.
+        ValueError, TypeError: there is no such engine, the workspace is not a positive int, or `share_prefixes` is
+            neither True nor False.
     """
     global _settings
-    settings = checked_settings(engine, workspace_bytes)
+    settings = checked_settings(engine, workspace_bytes, share_prefixes=share_prefixes)
     check_version(trl.__version__)
     _refuse_while_running("patch_trl")
     _settings = settings
@@ -130,7 +135,8 @@ def _mark_new_trainers(kind: Any) -> None:
     @functools.wraps(own_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         vars(self).setdefault("_fastdpop", _settings)  # FastDPOTrainer has its own
-        own_init(self, *args, **kwargs)
+        with without_padding_warning():
+            own_init(self, *args, **kwargs)
 
     _set(kind, "__init__", init)
 
@@ -204,33 +210,51 @@ def _patch_dpo(kind: Any) -> None:
     _set(kind, "_precompute_ref_logps", precompute)
     _set(kind, "evaluation_loop", loop)
     _set(kind, "log", log)
+    _patch_sampler(kind)
+
+
+def _patch_sampler(kind: Any) -> None:
+    own_sampler = kind._get_train_sampler
+
+    @functools.wraps(own_sampler)
+    def sampler(self: Any, *args: Any) -> Any:
+        own = own_sampler(self, *args)
+        return by_prompt(self, own, *args) if on_fastdpop(self) else own
+
+    _set(kind, "_get_train_sampler", sampler)
 
 
 def _patch_config() -> None:
-    """Make `dpop_lambda` a field of DPOConfig itself, where parsers, serialisers and subclasses look for fields."""
+    """Make what FastDPOConfig adds fields of DPOConfig itself, where parsers, serialisers and subclasses look."""
     own_init = DPOConfig.__init__
     signature = inspect.signature(own_init)
-    (new,) = (f for f in fields(FastDPOConfig) if f.name == "dpop_lambda")
+    types = get_type_hints(FastDPOConfig)
+    new = {f.name: f for f in fields(FastDPOConfig) if f.name in ADDED}
 
     @functools.wraps(own_init)
-    def init(self: Any, *args: Any, dpop_lambda: float = lambdas.DEFAULT, **kwargs: Any) -> None:
-        lambdas.check(dpop_lambda)
-        self.dpop_lambda = dpop_lambda
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, added in new.items():
+            setattr(self, name, kwargs.pop(name, added.default))
         own_init(self, *args, **kwargs)
+        check(self)
 
-    parameter = inspect.Parameter(
-        new.name, inspect.Parameter.KEYWORD_ONLY, default=new.default, annotation=float
-    )
+    parameters = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=added.default, annotation=types[name]
+        )
+        for name, added in new.items()
+    ]
     init.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), parameter]
+        parameters=[*signature.parameters.values(), *parameters]
     )
     _set(DPOConfig, "__init__", init)
-    _set(DPOConfig, "dpop_lambda", new.default)
+    for name, added in new.items():
+        _set(DPOConfig, name, added.default)
     # Not among the class's own attributes from Python 3.14 on, where they are made when asked for.
     annotations = DPOConfig.__annotations__
-    DPOConfig.__annotations__ = {**annotations, new.name: float}
+    DPOConfig.__annotations__ = {**annotations, **{name: types[name] for name in new}}
     _undo.append(lambda: setattr(DPOConfig, "__annotations__", annotations))
-    known = {**vars(DPOConfig)["__dataclass_fields__"], new.name: new}
+    known = {**vars(DPOConfig)["__dataclass_fields__"], **new}
     _set(DPOConfig, "__dataclass_fields__", known)
 
 
@@ -247,6 +271,7 @@ def _patch_cpo(kind: Any) -> None:
 
     _set(kind, "model", AttachedWhenSet("model", take_for_cpo))
     _set(kind, "get_batch_loss_metrics", step)
+    _patch_sampler(kind)
 
 
 def _patch_online(kind: Any) -> None:

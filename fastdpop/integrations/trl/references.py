@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import hash_module
 
+from fastdpop.hf.tree_attention import original
 from fastdpop.integrations.trl.loss import preference
 from fastdpop.version import VERSION
 
@@ -124,11 +125,12 @@ def _key(trainer: Any, dataset: Dataset, batch_size: int) -> str:
         "weights": _hash_of_weights(trainer),
         "adapters": model.peft_config if is_peft_model(model) else {},
         "config": {k: v for k, v in config.items() if k not in _NO_PART_OF_A_RESULT},
-        "attention": model.config._attn_implementation,
+        "attention": original(model.config._attn_implementation),
         "kernels": getattr(args, "use_liger_kernel", False),
         "precision": (str(model.dtype), trainer.accelerator.mixed_precision, args.tf32),
         "device": trainer.accelerator.device.type,
         "engine": trainer._fastdpop.engine,
+        "prefixes": trainer._fastdpop.share_prefixes,
         # A subclass may have its own; FastDPOTrainer's and that of a patched DPOTrainer are one.
         "scored by": trainer.compute_ref_log_probs.__qualname__.removeprefix("Fast"),
         "ld_alpha": preference(trainer).traits.ld_alpha,

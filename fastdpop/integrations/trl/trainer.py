@@ -9,6 +9,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastdpop.integrations.trl import metrics, references
 from fastdpop.integrations.trl.models import AttachedWhenSet, checked_settings
+from fastdpop.integrations.trl.order import by_prompt, without_padding_warning
 from fastdpop.integrations.trl.step import Inputs, precomputed, step
 from fastdpop.losses.base import PreferenceLoss
 
@@ -22,7 +23,8 @@ class FastDPOTrainer(DPOTrainer):
             config's ``loss_type``. The reference is scored for the metrics even if the loss reads none. ``ld_alpha``
             and ``use_weighting`` apply to it. Rewards are logged with its beta, or the config's if it has none.
 
-    ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`. Everything that ``DPOTrainer`` logs is logged, as means
+    ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`, of which the latter has `dpop_lambda` and
+    `share_prefixes`. Everything that ``DPOTrainer`` logs is logged, as means
     over the pairs or tokens since the last time; in nats, ``logratios/chosen`` and ``logratios/rejected``, with their
     standard errors over pairs after an evaluation; and ``penalty``, DPOP's hinge in nats.
 
@@ -45,7 +47,8 @@ class FastDPOTrainer(DPOTrainer):
         **kwargs: Any,
     ) -> None:
         self._fastdpop = checked_settings(engine, workspace_bytes, loss)
-        super().__init__(*args, **kwargs)
+        with without_padding_warning():
+            super().__init__(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
         return step(self, model, inputs, return_outputs)
@@ -56,6 +59,9 @@ class FastDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         own = super()._precompute_ref_logps
         return references.with_logps(self, own, dataset, name, batch_size)
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return by_prompt(self, super()._get_train_sampler(*args), *args)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         return metrics.evaluated(self, super().evaluation_loop, *args, **kwargs)
