@@ -98,10 +98,7 @@ def steps(workload: str, device: str, quick: bool) -> Steps:
 
     release_freed_memory()
     model, tokenizer = _model_and_tokenizer(quick)
-    if quick:
-        pairs = _choices(90)
-    else:
-        pairs = WORKLOADS[workload](tokenizer, len(tokenizer))
+    pairs = _choices(90) if quick else WORKLOADS[workload](tokenizer, len(tokenizer))
     kinds = {
         "shared": (FastDPOTrainer, FastDPOConfig, {"share_prefixes": True}),
         PADDED: (FastDPOTrainer, FastDPOConfig, {}),

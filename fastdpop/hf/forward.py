@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpop import checks
 from fastdpop.api import fused_logps, fused_preference_loss
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
@@ -141,6 +142,7 @@ class _Asked:
             raise TypeError(
                 f"preference_options is a {type(self.options).__name__}, expected a dict"
             )
+        checks.flag("share_prefixes", self.options.get("share_prefixes", False))
         function = fused_logps if self.preference is None else fused_preference_loss
         parameters = inspect.signature(function).parameters.values()
         names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE

@@ -202,14 +202,11 @@ def _sample(batch: SharedBatch) -> tuple[dict[str, Any], Tensor]:
     start = max(0, common - _LENGTH // 2)
     one, other = one[start : start + _LENGTH], other[start : start + _LENGTH]
     half = (len(one) + 1) // 2
-    turned = (one[:half] + other[::-1] + one[::-1])[:_LENGTH]
-    rows = [one, other, turned, sequences[-1][: _LENGTH // 2], turned[: half + 1] + one[:half]]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=batch.device)
-    lengths = torch.tensor([len(row) for row in rows], device=batch.device)
-    mask = torch.arange(width, device=batch.device) < lengths[:, None]
-    call = {"input_ids": ids, "attention_mask": mask.long()}
-    return call, ids.masked_fill(~mask, IGNORE)
+    turned = one[:half] + other[::-1]
+    rows = [one, other, turned, sequences[-1], turned[: half + 1] + one]
+    # Of one length, so that nothing depends on padding.
+    ids = torch.tensor([(row * _LENGTH)[:_LENGTH] for row in rows], device=batch.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
 
 
 def _sequences(tree: PrefixTree) -> list[list[int]]:
