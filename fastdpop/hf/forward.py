@@ -175,7 +175,7 @@ def _answer(
         if batch is None:
             raise
         warn_once(model, str(error))
-        call, batch = padded(batch, call), None
+        call, batch = call if asked.prefix_tree is None else padded(batch, call), None
         outputs = run(call, batch)
     output = _fused(model, outputs, labels, asked, settings, batch)
     return output if as_dict else output.to_tuple()
@@ -230,7 +230,7 @@ def _laid_out(
             raise Unshareable(found.reason)
     except Unshareable as error:
         warn_once(model, str(error))
-        return (call if batch is None else padded(batch, call)), None
+        return (padded(batch, call) if laid_out and batch is not None else call), None
     return call, batch
 
 

@@ -81,7 +81,7 @@ def pack(
             rejected are the completions alone. A completion may be empty: its log-probability is 0. A prompt
             may not, since there is no hidden state from which to predict a completion's first token.
         max_tokens: most tokens in the tree of a batch; None for a single batch.
-        least_shared: stretches of fewer tokens are not shared; 1 to share all.
+        least_shared: stretches of fewer tokens (by default 8) are not shared; 1 to share all.
 
     Returns:
         The batches; none if there are no pairs. ``[batch.pairs for batch in batches]`` says what went where.

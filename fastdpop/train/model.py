@@ -44,7 +44,7 @@ def model_source(asked: Asked) -> Source:
     Raises:
         ValueError, OSError: there is no such model; options for a new adapter beside an old one.
     """
-    name, trust = asked.model.model_name_or_path, _trust(asked)
+    name, trust = asked.model.model_name_or_path, trusts(asked)
     assert name is not None  # the command line was checked
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
         raise ValueError(f"--model is {name!r}: there is no such folder")
@@ -77,7 +77,8 @@ def model_source(asked: Asked) -> Source:
     )
 
 
-def _trust(asked: Asked) -> bool:
+def trusts(asked: Asked) -> bool:
+    """Whether code that a model brings along may run."""
     # TRL before 1.8 has it in the other one.
     return any(getattr(where, "trust_remote_code", False) for where in (asked.config, asked.model))
 
@@ -88,7 +89,7 @@ def load_tokenizer(asked: Asked, source: Source) -> Any:
     Raises:
         ValueError, OSError: there is none, or no such template.
     """
-    trust = {"trust_remote_code": _trust(asked)}
+    trust = {"trust_remote_code": trusts(asked)}
     names = [asked.own.tokenizer] if asked.own.tokenizer else [source.adapter, source.base]
     if source.adapter and not (Path(source.adapter) / "tokenizer_config.json").exists():
         names = names[-1:]
@@ -159,7 +160,7 @@ def _load(asked: Asked, source: Source) -> Any:
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": model_args.attn_implementation,
-        "trust_remote_code": _trust(asked),
+        "trust_remote_code": trusts(asked),
     }
     if source.adapter is None:
         options["revision"] = model_args.model_revision

@@ -14,8 +14,10 @@ from accelerate.utils import send_to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from fastdpop import PackedPairs, pack
+from tests.tiny_model import tiny_llama
 
 PAIRS = ([[7, 8], [7, 8]], [[1, 2, 3], [1, 2, 4]], [[1, 9], []])
 
@@ -177,13 +179,15 @@ def packed(rows: list[tuple[list[int], ...]]) -> list[PackedPairs]:
     return pack(*zip(*rows, strict=True))
 
 
-def test_it_survives_what_carries_batches() -> None:
+def test_it_survives_what_carries_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)  # which needs a GPU
     (batch,) = pack(*PAIRS)
     assert set(arguments(**batch)) == set(batch)
     for carried in (
         pickle.loads(pickle.dumps(batch)),
         copy.deepcopy(batch),
         batch.to("cpu"),
+        pin_memory(batch),
         send_to_device(batch, "cpu"),
         send_to_device([batch], "cpu")[0],
         next(iter(DataLoader([batch], batch_size=None))),  # type: ignore[arg-type]
@@ -211,3 +215,30 @@ def test_a_loader_that_packs(workers: int) -> None:
         ((batch,),) = list(prepared)
         assert batch.pairs == (0, 1)
         equal(batch, pack(*PAIRS)[0])
+
+
+def test_log_probs_are_those_of_separate_sequences() -> None:
+    """Through a model, by the mask that `end` stands for."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 250, size) for size in (9, 20, 9)]
+    prompts[2] = prompts[0]
+    chosen = [rng.integers(0, 250, size) for size in (12, 0, 5)]
+    rejected = [np.append(chosen[0][:10], 7), rng.integers(0, 250, 3), chosen[0]]
+    (batch,) = pack(prompts, chosen, rejected)
+    end, places = batch["prefix_tree"].values()
+    # What is padded below: 3 pairs of 21 tokens at most, and 23 of the second rejected.
+    assert len(end) < 6 * 23 / 2
+    query, key = torch.arange(len(end))[:, None], torch.arange(len(end))
+    mask = (key <= query) & (query < end)
+    model = tiny_llama()
+    with torch.no_grad():
+        tree = model(batch["input_ids"], mask[None, None], batch["position_ids"]).logits[0]
+        for s, labels in enumerate(batch["labels"]):
+            i = batch.pairs[s % 3]
+            ids = torch.from_numpy(np.concatenate([prompts[i], (chosen, rejected)[s // 3][i]]))
+            alone = model(ids[None]).logits[0]
+            scored = (labels != -100).nonzero()[:, 0]
+            found = tree[places[s, scored - 1]].log_softmax(-1).gather(1, labels[scored, None])
+            expected = alone[scored - 1].log_softmax(-1).gather(1, ids[scored, None])
+            assert len(scored) == len((chosen, rejected)[s // 3][i])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
