@@ -69,8 +69,9 @@ def assert_dpop(row: dict[str, float]) -> None:
     assert row["loss"] == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)
 
 
-def test_dpop_with_its_lambda(files: Path) -> None:
-    options = ["--loss_type", "dpop", "--dpop_lambda", str(LAMBDA), "--beta", str(BETA)]
+@pytest.mark.parametrize("more", [[], ["--share_prefixes", "--seed", "1"]])
+def test_dpop_with_its_lambda(more: list[str], files: Path) -> None:
+    options = ["--loss_type", "dpop", "--dpop_lambda", str(LAMBDA), "--beta", str(BETA), *more]
     assert trl.run(["dpo", *FIXED, *options, "--per_device_train_batch_size", "1"]) == 0
     first, second = rows()
     assert first["penalty"] == 0.0  # the reference is the model
@@ -78,13 +79,16 @@ def test_dpop_with_its_lambda(files: Path) -> None:
     for row in (first, second):
         assert_dpop(row)
     assert Path("out/model.safetensors").exists()
+    assert "fastdpop" not in Path("out/config.json").read_text()
+    args = torch.load("out/training_args.bin", weights_only=False)
+    assert args.share_prefixes is (True if more else None)
     assert not hasattr(DPOConfig, "dpop_lambda")  # the patch was the command's
 
 
 @pytest.mark.slow
 def test_a_yaml_file_and_two_processes(files: Path) -> None:
     lines = [f"dpop_lambda: {LAMBDA}", "loss_type: dpop", f"beta: {BETA}"]
-    lines += ["per_device_train_batch_size: 2", "num_processes: 2"]
+    lines += ["per_device_train_batch_size: 2", "num_processes: 2", "share_prefixes: true"]
     Path("config.yaml").write_text("\n".join(lines))
     # Any free port, as tests run beside one another.
     launch = ["--config", "config.yaml", "--multi_gpu", "--main_process_port", "0"]
@@ -92,7 +96,7 @@ def test_a_yaml_file_and_two_processes(files: Path) -> None:
     assert rows()[0]["loss"] == pytest.approx(math.log(2.0), rel=1e-5)
     assert [row["epoch"] for row in rows()] == [0.5, 1.0]  # of eight pairs, four in a step
     args = torch.load("out/training_args.bin", weights_only=False)
-    assert (args.loss_type, args.dpop_lambda) == (["dpop"], LAMBDA)
+    assert (args.loss_type, args.dpop_lambda, args.share_prefixes) == (["dpop"], LAMBDA, True)
 
 
 # ---- what is refused, and what fails ------------------------------------------------------------
@@ -108,7 +112,9 @@ def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         trl.run(["dpo", "--help"])
     assert left.value.code == 0
-    assert "--dpop_lambda" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--dpop_lambda" in said
+    assert "--share_prefixes" in said
 
 
 def test_other_commands() -> None:

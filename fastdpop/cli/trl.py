@@ -7,9 +7,9 @@ ABOUT = "run TRL's own `trl dpo`, with DPOP and without logits"
 HELP = """\
 usage: fastdpop trl dpo [OPTION ...]
 
-Runs `trl dpo` with fastdpop's loss: --loss_type dpop --dpop_lambda 50 and every option of TRL, from
-the command line or from a YAML file (--config FILE); what TRL does not know goes to `accelerate
-launch` (--multi_gpu --num_processes 8, --accelerate_config fsdp2).
+Runs `trl dpo` with fastdpop's loss: --loss_type dpop --dpop_lambda 50, --share_prefixes and every
+option of TRL, from the command line or from a YAML file (--config FILE); what TRL does not know
+goes to `accelerate launch` (--multi_gpu --num_processes 8, --accelerate_config fsdp2).
 
 `fastdpop trl dpo --help` lists TRL's options.
 """

@@ -63,6 +63,7 @@ def test_a_mix_in_two_batches_a_step(tmp_path: Path) -> None:
         "micro_batch_size": len(PAIRS) // 2,
         "gradient_accumulation_steps": 2,
         "fastdpop_engine": "eager",
+        "fastdpop_share_prefixes": True,
     }
     found = trained(tmp_path, {**PLAIN, **changes})
     loss = 0.75 * DPOP + 0.25 * losses.get("sigmoid", beta=PLAIN["rl_beta"])

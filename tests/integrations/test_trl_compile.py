@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from fastdpop.integrations.trl import FastDPOTrainer
+from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer
 from tests.integrations.test_trl import lora
 from tests.integrations.trl_setup import WARNINGS, logged, model, pairs, trainer
 
@@ -30,13 +30,19 @@ def nothing_compiled_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "LoRA"])
-def test_training(adapter: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "share"),
+    [(False, False), (True, False), (False, True)],
+    ids=["all weights", "LoRA", "shared prefixes"],
+)
+def test_training(adapter: bool, share: bool, tmp_path: Path) -> None:
     def trained(**options: Any) -> Any:
         torch.manual_seed(3)
         of = trainer(
             FastDPOTrainer,
             tmp_path,
+            config=FastDPOConfig,
+            share_prefixes=share,
             reference=None if adapter else model(noise=0.02),
             given={"peft_config": lora()} if adapter else {},
             pad_to_multiple_of=64,

@@ -144,6 +144,14 @@ def test_what_is_left_to_trl(tmp_path: Path, patched: None) -> None:
     assert step(of)[0] > 0
 
 
+def test_a_model_that_was_attached_otherwise_is_not_left_to_trl(
+    tmp_path: Path, patched: None
+) -> None:
+    fastdpop.patch_trl(share_prefixes=True)
+    with pytest.raises(ValueError, match="share_prefixes is True, expected False, as the model"):
+        trainer(tmp_path, policy=fastdpop.attach(model()))
+
+
 def test_unknown_loss(tmp_path: Path, patched: None) -> None:
     of = trainer(tmp_path)
     of.loss_type = "dpo"

@@ -40,12 +40,20 @@ def launched(
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_compute_what_one_does(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [(TORCHRUN, ()), (ACCELERATE, ()), (TORCHRUN, ("--share-prefixes",))],
+    ids=["torchrun", "accelerate", "shared"],
+)
+def test_two_processes_compute_what_one_does(
+    tmp_path: Path, launcher: tuple[str, ...], more: tuple[str, ...]
+) -> None:
     """8 pairs, 2 times 2 a step; 3 held-out pairs, of which no process sees one twice in a mean."""
-    files = Files.make(tmp_path / "files", train=8, test=3)
+    files = Files.make(tmp_path / "files", train=4, test=3)
+    train = [*rows(4), *(row | {"rejected": row["rejected"] + "?"} for row in rows(4))]
+    write(files.folder / "train.jsonl", train)
     test = ("--eval-pairs", str(files.folder / "test.jsonl"), "--eval-every", "1")
-    always = (*test, "--save-every", "2", "--per_device_eval_batch_size", "1")
+    always = (*more, *test, "--save-every", "2", "--per_device_eval_batch_size", "1")
     assert files.run(*always, "--batch-pairs", "4", "--epochs", "2") == 0
     two = files.folder / "two"
     said = launched(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,10 +121,25 @@ def _take(trainer: Any, model: Any) -> None:
     _attach(trainer, model)
 
 
+class ToldOtherwise(ValueError):
+    """A model that its owner attached in one way, and a trainer that was told another."""
+
+
+@contextlib.contextmanager
+def _left_to_trl() -> Iterator[None]:
+    """What fastdpop cannot train is no error."""
+    try:
+        yield
+    except ToldOtherwise:
+        raise
+    except (RuntimeError, TypeError, ValueError):
+        pass
+
+
 def take_for_cpo(trainer: Any, model: Any) -> None:
     """The same for CPO; what fastdpop cannot train is left to TRL."""
     if cpo.serves(trainer):
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        with _left_to_trl():
             _check_devices(trainer)
             _attach(trainer, model)
             return
@@ -134,7 +149,7 @@ def take_for_cpo(trainer: Any, model: Any) -> None:
 def take_for_online(trainer: Any, model: Any) -> None:
     """The same for online DPO, whose reference is there already, and not yet wrapped."""
     if online.serves(trainer):
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        with _left_to_trl():
             _check_devices(trainer)
             if trainer.ref_model is not None:
                 _attach(trainer, trainer.ref_model)
@@ -188,11 +203,11 @@ def _follow(trainer: Any, shares: bool) -> None:
     """Order data, and have a reference computed, as its owner's model computes.
 
     Raises:
-        ValueError: the trainer was told otherwise.
+        ToldOtherwise: the trainer was.
     """
     asked = trainer._fastdpop.share_prefixes or getattr(trainer.args, "share_prefixes", None)
     if asked not in (None, shares):
-        raise ValueError(
+        raise ToldOtherwise(
             f"share_prefixes is {asked}, expected {shares}, as the model was attached: let the trainer attach it, or "
             f"call fastdpop.attach(model, share_prefixes={asked})"
         )
