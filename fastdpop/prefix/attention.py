@@ -4,8 +4,8 @@
     fastdpop::tree_attention_backward  their gradients
 
 Query i sees key j exactly if ``j <= i < end[j]`` and, with a window, ``position[i] - position[j] < window``. How it is
-computed is one function by contract: the same numbers up to rounding, and the same bits on every call, with gradients and
-without.
+computed is one function by contract: the same numbers up to rounding, and the same bits on every call, with gradients
+and without.
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ def _check(
     if key.shape[3] != size:
         refuse("key", key, f"query's head size {size}")
     if value.shape[1] != key.shape[1] or query.shape[1] % key.shape[1]:
-        refuse("value", value, f"key's {key.shape[1]} heads, of which {query.shape[1]} query heads are a multiple")
+        refuse(
+            "value",
+            value,
+            f"key's {key.shape[1]} heads, of which {query.shape[1]} query heads are a multiple",
+        )
     if tree.dim() != 4 or tree.dtype != torch.int64 or tree.device.type != "cpu":
         refuse("tree", tree, f"(1, 1, 2 or 3, {tokens}), int64 on the CPU")
     if tree.shape[:2] != (1, 1) or tree.shape[2] not in (2, 3) or tree.shape[3] != tokens:
@@ -181,7 +185,8 @@ def _attention_backward(
             plain = _is_plain(problem, how)
             gradients = chunks.backward(problem, found, plain, dout, out, lse)
         of_sinks = query.new_empty((0,)) if sinks is None else chunks.dsinks(sinks, dout, out, lse)
-    return *(_by_token(x) for x in gradients), of_sinks
+    dquery, dkey, dvalue = map(_by_token, gradients)
+    return dquery, dkey, dvalue, of_sinks
 
 
 def _by_token(tensor: Tensor) -> Tensor:
@@ -202,10 +207,11 @@ def _(
     softcap: float | None,
     how: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = (
+    dquery, dkey, dvalue = (
         x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)
     )
-    return *gradients, query.new_empty((0,)) if sinks is None else torch.empty_like(sinks)
+    of_sinks = query.new_empty((0,)) if sinks is None else torch.empty_like(sinks)
+    return dquery, dkey, dvalue, of_sinks
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -219,9 +225,9 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     others = (None, None, None)  # scale, softcap, how
     if dout is None:
         return None, None, None, None, None, *others
-    sinks = ctx.saved_tensors[4]
-    *found, of_sinks = _attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *found, None, None if sinks is None else of_sinks, *others
+    saved = ctx.saved_tensors  # once: under checkpointing every reading would compute them again
+    *found, of_sinks = _attention_backward(dout, *saved, *ctx.options)
+    return *found, None, None if saved[4] is None else of_sinks, *others
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
