@@ -35,7 +35,7 @@ KEY = 25
 _FURTHEST = 128
 """A chunk ends at most this many places after its start, which bounds the search."""
 
-_KEPT = 2**23
+_KEPT = 2**22
 """Numbers in all masks of a tree up to which they are kept; else they are made for every call."""
 
 

@@ -38,7 +38,7 @@ def supports(problem: Problem) -> bool:
     """Whether FlashAttention computes this problem."""
     query = problem.query
     size = max(query.shape[3], problem.value.shape[3])
-    if query.device.type != "cuda" or torch.version.hip is not None:
+    if query.device.type != "cuda" or torch.version.hip is not None or query.shape[2] == 0:
         return False
     if query.dtype not in (torch.float16, torch.bfloat16) or problem.softcap is not None:
         return False
