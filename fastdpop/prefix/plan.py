@@ -35,6 +35,11 @@ KEY = 25
 _FURTHEST = 128
 """A chunk ends at most this many places after its start, which bounds the search."""
 
+_MOST = 2**21
+"""A chunk that has more pairs of queries and keys is no longer than `STEP`, which bounds the memory of masks and, in
+plain arithmetic, of scores.
+"""
+
 _KEPT = 2**22
 """Numbers in all masks of a tree up to which they are kept; else they are made for every call."""
 
@@ -176,7 +181,8 @@ def _cheapest(found: list[Node], size: int, window: int | None, width: int) -> l
     for node in found:
         inside = range(0, node.run.last - node.run.first, STEP)
         starts += [node.run.first + place for place in inside]
-        above += [node.depth + place for place in inside]
+        depth = node.depth
+        above += [depth + place for place in inside]
     places, depths = np.array([*starts, size]), np.array(above)
     if window is not None:
         depths = np.minimum(depths, window - 1)
@@ -187,6 +193,7 @@ def _cheapest(found: list[Node], size: int, window: int | None, width: int) -> l
         queries = places[i] - places[low:i]
         keys = depths[low:i] + queries
         costs = best[low:i] + CALL + keys * (queries + KEY) * width
+        costs[:-1][(queries * keys)[:-1] > _MOST] = np.inf
         choice = int(costs.argmin())
         best[i], before[i] = costs[choice], low + choice
     bounds, i = [size], len(places) - 1

@@ -101,6 +101,15 @@ def test_auto_is_the_cheapest(seed: int) -> None:
     assert best <= min(cost(planned(of, "segments")), cost(planned(of, "masked")))
 
 
+def test_long_sequences_hold_no_large_scores() -> None:
+    found = planned([[0] * 30_000, [0] * 25_000 + [1] * 5_000], "auto").chunks
+    sizes = [(chunk.last - chunk.first) * chunk.key_count for chunk in found]
+    assert max(sizes) <= 2**21
+    assert sum(chunk.last - chunk.first for chunk in found) == 35_000
+    deeper = planned([[0] * 40_000], "auto").chunks
+    assert all(c.last - c.first <= 64 for c in deeper if c.key_count > 2**15)
+
+
 def test_planned_once_for_all_copies_of_a_tree() -> None:
     problem = attending(sequences(5, 30), dtype=torch.float32)
     plan.cache_clear()
