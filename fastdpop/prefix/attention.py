@@ -4,8 +4,8 @@
     fastdpop::tree_attention_backward  their gradients
 
 Query i sees key j exactly if ``j <= i < end[j]`` and, with a window, ``position[i] - position[j] < window``. How it is
-computed is one function by contract: the same numbers up to rounding, and the same bits on every call, with gradients and
-without.
+computed is one function by contract: the same numbers up to rounding, and the same bits on every call, with gradients
+and without.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def _attention_backward(
             plain = _is_plain(problem, how)
             gradients = chunks.backward(problem, found, plain, dout, out, lse)
         of_sinks = query.new_empty((0,)) if sinks is None else chunks.dsinks(sinks, dout, out, lse)
-    return *(_by_token(x) for x in gradients), of_sinks
+    dquery, dkey, dvalue = map(_by_token, gradients)
+    return dquery, dkey, dvalue, of_sinks
 
 
 def _by_token(tensor: Tensor) -> Tensor:
@@ -206,8 +207,11 @@ def _(
     softcap: float | None,
     how: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
-    return *gradients, query.new_empty((0,)) if sinks is None else torch.empty_like(sinks)
+    dquery, dkey, dvalue = (
+        x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)
+    )
+    of_sinks = query.new_empty((0,)) if sinks is None else torch.empty_like(sinks)
+    return dquery, dkey, dvalue, of_sinks
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -221,10 +225,9 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     others = (None, None, None)  # scale, softcap, how
     if dout is None:
         return None, None, None, None, None, *others
-    saved = ctx.saved_tensors  # which can be read once where gradients are checkpointed
-    sinks = saved[4]
+    saved = ctx.saved_tensors  # once: under checkpointing every reading would compute them again
     *found, of_sinks = _attention_backward(dout, *saved, *ctx.options)
-    return *found, None, None if sinks is None else of_sinks, *others
+    return *found, None, None if saved[4] is None else of_sinks, *others
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:

@@ -45,13 +45,13 @@ def forward(problem: Problem, plan: Plan, plain: bool) -> tuple[Tensor, Tensor]:
     """``(1, Hq, N, Dv)`` in the query's dtype, laid out token by token, and lse ``(Hq, N)``."""
     query, value = problem.query, problem.value
     heads, groups = value.shape[1], query.shape[1] // value.shape[1]
-    out = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
-    lse = query.new_empty((query.shape[1], query.shape[2]), dtype=compute_dtype(query, stored=True))
+    out = _new_by_token(query[..., :1].expand(-1, -1, -1, value.shape[3]), query.dtype)
+    lse = query.new_empty((query.shape[1], query.shape[2]), dtype=_wide(query.dtype))
     sinks = problem.sinks
     if sinks is not None:
         sinks = sinks.to(lse.dtype).unflatten(0, (heads, groups)).unsqueeze(-1)
     grouped_out, grouped_lse = _grouped(out, heads), lse.unflatten(0, (heads, groups))
-    for chunk, piece in _pieces(problem, plan, plain):
+    for chunk, piece in _pieces(problem, plan):
         own, norm = (_plain_forward if plain else _flash_forward)(piece)
         if sinks is not None:
             own, norm = with_sinks(own, norm, sinks)
@@ -64,26 +64,29 @@ def forward(problem: Problem, plan: Plan, plain: bool) -> tuple[Tensor, Tensor]:
 def backward(
     problem: Problem, plan: Plan, plain: bool, dout: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, in their dtypes."""
-    query, key, value = problem.query, problem.key, problem.value
-    heads = key.shape[1]
-    dtype = compute_dtype(query)
-    wide = torch.promote_types(dtype, torch.float32)
-    dquery = query.new_empty((1, *query.transpose(1, 2).shape[1:])).transpose(1, 2)
-    dkey, dvalue = (
-        torch.zeros(x.shape[1:], dtype=wide, device=x.device).unsqueeze(1) for x in (key, value)
-    )
-    grouped_dquery = _grouped(dquery, heads)
-    dout, out = (_grouped(x, heads) for x in (dout, out))
-    lse = lse.unflatten(0, (heads, -1))
-    for chunk, piece in _pieces(problem, plan, plain):
+    """Gradients of query, key and value, in their dtypes, laid out token by token."""
+    heads, dtype = problem.key.shape[1], lse.dtype
+    dquery = _new_by_token(problem.query, problem.query.dtype)
+    dkey, dvalue = (_new_by_token(x, dtype).zero_() for x in (problem.key, problem.value))
+    grouped_dquery, dout, out = (_grouped(x, heads) for x in (dquery, dout, out))
+    grouped_lse = lse.unflatten(0, (heads, -1))
+    for chunk, piece in _pieces(problem, plan):
         queries = slice(chunk.first, chunk.last)
-        of_out = (x[:, :, queries].to(dtype) for x in (dout, out))
-        found = (_plain_backward if plain else _flash_backward)(piece, *of_out, lse[:, :, queries])
-        grouped_dquery[:, :, queries] = found[0]
-        for total, own in ((dkey, found[1]), (dvalue, found[2])):
-            _add(total, own, chunk.keys)
-    return dquery, *(x.transpose(0, 1).to(key.dtype) for x in (dkey, dvalue))
+        of_dquery, of_dkey, of_dvalue = (_plain_backward if plain else _flash_backward)(
+            piece,
+            dout[:, :, queries].to(dtype),
+            out[:, :, queries].to(dtype),
+            grouped_lse[:, :, queries],
+        )
+        grouped_dquery[:, :, queries] = of_dquery
+        _add(_grouped(dkey, heads), of_dkey, chunk.keys)
+        _add(_grouped(dvalue, heads), of_dvalue, chunk.keys)
+    return dquery, dkey.to(problem.key.dtype), dvalue.to(problem.value.dtype)
+
+
+def _new_by_token(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(1, H, N, D)`` in which a token's heads lie together, as models want them."""
+    return like.new_empty(like.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,30 +105,25 @@ def dsinks(sinks: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     return -(shares * rows).sum(-1).to(sinks.dtype)
 
 
-def compute_dtype(query: Tensor, stored: bool = False) -> torch.dtype:
-    """The dtype of the computation; of log-sum-exps if `stored`.
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the computation: nothing but the result is rounded.
 
-    On a CPU without AMX, torch's attention is as fast in fp32 as in 16 bits for stretches as short
-    as chunks, and its backward faster; so nothing but the result is rounded.
+    For stretches as short as chunks are, torch's attention for CPUs is as fast in fp32 as in bf16,
+    and its backward is faster.
     """
-    narrow = query.device.type == "cpu" and _has_amx() and not stored
-    return query.dtype if narrow else torch.promote_types(query.dtype, torch.float32)
-
-
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _grouped(tensor: Tensor, heads: int) -> Tensor:
     return tensor[0].unflatten(0, (heads, -1))
 
 
-def _pieces(problem: Problem, plan: Plan, plain: bool) -> Iterator[tuple[Chunk, Piece]]:
-    dtype, device = compute_dtype(problem.query), problem.query.device
+def _pieces(problem: Problem, plan: Plan) -> Iterator[tuple[Chunk, Piece]]:
+    dtype, device = _wide(problem.query.dtype), problem.query.device
     query = _grouped(problem.query, problem.key.shape[1])
     key, value = (x[0].to(dtype).unsqueeze(1) for x in (problem.key, problem.value))
     for index, chunk in enumerate(plan.chunks):
-        mask = plan.mask(index, device, torch.promote_types(dtype, torch.float32))
+        mask = plan.mask(index, device, dtype)
         own = query[:, :, chunk.first : chunk.last].to(dtype)
         keys = chunk.keys
         yield (

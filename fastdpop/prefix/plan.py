@@ -1,15 +1,16 @@
 """Which queries of a tree meet which keys in one call of a kernel.
 
-A *chunk* is a stretch ``[first, last)`` of queries and all keys that any of them sees: the tokens above `first`, which lie
-in a few stretches, and the chunk itself. Every query stands in one chunk, so its softmax is computed whole and nothing has
-to be merged. What a chunk wastes are the pairs in it that do not see each other: the triangle of a run, and branches beside
-one another. What it saves is a call. The cheapest division is found by dynamic programming over the starts of runs and
-places inside them.
+A *chunk* is a stretch ``[first, last)`` of queries and all keys that any of them sees: the tokens above `first`, which
+lie in a few stretches, and the chunk itself. Every query stands in one chunk, so its softmax is computed whole and
+nothing has to be merged. What a chunk wastes are the pairs in it that do not see each other: the triangle of a run, and
+branches beside one another. What it saves is a call. The cheapest division is found by dynamic programming over the
+starts of runs and places inside them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,25 +24,31 @@ from fastdpop.prefix.tree import Ints, Run, runs
 STEP = 64
 """Long runs may be divided at multiples of this many tokens."""
 
-CALL = 60_000_000
-"""Cost of a call, forward and backward, in multiplications of the two products (scores and values) of the forward pass:
-about 150 microseconds at 400 billion a second. Measured with two threads of an EPYC (AVX-512, fp32)."""
+CALL = 3_000_000
+"""Cost of a call, forward and backward, in products of numbers, of which a query and a key need `width`. Measured, as
+the next, on two threads of an EPYC with AVX-512, where 20 of them take a nanosecond; the optimum is flat in both.
+"""
 
-KEY = 2_000
-"""Cost of a key in a chunk beside its products, in the same unit: it is copied, and its gradients are added."""
+KEY = 25
+"""Cost of a key in a chunk, in queries: it is copied, and its gradients are added."""
 
 _FURTHEST = 128
 """A chunk ends at most this many places after its start, which bounds the search."""
 
-_KEPT = 2**23
+_MOST = 2**21
+"""A chunk that has more pairs of queries and keys is no longer than `STEP`, which bounds the memory of masks and, in
+plain arithmetic, of scores.
+"""
+
+_KEPT = 2**22
 """Numbers in all masks of a tree up to which they are kept; else they are made for every call."""
 
 
 class Chunk(NamedTuple):
     """Queries ``[first, last)`` and the stretches of keys that they see, in order.
 
-    `masked` is False where every query sees every key; `causal` is True where the keys are the
-    queries themselves and each sees those before it.
+    With `causal` the keys are the queries themselves, and each sees those before it; with neither
+    this nor `masked` every query sees every key.
     """
 
     first: int
@@ -136,11 +143,10 @@ def plan(tree: bytes, rows: int, how: str, width: int) -> Plan:
         how: "segments", a chunk for every run; "masked", one chunk; else the cheapest chunks.
         width: products of a query and a key: heads times the sizes of key and value.
     """
-    table = np.frombuffer(tree, dtype=np.int64).reshape(rows, -1)
-    end, position = table[0].copy(), table[1]
+    table = np.frombuffer(tree, dtype=np.int64).reshape(rows, -1).copy()
+    position, size = table[1], table.shape[1]
     window = _window(position, table)
-    found = list(nodes(end))
-    size = len(end)
+    found = list(nodes(table[0]))
     if how == "masked":
         bounds = [0, size] if size else [0]
     elif how == "segments":
@@ -148,12 +154,12 @@ def plan(tree: bytes, rows: int, how: str, width: int) -> Plan:
     else:
         bounds = _cheapest(found, size, window, width)
     firsts = np.array([node.run.first for node in found], dtype=np.int64)
-    chunks = []
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        node = found[int(np.searchsorted(firsts, first, side="right")) - 1]
-        chunks.append(_chunk(node, first, last, position, window))
-    whole = Plan(end, position, window, tuple(chunks))
-    return Plan(end, position, window, tuple(_named(whole, chunk) for chunk in chunks))
+    of = np.searchsorted(firsts, bounds[:-1], side="right") - 1
+    chunks = tuple(
+        _chunk(found[i], *bound, table[0], position, window)
+        for i, bound in zip(of.tolist(), itertools.pairwise(bounds), strict=True)
+    )
+    return Plan(table[0], position, window, chunks)
 
 
 def _window(position: Ints, table: Ints) -> int | None:
@@ -161,6 +167,11 @@ def _window(position: Ints, table: Ints) -> int | None:
     if len(table) < 3 or table.shape[1] == 0:
         return None
     window = int(table[2, 0])
+    if window < 1 or (table[2] != window).any():
+        raise ValueError(
+            f"tree: its row 2 goes from {table[2].min()} to {table[2].max()}: expected the window's "
+            "length for every token, 1 or more"
+        )
     return window if window <= int(position.max() - position.min()) else None
 
 
@@ -168,11 +179,11 @@ def _cheapest(found: list[Node], size: int, window: int | None, width: int) -> l
     """Bounds of the cheapest chunks."""
     starts, above = [], []
     for node in found:
-        places = range(node.run.first, node.run.last, STEP)
-        starts += places
-        above += [node.depth + place - node.run.first for place in places]
-    places = np.array([*starts, size])
-    depths = np.array(above)
+        inside = range(0, node.run.last - node.run.first, STEP)
+        starts += [node.run.first + place for place in inside]
+        depth = node.depth
+        above += [depth + place for place in inside]
+    places, depths = np.array([*starts, size]), np.array(above)
     if window is not None:
         depths = np.minimum(depths, window - 1)
     best = np.zeros(len(places))
@@ -181,7 +192,8 @@ def _cheapest(found: list[Node], size: int, window: int | None, width: int) -> l
         low = max(0, i - _FURTHEST)
         queries = places[i] - places[low:i]
         keys = depths[low:i] + queries
-        costs = best[low:i] + CALL + keys * (KEY + queries * width)
+        costs = best[low:i] + CALL + keys * (queries + KEY) * width
+        costs[:-1][(queries * keys)[:-1] > _MOST] = np.inf
         choice = int(costs.argmin())
         best[i], before[i] = costs[choice], low + choice
     bounds, i = [size], len(places) - 1
@@ -191,7 +203,9 @@ def _cheapest(found: list[Node], size: int, window: int | None, width: int) -> l
     return bounds[::-1]
 
 
-def _chunk(node: Node, first: int, last: int, position: Ints, window: int | None) -> Chunk:
+def _chunk(
+    node: Node, first: int, last: int, end: Ints, position: Ints, window: int | None
+) -> Chunk:
     stretches = [(run.first, run.last) for run in node.above] + [(node.run.first, last)]
     keys = np.concatenate([np.arange(*stretch) for stretch in stretches])
     if window is not None:
@@ -199,15 +213,7 @@ def _chunk(node: Node, first: int, last: int, position: Ints, window: int | None
     gaps = np.flatnonzero(np.diff(keys) > 1)
     starts = keys[np.concatenate([[0], gaps + 1])]
     stops = keys[np.concatenate([gaps, [len(keys) - 1]])] + 1
-    return Chunk(first, last, tuple(zip(starts.tolist(), stops.tolist(), strict=True)), False, True)
-
-
-def _named(plan: Plan, chunk: Chunk) -> Chunk:
-    """The chunk, with what its mask is."""
-    queries, keys = chunk.last - chunk.first, chunk.key_count
-    if queries == 1:
-        return chunk._replace(masked=not bool(_visible(plan, chunk).all()))
-    chain = bool((plan.end[chunk.first : chunk.last] >= chunk.last).all())
-    if chain and keys == queries and plan.window is None:
-        return chunk._replace(causal=True, masked=False)
-    return chunk
+    found = tuple(zip(starts.tolist(), stops.tolist(), strict=True))
+    chain = bool((end[first:last] >= last).all())
+    causal = chain and window is None and len(keys) == last - first > 1
+    return Chunk(first, last, found, causal, masked=not causal and last - first > 1)

@@ -1,8 +1,8 @@
 """Attention over a tree on CUDA: one call of torch's FlashAttention for sequences of different lengths.
 
-Every run is a sequence: its queries are the run's tokens, its keys those above it and its own, copied one after the other.
-FlashAttention aligns a causal mask, and a window, with the last key, which makes both exact: keys stand in the order of
-their depths. Nothing is masked that could be skipped, nothing is merged, and nothing waits for the device.
+Every run is a sequence: its queries are the run's tokens, its keys those above it and its own, copied one after the
+other. FlashAttention aligns a causal mask, and a window, with the last key, which makes both exact: keys stand in the
+order of their depths. Nothing is computed to be masked, nothing is merged, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Lengths(NamedTuple):
     and the longest of each.
     """
 
-    index: Tensor
+    keys: Tensor
     cu_queries: Tensor
     cu_keys: Tensor
     most_queries: int
@@ -38,7 +38,7 @@ def supports(problem: Problem) -> bool:
     """Whether FlashAttention computes this problem."""
     query = problem.query
     size = max(query.shape[3], problem.value.shape[3])
-    if query.device.type != "cuda" or torch.version.hip is not None:
+    if query.device.type != "cuda" or torch.version.hip is not None or query.shape[2] == 0:
         return False
     if query.dtype not in (torch.float16, torch.bfloat16) or problem.softcap is not None:
         return False
@@ -55,26 +55,28 @@ def lengths(plan: Plan, device: torch.device) -> Lengths:
         stretches = [torch.arange(*keys) for chunk in chunks for keys in chunk.keys]
         queries = torch.tensor([chunk.last - chunk.first for chunk in chunks])
         keys = torch.tensor([chunk.key_count for chunk in chunks])
-        bounds = (
-            torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int() for counts in (queries, keys)
-        )
-        # One query a sequence would take a path of the kernel that lays log-sum-exps out otherwise.
-        most = max(2, int(queries.max()))
         found = Lengths(
             torch.cat(stretches).to(device, non_blocking=True),
-            *(bound.to(device, non_blocking=True) for bound in bounds),
-            most,
+            _bounds(queries).to(device, non_blocking=True),
+            _bounds(keys).to(device, non_blocking=True),
+            # One query a sequence would take a path of the kernel that lays out log-sum-exps
+            # otherwise; the number is a bound.
+            max(2, int(queries.max())),
             int(keys.max()),
         )
         plan.on_device[device] = found
     return found
 
 
+def _bounds(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
 def forward(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     """As :func:`fastdpop.prefix.chunks.forward`."""
     found = lengths(plan, problem.query.device)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *_inputs(problem, found.index), *found[1:], 0.0, True, False, **_options(problem, plan)
+        *_inputs(problem, found.keys), *found[1:], 0.0, True, False, **_options(problem, plan)
     )
     out = out[..., : problem.value.shape[3]].transpose(0, 1).unsqueeze(0)
     if problem.sinks is not None:
@@ -88,11 +90,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     found = lengths(plan, problem.query.device)
-    query, key, value = _inputs(problem, found.index)
+    query, key, value = _inputs(problem, found.keys)
     # No dropout: the state of a random number generator, which nothing reads.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
     dquery, *others = torch.ops.aten._flash_attention_backward(
-        *(_tokens(x, query.shape[2]) for x in (dout,)),
+        _tokens(dout, query.shape[2]),
         query,
         key,
         value,
@@ -106,7 +108,7 @@ def backward(
         **_options(problem, plan),
     )
     dkey, dvalue = (
-        _summed(gradient, like, found.index)
+        _summed(gradient, like, found.keys)
         for gradient, like in zip(others, (problem.key, problem.value), strict=True)
     )
     return dquery[..., : problem.query.shape[3]].transpose(0, 1).unsqueeze(0), dkey, dvalue

@@ -262,9 +262,10 @@ def test_lora() -> None:
         out.loss.backward()
         found.append((out.loss, ref, gradients(model)))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's
 def test_compiled_trunk_compiles_no_length_anew() -> None:
     model = attach(tiny(dtype=torch.float32), share_prefixes=True)
     inputs = [batch(torch.float32, length=n) for n in (24, 26, 29, 31, 34)]
