@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -15,7 +17,7 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8)
 def rows(tree: PrefixTree) -> list[list[int]]:
     """The nodes of each sequence."""
     bounds = tree.offsets.tolist()
-    return [tree.nodes[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [tree.nodes[a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
 
 @given(SEQUENCES, st.sampled_from([1, 2, 3, LEAST_SHARED, 100]))
@@ -59,8 +61,10 @@ def test_short_stretches_are_not_shared() -> None:
 
 def test_equal_sequences_stand_once_however_short() -> None:
     tree = build_tree([[1, 2], [1, 2], [1, 2, 3]])
-    assert len(tree.input_ids) == 2 + 3
-    assert rows(tree)[0] == rows(tree)[1]
+    # Where a run ends anyway, the third goes on for nothing.
+    assert tree.input_ids.tolist() == [1, 2, 3]
+    assert rows(tree) == [[0, 1], [0, 1], [0, 1, 2]]
+    assert len(build_tree([[1, 2], [1, 2, 3]]).input_ids) == 2 + 3
 
 
 def test_arrays_and_nothing() -> None:
