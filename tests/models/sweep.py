@@ -260,6 +260,20 @@ def page(outcomes: list[Outcome]) -> str:
         *(f"| {kind} | {_listed([o for o in right if kind in o.head])} |" for kind in heads),
         f"| router loss, kept | {_listed([o for o in right if o.router_loss])} |",
         "",
+        "## Shared prefixes",
+        "",
+        "With [`share_prefixes`](sharing.md) each model then computes two pairs again, with a common prompt, different "
+        "lengths and padding, and every number is compared with those without. What cannot share says so once, with the "
+        "reason, and computes the padded batch. The shrunken models stand for their type; a larger one may have other "
+        "layers.",
+        "",
+        "| | | |",
+        "|---|---|---|",
+        *(
+            f"| {kind} | {len(of_kind)} | {_listed(of_kind)} |"
+            for kind, of_kind in _by_sharing(right).items()
+        ),
+        "",
         "## Not",
         "",
         "| model | why |",
@@ -268,6 +282,23 @@ def page(outcomes: list[Outcome]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+_REASONS = {
+    "whose state runs along": "padded: layers whose state runs along the sequence",
+    "takes no position_ids": "padded: positions cannot be given",
+    "attention by itself": "padded: attention of their own, not transformers' interface",
+}
+
+
+def _by_sharing(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
+    kinds: dict[str, list[Outcome]] = {"shared": [], **{kind: [] for kind in _REASONS.values()}}
+    for outcome in outcomes:
+        known = (kind for text, kind in _REASONS.items() if text in outcome.reason)
+        other = "padded: attention that uses its mask in ways of its own"
+        kind = outcome.sharing if outcome.sharing != "padded" else next(known, other)
+        kinds.setdefault(kind, []).append(outcome)
+    return kinds
 
 
 def _listed(outcomes: list[Outcome]) -> str:
