@@ -11,7 +11,7 @@ and without.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,20 +163,15 @@ def _(
 
 @custom_op("fastdpop::tree_attention_backward", mutates_args=())
 def _attention_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    softcap: float | None,
-    how: str,
+    dout: Tensor, saved: Sequence[Tensor], scale: float, softcap: float | None, how: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and sinks, the last empty where there are none."""
-    problem = Problem(query, key, value, sinks, scale, softcap)
+    """Gradients of query, key, value and sinks, the last empty where there are none.
+
+    Args:
+        saved: query, key, value, tree, out, its log-sum-exps and, if there are any, the sinks.
+    """
+    query, key, value, tree, out, lse, *sinks = saved
+    problem = Problem(query, key, value, sinks[0] if sinks else None, scale, softcap)
     found, flash = _planned(problem, tree, how)
     with _as_given(query.device):
         if flash:
@@ -184,7 +179,7 @@ def _attention_backward(
         else:
             plain = _is_plain(problem, how)
             gradients = chunks.backward(problem, found, plain, dout, out, lse)
-        of_sinks = query.new_empty((0,)) if sinks is None else chunks.dsinks(sinks, dout, out, lse)
+        of_sinks = chunks.dsinks(sinks[0], dout, out, lse) if sinks else query.new_empty((0,))
     dquery, dkey, dvalue = map(_by_token, gradients)
     return dquery, dkey, dvalue, of_sinks
 
@@ -195,28 +190,17 @@ def _by_token(tensor: Tensor) -> Tensor:
 
 @_attention_backward.register_fake
 def _(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree: Tensor,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    softcap: float | None,
-    how: str,
+    dout: Tensor, saved: Sequence[Tensor], scale: float, softcap: float | None, how: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dquery, dkey, dvalue = (
-        x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)
-    )
-    of_sinks = query.new_empty((0,)) if sinks is None else torch.empty_like(sinks)
+    query, sinks = saved[0], saved[6:]
+    dquery, dkey, dvalue = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in saved[:3])
+    of_sinks = torch.empty_like(sinks[0]) if sinks else query.new_empty((0,))
     return dquery, dkey, dvalue, of_sinks
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, tree, sinks, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, tree, sinks, *output)
+    ctx.save_for_backward(query, key, value, tree, *output, *(() if sinks is None else (sinks,)))
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -225,9 +209,9 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     others = (None, None, None)  # scale, softcap, how
     if dout is None:
         return None, None, None, None, None, *others
-    saved = ctx.saved_tensors  # once: under checkpointing every reading would compute them again
-    *found, of_sinks = _attention_backward(dout, *saved, *ctx.options)
-    return *found, None, None if saved[4] is None else of_sinks, *others
+    saved = list(ctx.saved_tensors)  # once: under checkpointing every reading computes them again
+    dquery, dkey, dvalue, of_sinks = _attention_backward(dout, saved, *ctx.options)
+    return dquery, dkey, dvalue, None, of_sinks if len(saved) > 6 else None, *others
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:

@@ -55,6 +55,19 @@ def test_opcheck(how: str, sinks: bool, by_token: bool) -> None:
     torch.library.opcheck(torch.ops.fastdpop.tree_attention.default, operator(problem, how))
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_opcheck_of_backward(sinks: bool) -> None:
+    problem = attending(sequences(4, 9), sizes=(8, 4), sinks=sinks)
+    with torch.no_grad():
+        out, lse = torch.ops.fastdpop.tree_attention(*operator(problem, "auto"))
+        leaves = [x.detach() for x in problem.inputs]
+        saved = [*leaves[:3], problem.table, out, lse, *leaves[3:]]
+        torch.library.opcheck(
+            torch.ops.fastdpop.tree_attention_backward.default,
+            (torch.randn_like(out), saved, 0.3, None, "auto"),
+        )
+
+
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_same_bits_with_and_without_gradients(how: str, dtype: torch.dtype) -> None:
@@ -67,6 +80,8 @@ def test_same_bits_with_and_without_gradients(how: str, dtype: torch.dtype) -> N
     again = problem.shared(how)
     for a, b in zip((out, *first), (again, *gradients(problem, again, dout)), strict=True):
         assert torch.equal(a, b)
+    with torch.inference_mode():
+        assert torch.equal(problem.shared(how), out)
     assert torch.equal(alone, out)
 
 
