@@ -77,6 +77,7 @@ def bars(results: dict[str, Any]) -> Iterator[Bar]:
         value = fast["peak_extra_bytes"] / stock["peak_extra_bytes"] if fast and stock else None
         yield Bar(f"its peak extra memory, {trained}", value, 1.0)
     yield Bar("a step through FastDPOTrainer, against a bare loop", found.loop(), 1.03)
+    yield from _shared(found)
 
     for mode, limit in ((TRAINED, 1.0), (FROZEN, 1.0), (LOGPS, 1.0)):
         value = found.step("gsm8k-like", "fp32", mode, ours)
@@ -111,6 +112,22 @@ def _edited(found: _Results, ours: str) -> Iterator[Bar]:
                 limit = 1.1 * ((products - of_weight) * distinct + of_weight * rest) / products
             name = f"edited pairs, bf16, {mode}, {loss.upper()}, against disjoint pairs"
             yield Bar(name, value, limit)
+
+
+def _shared(found: _Results) -> Iterator[Bar]:
+    """A training step with prefixes shared over one without, and over TRL's."""
+    limits = {
+        "GSM8K, zero-shot": (1.7, 2.5),
+        "GSM8K, four-shot": (2.1, 3.5),
+        "ARC-Challenge": (4.0, 6.0),
+    }
+    for workload, (over_padded, over_trl) in limits.items():
+        row = found.sharing(workload)
+        name = f"shared prefixes, {workload}, against"
+        yield Bar(f"{name} padded", row and 1 / row["over_padded"], 1 / over_padded)
+        yield Bar(f"{name} TRL's DPOTrainer", row and 1 / row["over_trl"], 1 / over_trl)
+        peaks = row and row["peak_extra_bytes"]
+        yield Bar(f"{name} TRL's peak extra memory", peaks and peaks["shared"] / peaks["TRL"], 1.0)
 
 
 class _Results:
@@ -174,6 +191,10 @@ class _Results:
     def loop(self) -> float | None:
         rows = self._all("loop")
         return rows[0]["to_bare"] if rows else None
+
+    def sharing(self, workload: str) -> Any:
+        rows = self._all("sharing", workload=workload)
+        return rows[0] if rows else None
 
     def gradient(self, ours: str, theirs: str) -> float | None:
         a = self._all("gradient", contender=ours)

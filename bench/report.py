@@ -145,6 +145,22 @@ def _of_trainers(rows: list[Row]) -> list[str]:
             for r in loops
         ]
         parts.append(f"### A step through FastDPOTrainer\n\n{table(header, body)}")
+    shared = [row for row in rows if row["kind"] == "sharing"]
+    if shared:
+        header = ["", "seconds", "over padded", "over TRL", "peak MiB", "padded", "TRL"]
+        header += ["tokens in the tree", "padded"]
+        table_rows = [
+            [
+                r["workload"],
+                f"{r['seconds']:.3g}",
+                *(f"{r[f'over_{name}']:.2f} x" for name in ("padded", "trl")),
+                *(_mib(r["peak_extra_bytes"][name]) for name in ("shared", "padded", "TRL")),
+                *(f"{r['tokens'][name]:,}" for name in ("tree", "padded")),
+            ]
+            for r in shared
+        ]
+        title = "### A training step with shared prefixes, without, and TRL's"
+        parts.append(f"{title}\n\n{table(header, table_rows)}")
     return parts
 
 
