@@ -108,7 +108,7 @@ def _shared(ordered: Sequence[Ints], least: int) -> list[int]:
 
 
 def _ends(i: int, shared: Sequence[int], length: int, starts: Ints) -> Ints:
-    """Where the subtree of each token ends that the sequence i adds: where a sequence starts that leaves the path above it."""
+    """Where the subtree of each token that sequence i adds ends: where a sequence starts that leaves the path above."""
     ends = np.full(length - shared[i], starts[-1], dtype=np.int64)
     left, following = length, i + 1
     while left > shared[i] and following < len(shared):
