@@ -52,8 +52,10 @@ class SharedBatch:
         }
         call = {**given, **own}
         if self.packed:
-            bounds = self.tree.offsets.to(self.device, torch.int32)
-            lengths = self.tree.offsets.diff()
+            # Not the tree's offsets: sequences stand in the row in another order than in the batch.
+            starts = (self.tree.position_ids == 0).nonzero()[:, 0]
+            offsets = torch.cat([starts, starts.new_tensor([len(self.tree.end)])])
+            bounds, lengths = offsets.to(self.device, torch.int32), offsets.diff()
             call |= {
                 "seq_idx": torch.arange(len(lengths)).repeat_interleave(lengths).to(bounds)[None],
                 **{f"cu_seq_lens_{side}": bounds for side in "qk"},

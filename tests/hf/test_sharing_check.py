@@ -221,8 +221,9 @@ def test_the_check_leaves_no_trace() -> None:
         model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
         model.model.norm.eval()  # a mode of its own
+        inputs = batch()
         torch.manual_seed(3)
-        model(**batch(), return_logps=True, preference_options={"share_prefixes": True})
+        model(**inputs, return_logps=True, preference_options={"share_prefixes": True})
         counter = model.model.layers[0].mlp
         assert (counter.count.item(), counter.renewed.tolist()) == (1, [1.0] * 3)
         assert model.training
