@@ -19,12 +19,13 @@ a pair's loss needs.
 from __future__ import annotations
 
 import itertools
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from fastdpop.ranges import bounds_of, check_in_range, checked_bounds, longs, ranges
 
 IGNORE = -100
 """The label of a token that is not scored, as in Hugging Face."""
@@ -204,7 +205,7 @@ def rows_from_labels(
         bounds = torch.arange(len(labels) + 1, device=labels.device) * labels.shape[1]
     else:
         bounds = cu_seqlens.to(device=labels.device, dtype=torch.int64)
-        _checked_bounds("cu_seqlens", bounds, labels.numel(), "positions")
+        checked_bounds("cu_seqlens", bounds, labels.numel(), "positions")
     scored = flat != IGNORE
     if shift:
         # The first token of a sequence has no hidden state before it.
@@ -213,7 +214,7 @@ def rows_from_labels(
     index = position - int(shift)
     if hidden_index is not None:
         index = hidden_index.reshape(-1)[index]
-        _check_in_range(
+        check_in_range(
             index,
             positions,
             "hidden_index contains {}, expected places of hidden states in [0, {})",
@@ -265,12 +266,12 @@ def rows_from_members(
     """
     device, host = index.device, torch.device("cpu")
     index, targets = index.long(), targets.long()
-    _check_in_range(
+    check_in_range(
         targets,
         vocab_size,
         f"labels contain {{}}, expected token ids in [0, {{}}) or {IGNORE} for tokens that are not scored",
     )
-    starts = _checked_bounds("offsets", offsets, len(index), "tokens")
+    starts = checked_bounds("offsets", offsets, len(index), "tokens")
     lengths = [b - a for a, b in itertools.pairwise(starts)]
     sides = _checked_sides(pairs, len(lengths))
     # Which tokens are the same row.
@@ -293,39 +294,28 @@ def rows_from_members(
 
     # The tokens in the order of the layout, and their rows by first appearance.
     counts = [lengths[s] for s in layout]
-    tokens = _ranges([starts[s] for s in layout], counts, device)
+    tokens = ranges([starts[s] for s in layout], counts, device)
     members, first = _by_first_appearance(row_of[tokens], len(distinct))
     of_weights = None if weights is None else weights.double()[tokens]
     if ld_alpha is not None:
         tail = _ld_weights(ld_alpha, sides, order, lengths, counts, device)
         of_weights = tail if of_weights is None else tail * of_weights
-    of_sequences = _bounds(per_group, host)
+    of_sequences = bounds_of(per_group, host)
     seen = torch.cat([members.new_zeros(1), members + 1]).cummax(0).values.to(host)
-    of_rows = seen[_bounds(counts, host)[of_sequences]]
-    of_pairs = _bounds([len(of) for _, of in groups], host)
+    of_rows = seen[bounds_of(counts, host)[of_sequences]]
+    of_pairs = bounds_of([len(of) for _, of in groups], host)
     return Rows(
         index=index[tokens][first],
         targets=targets[tokens][first],
         members=members,
-        offsets=_bounds(counts, device),
+        offsets=bounds_of(counts, device),
         label_index=tokens if label_index is None else label_index[tokens],
         weights=of_weights,
         groups=torch.stack([of_rows, of_sequences, of_pairs]),
-        pairs=_longs(numbered, device).reshape(-1, 2),
-        order=_longs(order, device),
-        inputs=_longs(layout, device),
+        pairs=longs(numbered, device).reshape(-1, 2),
+        order=longs(order, device),
+        inputs=longs(layout, device),
     )
-
-
-def _checked_bounds(name: str, bounds: Tensor, count: int, what: str) -> list[int]:
-    values: list[int] = bounds.tolist()
-    ordered = all(a <= b for a, b in itertools.pairwise(values))
-    if len(values) < 2 or values[0] != 0 or values[-1] != count or not ordered:
-        raise ValueError(
-            f"{name} is {reprlib.repr(values)}, expected non-decreasing bounds from 0 to the "
-            f"number of {what}, {count}"
-        )
-    return values
 
 
 def _checked_sides(pairs: Tensor, sequences: int) -> list[list[int]]:
@@ -337,18 +327,6 @@ def _checked_sides(pairs: Tensor, sequences: int) -> list[list[int]]:
                 "one of them -1"
             )
     return sides
-
-
-def _check_in_range(values: Tensor, bound: int, message: str) -> None:
-    """
-    Raises:
-        ValueError: a value is not in ``[0, bound)``; `message` with that value and the bound.
-    """
-    if values.numel() == 0:
-        return
-    low, high = torch.stack(torch.aminmax(values)).tolist()
-    if low < 0 or high >= bound:
-        raise ValueError(message.format(low if low < 0 else high, bound))
 
 
 def _shared_by(row_of: Tensor, offsets: Tensor) -> list[list[int]]:
@@ -438,27 +416,8 @@ def _ld_weights(
     for p in order:
         present = [s for s in sides[p] if s >= 0]
         near += [min(lengths[s] for s in present)] * len(present)
-    rank = _ranges([0] * len(counts), counts, device)
-    limit = _longs(near, device).repeat_interleave(_longs(counts, device))
+    rank = ranges([0] * len(counts), counts, device)
+    limit = longs(near, device).repeat_interleave(longs(counts, device))
     return torch.ones(len(rank), dtype=torch.float64, device=device).masked_fill_(
         rank >= limit, alpha
     )
-
-
-def _longs(values: Sequence[object], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device)
-
-
-def _bounds(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.cat(
-        [torch.zeros(1, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64).cumsum(0)]
-    ).to(device)
-
-
-def _ranges(starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    """The concatenation of ``arange(start, start + count)``."""
-    count = _longs(counts, device)
-    before = count.cumsum(0) - count
-    return torch.arange(sum(counts), device=device) + (
-        _longs(starts, device) - before
-    ).repeat_interleave(count)

@@ -18,7 +18,8 @@ from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
-from fastdpop.hf.sharing import SharedBatch, padded, shared_batch, tree_batch
+from fastdpop.hf.self_check import random_state, set_random_state
+from fastdpop.hf.sharing import WEIGHTS, SharedBatch, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.losses.base import PairLogps, PreferenceLoss
@@ -171,12 +172,14 @@ def _answer(
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     run = functools.partial(_run, original, model)
     call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
+    random = None if batch is None else random_state(batch.device)
     try:
         outputs = run(call, batch)
     except Unshareable as error:  # met by a layer
-        if batch is None:
+        if batch is None or random is None:
             raise
         warn_once(model, str(error))
+        set_random_state(random)  # what layers before that one have dropped out
         call, batch = call if asked.prefix_tree is None else padded(batch, call), None
         outputs = run(call, batch)
     output = _fused(model, outputs, labels, asked, settings, batch)
@@ -216,17 +219,20 @@ def _laid_out(
         inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
         return fused_logps(**inputs, **own, reduction="token")
 
-    batch = None
+    batch, shift = None, options.get("shift_labels", True)
     try:
-        if laid_out:
-            batch = tree_batch(asked.prefix_tree or {}, call, labels)
+        config = getattr(model, "config", None)
+        if call.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise Unshareable(WEIGHTS)
+        if asked.prefix_tree is not None:
+            batch = tree_batch(asked.prefix_tree, call, labels, shift=shift)
         elif options.get("cu_seqlens") is not None:
-            raise Unshareable("cu_seqlens is given: pack with fastdpop.pack instead")
+            raise Unshareable("cu_seqlens is given (fastdpop.pack packs sequences that share)")
         else:
-            batch = shared_batch(call, labels)
+            batch = shared_batch(call, labels, shift=shift)
         found = verdict(model, batch, logps, "position_ids" in signature.parameters)
         if found.mode == "packed" and not laid_out:
-            warn_once(model, found.reason, "nothing is shared, sequences are laid side by side")
+            warn_once(model, found.reason, packed=True)
             return call, shared_batch(call, labels, packed=True)
         if found.mode != "shared":
             raise Unshareable(found.reason)

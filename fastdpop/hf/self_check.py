@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Allowed difference of log-probs, over 1 + the largest logit, by the logits' coarsest dtype."""
@@ -61,14 +61,41 @@ def check(model: Any, head: Any) -> None:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, with every module's mode and the random state restored at the end."""
+    """Evaluation mode, with every module's mode and buffers and the random state restored at the end."""
     modes = {module: module.training for module in model.modules()}
-    accelerators = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(accelerators, device_type=kind):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    random = random_state(device)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+        set_random_state(random)
+
+
+RandomState = tuple[torch.device, Tensor, Tensor | None]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """The random state of the CPU and of an accelerator."""
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return device, torch.get_rng_state(), own
+
+
+def set_random_state(state: RandomState) -> None:
+    """Go back to what :func:`random_state` found."""
+    device, of_cpu, own = state
+    torch.set_rng_state(of_cpu)
+    if own is not None:
+        torch.get_device_module(device).set_rng_state(own, device)

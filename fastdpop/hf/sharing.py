@@ -15,6 +15,7 @@ from fastdpop.prefix.tree import PrefixTree, build_tree
 from fastdpop.rows import IGNORE
 
 _MADE_HERE = ("input_ids", "attention_mask", "position_ids")
+WEIGHTS = "output_attentions is set, and a tree has no weights for each sequence"
 _NEVER_SHARED = 2**62
 """More tokens than any prefix has."""
 
@@ -51,8 +52,10 @@ class SharedBatch:
         }
         call = {**given, **own}
         if self.packed:
-            bounds = self.tree.offsets.to(self.device, torch.int32)
-            lengths = self.tree.offsets.diff()
+            # Not the tree's offsets: sequences stand in the row in another order than in the batch.
+            starts = (self.tree.position_ids == 0).nonzero()[:, 0]
+            offsets = torch.cat([starts, starts.new_tensor([len(self.tree.end)])])
+            bounds, lengths = offsets.to(self.device, torch.int32), offsets.diff()
             call |= {
                 "seq_idx": torch.arange(len(lengths)).repeat_interleave(lengths).to(bounds)[None],
                 **{f"cu_seq_lens_{side}": bounds for side in "qk"},
@@ -66,12 +69,18 @@ class SharedBatch:
 
 
 def shared_batch(
-    call: Mapping[str, Any], labels: Tensor, *, packed: bool = False, least: int | None = None
+    call: Mapping[str, Any],
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    packed: bool = False,
+    least: int | None = None,
 ) -> SharedBatch:
     """The tree of a padded batch.
 
     Args:
         call: keywords of the model's forward; labels: ``(S, T)``.
+        shift: a label is predicted at the place before its own.
         packed: lay sequences side by side.
 
     Raises:
@@ -79,27 +88,34 @@ def shared_batch(
     """
     ids = call.get("input_ids")
     if not isinstance(ids, Tensor):
-        raise Unshareable("the call gives no input_ids")
+        raise Unshareable("the model is called without input_ids")
     if ids.dim() != 2 or ids.shape != labels.shape:
         raise Unshareable(
-            f"input_ids has shape {tuple(ids.shape)}, and labels {tuple(labels.shape)}"
+            f"input_ids has shape {tuple(ids.shape)} and labels {tuple(labels.shape)}, not one (S, T)"
         )
     _check_rest(call)
     mask = call.get("attention_mask")
     if mask is None:
         mask = torch.ones_like(ids)
-    if mask.shape != ids.shape:
-        raise Unshareable(f"attention_mask has shape {tuple(mask.shape)}")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        found = (
+            f"has shape {tuple(mask.shape)}"
+            if isinstance(mask, Tensor)
+            else f"is a {type(mask).__name__}"
+        )
+        raise Unshareable(f"attention_mask {found}, not a tensor of input_ids' shape")
     present = (mask != 0).cpu().numpy()
     tokens = ids.cpu().numpy()
     if (np.diff(present.astype(np.int8), axis=1, prepend=0) == 1).sum(1).max(initial=0) > 1:
         raise Unshareable("attention_mask leaves out tokens inside a sequence")
-    if bool(((labels != IGNORE) & (mask == 0)).any()):
-        raise Unshareable("labels score tokens that attention_mask leaves out")
+    if _scored_from(labels, mask == 0, shift):
+        raise Unshareable(
+            "labels score tokens that are predicted from a place that attention_mask leaves out"
+        )
     _check_positions(call.get("position_ids"), present)
     sequences = [row[kept] for row, kept in zip(tokens, present, strict=True)]
     if not present.any():
-        raise Unshareable("there is no token")
+        raise Unshareable("the batch has no tokens")
     options = {} if least is None else {"least": least}
     tree = build_tree(sequences, **({"least": _NEVER_SHARED} if packed else options))
     index = np.zeros(ids.shape, dtype=np.int64)
@@ -122,9 +138,15 @@ def _check_rest(call: Mapping[str, Any]) -> None:
         if name in _MADE_HERE or value is None:
             continue
         if name == "output_attentions" and value:
-            raise Unshareable("attention weights are asked for")
+            raise Unshareable(WEIGHTS)
         if not isinstance(value, (bool, int, float, str)):
-            raise Unshareable(f"the call gives {name}")
+            raise Unshareable(f"{name} is given, which cannot be laid out as a tree")
+
+
+def _scored_from(labels: Tensor, absent: Tensor, shift: bool) -> bool:
+    """Whether a label is predicted at a place that is `absent`, where a padded batch has some state and a tree none."""
+    scored = (labels[:, 1:] if shift else labels) != IGNORE
+    return bool((scored & (absent[:, :-1] if shift else absent)).any())
 
 
 def _check_positions(given: Tensor | None, present: Any) -> None:
@@ -135,16 +157,20 @@ def _check_positions(given: Tensor | None, present: Any) -> None:
     if given is None:
         return
     counted = np.cumsum(present, axis=1) - 1
-    places = np.broadcast_to(given.cpu().numpy(), present.shape) if given.dim() == 2 else None
-    if places is None or (places[present] != counted[present]).any():
+    places = given.cpu().numpy()
+    fits = places.shape in (present.shape, (1, present.shape[1]))
+    if not fits or (np.broadcast_to(places, present.shape)[present] != counted[present]).any():
         raise Unshareable("position_ids do not count the tokens of a sequence from 0")
 
 
-def tree_batch(given: Mapping[str, Any], call: Mapping[str, Any], labels: Tensor) -> SharedBatch:
+def tree_batch(
+    given: Mapping[str, Any], call: Mapping[str, Any], labels: Tensor, *, shift: bool = True
+) -> SharedBatch:
     """The tree that a caller has laid out with :func:`fastdpop.pack`.
 
     Raises:
-        ValueError: it does not fit the ids and labels.
+        ValueError: it does not fit the other arguments.
+        Unshareable: attention weights are asked for.
     """
     ids = call.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
@@ -152,54 +178,107 @@ def tree_batch(given: Mapping[str, Any], call: Mapping[str, Any], labels: Tensor
             "input_ids is not (1, N), expected the packed row that prefix_tree describes"
         )
     n = ids.shape[1]
-    missing = {"end", "hidden_index"} - set(given)
-    if missing:
-        raise ValueError(f"prefix_tree lacks {sorted(missing)}, expected what fastdpop.pack gives")
-    end, index = given["end"].cpu().long(), given["hidden_index"]
-    if end.shape != (n,) or index.shape != labels.shape:
+    end, index = _tensors_of(given)
+    if end.shape != (n,) or index.shape != labels.shape or labels.dim() != 2:
         raise ValueError(
             f"prefix_tree has end of shape {tuple(end.shape)} and hidden_index of shape {tuple(index.shape)}, "
             f"expected ({n},) and {tuple(labels.shape)}"
         )
-    position = _depths(end)
-    index = index.to(ids.device)
-    places = torch.arange(labels.shape[1], device=ids.device)
+    position, above = _depths(end)
+    _check_given(call, position)
+    index = index.cpu()
+    places = torch.arange(labels.shape[1])
     if n == 0 or bool(((index < 0) | (index >= n)).any()):
         raise ValueError(
             f"hidden_index of prefix_tree is not in [0, {n}), expected places in the row"
         )
-    padding = position.to(ids.device)[index] != places
-    lengths = (~padding).sum(1).cpu()
+    padding = position[index] != places
+    broken = ~padding[:, 1:] & (above[index[:, 1:]] != index[:, :-1])
+    if bool(broken.any()):
+        s, t = broken.nonzero()[0].tolist()
+        raise ValueError(
+            f"hidden_index of prefix_tree goes from {int(index[s, t])} to {int(index[s, t + 1])} in sequence {s}, "
+            f"expected {int(above[index[s, t + 1]])}, above it in the tree, to come before"
+        )
+    if _scored_from(labels.cpu(), padding, shift):
+        raise ValueError(
+            "labels score tokens behind the end of a sequence of prefix_tree, expected -100 there"
+        )
+    lengths = (~padding).sum(1)
     tree = PrefixTree(
         input_ids=ids[0].cpu(),
         position_ids=position,
         end=end,
-        nodes=index[~padding].cpu(),
+        nodes=index[~padding],
         offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
     )
-    return SharedBatch(tree, index, padding, ids.device)
+    return SharedBatch(tree, index.to(ids.device), padding.to(ids.device), ids.device)
 
 
-def _depths(end: Tensor) -> Tensor:
-    """How many tokens stand above each one.
+def _tensors_of(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """`end`, on the CPU, and `hidden_index`.
+
+    Raises:
+        ValueError: `prefix_tree` is no dict of these.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"prefix_tree is a {type(given).__name__}, expected the dict that fastdpop.pack gives"
+        )
+    missing = {"end", "hidden_index"} - set(given)
+    if missing:
+        raise ValueError(f"prefix_tree lacks {sorted(missing)}, expected what fastdpop.pack gives")
+    for name in ("end", "hidden_index"):
+        value = given[name]
+        if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} of prefix_tree is of {kind}, expected a tensor of int64")
+    return given["end"].cpu().long(), given["hidden_index"].long()
+
+
+def _check_given(call: Mapping[str, Any], position: Tensor) -> None:
+    """
+    Raises:
+        ValueError: the call says something of tokens that the tree does not, or says otherwise.
+        Unshareable: attention weights are asked for.
+    """
+    places, mask = call.get("position_ids"), call.get("attention_mask")
+    if places is not None and not torch.equal(places.cpu().reshape(-1).long(), position):
+        raise ValueError(
+            "position_ids is not what prefix_tree says, expected each token's number in its sequence"
+        )
+    if mask is not None and not (isinstance(mask, Tensor) and bool((mask == 1).all())):
+        raise ValueError(
+            "attention_mask leaves out tokens of prefix_tree, expected none, or ones only"
+        )
+    if call.get("output_attentions"):
+        _check_rest(call)
+    for name, value in call.items():
+        if isinstance(value, Tensor) and name not in _MADE_HERE:
+            raise ValueError(f"{name} is given with prefix_tree, expected ids only")
+
+
+def _depths(end: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens stand above each one, and which is the next above; -1 for none.
 
     Raises:
         ValueError: `end` is of no tree.
     """
     n = len(end)
     ends = end.tolist()
-    open_ends: list[int] = []
-    depths = []
+    path: list[int] = []
+    depths, above = [], []
     for i, e in enumerate(ends):
-        while open_ends and open_ends[-1] <= i:
-            open_ends.pop()
-        if not i < e <= (open_ends[-1] if open_ends else n):
+        while path and ends[path[-1]] <= i:
+            path.pop()
+        if not i < e <= (ends[path[-1]] if path else n):
             raise ValueError(
                 f"end of prefix_tree is {e} at {i}, expected a subtree's end inside the one above it"
             )
-        depths.append(len(open_ends))
-        open_ends.append(e)
-    return torch.tensor(depths, dtype=torch.int64)
+        depths.append(len(path))
+        above.append(path[-1] if path else -1)
+        path.append(i)
+    return torch.tensor(depths, dtype=torch.int64), torch.tensor(above, dtype=torch.int64)
 
 
 def padded(batch: SharedBatch, call: Mapping[str, Any]) -> dict[str, Any]:

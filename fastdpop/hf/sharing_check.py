@@ -1,13 +1,14 @@
 """Whether a model computes over a tree what it computes over separate sequences.
 
-A layer that does not read the tree's mask, or that carries a state along the row, computes something else without a sign.
-So the first shared call of a model compares the two on a few short sequences of its batch.
+A layer that does not read the tree's mask, or that carries a state along the row, computes something else without a
+sign. So the first shared call of a model compares the two on a few short sequences of its batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+import textwrap
 import threading
 import warnings
 import weakref
@@ -22,22 +23,32 @@ from fastdpop.hf.self_check import undisturbed
 from fastdpop.hf.sharing import SharedBatch, shared_batch
 from fastdpop.hf.tree_attention import Unshareable, configs, install, installed, original, uninstall
 from fastdpop.prefix.tree import PrefixTree
-from fastdpop.rows import IGNORE
 
 Logps = Callable[[dict[str, Any], Tensor, SharedBatch | None], Tensor]
 """Log-probs ``(S, T)`` of labels, by the keywords of a padded call and the tree to compute it on, if any."""
 
-_CONVOLUTION = re.compile("Conv1d$")
-"""The same, of a kind that stands in audio towers too."""
-ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Allowed median difference of log-probs, over 1 + their mean size, by the coarsest dtype of parameters and autocast.
+ROUNDING = {
+    torch.float64: (1e-6, 1e-6),
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (5e-4, 4e-3),
+    torch.bfloat16: (2e-3, 2e-2),
+}
+"""Allowed median difference of log-probs, over 1 + their mean size, by the coarsest dtype of parameters and autocast:
+in any case, and at most, where those that no branch comes before differ by an eighth of that.
 Some models round to float32 inside whatever their dtype is.
 """
-_LENGTH = 32
+_PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+"""The dtype that has the precision of float32 products; TF32 has float16's."""
+_LENGTH, _SHORTEST = 32, 8
+"""Tokens of the sequences that are compared: no more than those of the batch, but enough to branch."""
 _STATE = re.compile(
     "Mamba|SSM|Ssm|Recurrent|R[Ww][Kk][Vv]|LSTM|Linear_?Att|Delta|ShortConv|Retention|Lightning|KDA"
 )
 """In the names of layers whose state runs along the sequence."""
+_AROUND = re.compile("(Model|Layer|Norm)$")
+"""Parts that are called after such a layer."""
+_CONVOLUTION = re.compile("Conv1d$")
+"""The same, of a kind that stands in audio towers too."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +71,18 @@ def verdict(model: nn.Module, batch: SharedBatch, logps: Logps, positions: bool)
 
     Raises:
         RuntimeError: log-probs over a tree differ from the model's own, and nothing tells why.
+        Exception: any that the model raises on the batch's tokens without a tree too.
     """
     names = tuple(original(c._attn_implementation or "") for c in configs(model))
-    key = names, _dtype(model, batch.device.type)
+    key = names, batch.device.type, _dtype(model, batch.device.type)
     with _lock:
         known = _known.setdefault(model, {})
         if key not in known:
-            known[key] = _find_out(model, batch, logps, key[1], positions)
-            if known[key].mode == "padded":
-                uninstall(model)
+            try:
+                known[key] = _find_out(model, batch, logps, key[-1], positions)
+            finally:
+                if key not in known or known[key].mode == "padded":
+                    uninstall(model)
         elif known[key].mode != "padded" and not installed(model):
             install(model)
         return known[key]
@@ -83,14 +97,20 @@ def verdict_of(model: nn.Module) -> Verdict | None:
 _warned: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-def warn_once(model: nn.Module, reason: str, effect: str = "it has no effect") -> None:
-    """Say, once for each model and reason, why its sequences are not shared."""
+def warn_once(model: nn.Module, reason: str, *, packed: bool = False) -> None:
+    """Say, once for each model and reason, why its sequences are not shared, and what is done instead."""
     with _lock:
         said = _warned.setdefault(model, set())
         if reason in said:
             return
         said.add(reason)
-    warnings.warn(f"share_prefixes: {effect}, because {reason}", stacklevel=2)
+    if packed:
+        text = f"share_prefixes only leaves out padding and shares nothing, because {reason}"
+    else:
+        text = (
+            f"share_prefixes has no effect, because {reason}: the batch is computed as without it"
+        )
+    warnings.warn(text, stacklevel=2)
 
 
 def _dtype(model: nn.Module, device: str) -> torch.dtype:
@@ -98,6 +118,8 @@ def _dtype(model: nn.Module, device: str) -> torch.dtype:
     found = {p.dtype for p in model.parameters() if p.dtype in ROUNDING}
     if torch.is_autocast_enabled(device):
         found.add(torch.get_autocast_dtype(device))
+    if torch.float32 in found:
+        found.add(_PRODUCTS[torch.get_float32_matmul_precision()])
     return max(found, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -115,7 +137,10 @@ def _find_out(
             exact = positions and trial.fault(packed=True) is None
             return Verdict("packed" if exact else "padded", reason)
         if not positions:
-            return Verdict("padded", f"{type(model).__name__} takes no position_ids")
+            return Verdict(
+                "padded",
+                f"{type(model).__name__} takes no position_ids, and a token's place in a tree is not its position",
+            )
         reason = trial.fault()
         return Verdict("shared" if reason is None else "padded", reason or "")
 
@@ -143,9 +168,16 @@ class _Trial:
             found = self.logps(self.call, self.labels, batch)
         except Unshareable as error:
             return str(error)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.logps(self.call, self.labels, None)  # raises what has nothing to do with the tree
             own = _own_attention(self.model, batch.layout.seen)
-            return own or f"{owner} cannot take a tree for its mask ({error})"
+            text = textwrap.shorten(str(error), 160, placeholder=" ...")
+            return (
+                own
+                or f"{owner} cannot compute attention over a tree ({type(error).__name__}: {text})"
+            )
         if packed or batch.layout.seen:
             difference, allowed = self._difference(found, batch)
             if difference <= allowed and not self._leaks(found, batch):
@@ -165,47 +197,68 @@ class _Trial:
         What comes before sees the same in any case. The mean would be that of a few tokens in mixtures of experts,
         where rounding may choose another expert.
         """
-        behind = self._behind(batch)
-        expected = self.logps(self.call, self.labels, None)[behind].double()
-        difference = (found[behind].double() - expected).abs().nan_to_num(torch.inf)
-        return difference.median().item(), ROUNDING[self.dtype] * (
-            1.0 + expected.abs().mean().item()
-        )
-
-    def _behind(self, batch: SharedBatch) -> Tensor:
-        """Which of the tokens of ``(S, T)`` are predicted from behind the first path through the tree."""
-        end = batch.tree.end
-        leaf = int((end == torch.arange(1, len(end) + 1)).nonzero()[0])
-        behind = torch.zeros_like(batch.padding)
-        behind[:, 1:] = (batch.hidden_index[:, :-1] > leaf) & ~batch.padding[:, 1:]
-        return behind
+        expected = self.logps(self.call, self.labels, None).double()
+        difference = (found.double() - expected).abs().nan_to_num(torch.inf)
+        place = self._predicted_from(batch)
+        first = _first_leaf(batch.tree)
+        noise = difference[(place >= 0) & (place <= first)].median()
+        least, most = ROUNDING[self.dtype]
+        size = 1.0 + expected[place >= 0].abs().mean().item()
+        allowed = min(max(8 * noise.item(), least * size), most * size)
+        return difference[place > first].median().item(), allowed
 
     def _leaks(self, found: Tensor, batch: SharedBatch) -> bool:
-        """Whether a token of the first path has an effect on those behind it, in the very same computation."""
-        end, ids = batch.tree.end, batch.tree.input_ids.clone()
-        leaf = int((end == torch.arange(1, len(end) + 1)).nonzero()[0])
-        ids[leaf] = ids[0] if ids[leaf] != ids[0] else ids[-1]
+        """Whether a token of the first path has an effect on those behind it, in the very same computation.
+
+        None at all, unless the row's last token has one on those before it: experts may add up in another order then.
+        """
+        place, first = self._predicted_from(batch), _first_leaf(batch.tree)
+        last = len(batch.tree.input_ids) - 1
+        effect = self._effect(first, found, batch)[place > first].max()
+        noise = self._effect(last, found, batch)[(place >= 0) & (place < last)].max()
+        if not noise > 0:
+            return bool(effect > 0)
+        size = 1.0 + found[place > first].double().abs().mean()
+        return bool(effect > 8 * torch.finfo(self.dtype).eps * size)
+
+    def _effect(self, token: int, found: Tensor, batch: SharedBatch) -> Tensor:
+        """How much log-probs change with one token of the tree."""
+        ids = batch.tree.input_ids.clone()
+        ids[token] = ids[ids != ids[token]][0]
         other = replace(batch, tree=replace(batch.tree, input_ids=ids))
-        changed = self.logps(self.call, self.labels, other)
-        behind = self._behind(batch)
-        effect = (changed[behind] - found[behind]).double().abs()
-        allowed = 8 * torch.finfo(self.dtype).eps * (1.0 + found[behind].double().abs().mean())
-        return bool(effect.max() > allowed)
+        return (self.logps(self.call, self.labels, other) - found).double().abs()
+
+    def _predicted_from(self, batch: SharedBatch) -> Tensor:
+        """``(S, T)`` place in the tree of the token that predicts each one; -1 for the first ones."""
+        place = torch.full_like(batch.hidden_index, -1)
+        place[:, 1:] = batch.hidden_index[:, :-1]
+        return place
+
+
+def _first_leaf(tree: PrefixTree) -> int:
+    """Where the first path through a tree ends."""
+    return int((tree.end == torch.arange(1, len(tree.end) + 1)).nonzero()[0])
 
 
 def _sample(batch: SharedBatch) -> tuple[dict[str, Any], Tensor]:
     """A padded call on a few short sequences that branch, and labels that score all their tokens."""
     sequences = [row for row in _sequences(batch.tree) if row]
+    length = min(_LENGTH, max(_SHORTEST, *map(len, sequences)))
     one = sequences[0]
     other = next((row for row in sequences if row != one), one)
     common = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)  # noqa: B905
-    start = max(0, common - _LENGTH // 2)
-    one, other = one[start : start + _LENGTH], other[start : start + _LENGTH]
-    half = (len(one) + 1) // 2
-    turned = one[:half] + other[::-1]
-    rows = [one, other, turned, sequences[-1], turned[: half + 1] + one]
+    start = max(0, common - length // 2)
+    one, other, last = (
+        (row * length)[:length]
+        for row in (one[start:] or one, other[start:] or other, sequences[-1])
+    )
+    half = length // 2
+    turned = one[:half] + other[::-1][: length - half]
+    if turned[half] == one[half]:  # some token of the model's that is not that one
+        turned[half] = next((t for t in other + last if t != one[half]), max(one[half] - 1, 0) or 1)
     # Of one length, so that nothing depends on padding.
-    ids = torch.tensor([(row * _LENGTH)[:_LENGTH] for row in rows], device=batch.device)
+    rows = [one, other, turned, last, (turned[: half + 1] + one)[:length]]
+    ids = torch.tensor(rows, device=batch.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
 
 
@@ -217,19 +270,23 @@ def _sequences(tree: PrefixTree) -> list[list[int]]:
 
 def _state(model: nn.Module, among: re.Pattern[str] = _STATE) -> str | None:
     """The layer of a model whose state runs along the sequence, if it has one."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if module is not model and among.search(kind):
-            return f"{type(model).__name__} has {kind}, whose state runs along the sequence"
-    return None
+    kinds = [type(m).__name__ for m in model.modules() if m is not model]
+    found = sorted(filter(among.search, kinds), key=lambda kind: bool(_AROUND.search(kind)))
+    if not found:
+        return None
+    return f"{type(model).__name__} has {found[0]}, whose state runs along the sequence"
 
 
 def _own_attention(model: nn.Module, seen: Collection[nn.Module]) -> str | None:
     """An attention of the model that does not ask transformers' interface."""
-    kinds = {type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()}
-    left = sorted(kinds - {type(m).__name__ for m in seen})
+    known = {type(m) for m in seen}
+    left = sorted(
+        type(m).__name__
+        for m in model.modules()
+        if "attention" in type(m).__name__.lower()
+        and known.isdisjoint(type(part) for part in m.modules())
+    )
     if seen and not left:
         return None
-    return f"{type(model).__name__} computes attention by itself" + (
-        f" ({left[0]})" if left else ""
-    )
+    by = f"{left[0]} of {type(model).__name__}" if left else type(model).__name__
+    return f"{by} computes attention by itself, not through transformers' attention interface"

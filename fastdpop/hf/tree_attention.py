@@ -1,9 +1,9 @@
 """Attention over a prefix tree for models that compute it through transformers' interfaces.
 
-Every layer's mask is made by the mask interface and read by the attention interface, by the name in the model's config.
-:func:`install` gives that name a second meaning: where the mask is a tree, attention is :func:`tree_attention`, else all
-is as before. So nothing has to be known at the time of the attention but its own arguments, and layers that are computed
-again in the backward pass (gradient checkpointing) find the structure where they found it before.
+Every layer's mask is made by the mask interface and read by the attention interface, by the name in the model's
+config. :func:`install` gives that name a second meaning: where the mask is a tree, attention is :func:`tree_attention`,
+else all is as before. So nothing has to be known at the time of the attention but its own arguments, and layers that
+are computed again in the backward pass (gradient checkpointing) find the structure where they found it before.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fastdpop.prefix.attention import tree_attention
 
 _PREFIX = "fastdpop_"
 _WINDOW = "sliding_window_overlay.<locals>.inner_mask"
-_WITHOUT_EFFECT = {"position_ids", "cache_position", "output_attentions", "use_cache"}
-"""What attention is given and does not read."""
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"}
+"""Tensors that attention is given and that say no more than the tree, or nothing to it."""
 
 
 class Unshareable(Exception):
@@ -94,7 +94,9 @@ def install(model: nn.Module) -> None:
         if name is None or name.startswith(_PREFIX):
             continue
         if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS:
-            raise Unshareable(f"its attention is {name!r}, which transformers does not know")
+            raise Unshareable(
+                f"its attention implementation {name!r} is not one that transformers knows"
+            )
         AttentionInterface.register(_PREFIX + name, functools.partial(_attention, name))
         AttentionMaskInterface.register(_PREFIX + name, functools.partial(_mask, name))
         config._attn_implementation_internal = _Name(_PREFIX + name)
@@ -116,12 +118,14 @@ def _mask(name: str, *args: Any, **kwargs: Any) -> Any:
     """A mask as transformers asks for it: the tree's, while one is on its way."""
     layout = _LAYOUT.get()
     if layout is None:
-        of_original = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name)
+        of_original: Any = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name)
         return None if of_original is None else of_original(*args, **kwargs)
     lengths = (kwargs.get("q_length"), kwargs.get("kv_length"))
     tokens = layout.mask.shape[-1]
     if args or lengths != (tokens, tokens):
-        raise Unshareable(f"a mask of {lengths} for {tokens} tokens is asked for")
+        raise Unshareable(
+            f"the model makes a mask of {lengths[0]} x {lengths[1]} for {tokens} tokens"
+        )
     function, window = kwargs["mask_function"], kwargs.get("local_size")
     parts = _parts(function)
     if parts == [causal_mask_function]:
@@ -149,15 +153,21 @@ def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 
 def _dense(name: str, mask: Tensor, function: Callable[..., Any], kwargs: dict[str, Any]) -> Tensor:
-    """Any mask that is a function of the positions in a sequence, for implementations that read dense ones."""
-    if name not in ("sdpa", "eager"):
-        raise Unshareable(f"{name} takes no mask such as {function.__qualname__}")
+    """Any causal mask that is a function of the positions in a sequence, for implementations that read dense ones."""
     device = kwargs.get("device") or torch.device("cpu")
     end, position = mask[0, 0].to(device)
     place = torch.arange(len(end), device=device)
     below = (place <= place[:, None]) & (place[:, None] < end)
-    allowed = torch.as_tensor(function(0, 0, position[:, None], position), device=device) & below
-    allowed = allowed[None, None]
+    seen = torch.as_tensor(function(0, 0, position[:, None], position), device=device)
+    if bool((seen & (position > position[:, None])).any()):
+        raise Unshareable(
+            f"its layers attend to more than what stands before a token ({function.__qualname__})"
+        )
+    if name not in ("sdpa", "eager"):
+        raise Unshareable(
+            f"attention implementation {name!r} takes no dense mask ({function.__qualname__})"
+        )
+    allowed = (seen & below)[None, None]
     if name == "sdpa":
         return allowed
     dtype = kwargs.get("dtype") or torch.float32
@@ -187,13 +197,13 @@ def _attention(
         _note(module)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     if args:
-        raise Unshareable(f"{type(module).__name__} gives attention more than it names")
+        raise Unshareable(f"{type(module).__name__} gives attention arguments without names")
     return _over_tree(module, query, key, value, attention_mask, **kwargs), None
 
 
 def _original_attention(name: str, module: nn.Module) -> Callable[..., Any]:
     owner = sys.modules[type(module).__module__]
-    own = getattr(owner, "eager_attention_forward", None)
+    own: Any = getattr(owner, "eager_attention_forward", None)
     interface = getattr(owner, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     found: Callable[..., Any] = interface.get_interface(name, own)
     return found
@@ -217,12 +227,14 @@ def _over_tree(
     """``(1, N, heads, D)``. `sliding_window` is in the mask already."""
     kind = type(module).__name__
     if dropout:
-        raise Unshareable(f"{kind} drops out attention weights ({dropout})")
+        raise Unshareable(
+            f"{kind} drops out attention weights ({dropout}), which 0 in the model's config turns off"
+        )
     if is_causal is False or key.shape[2] != query.shape[2]:
         raise Unshareable(f"{kind} attends to more than what stands before a token")
     for name, argument in others.items():
         if isinstance(argument, Tensor) and name not in _WITHOUT_EFFECT:
-            raise Unshareable(f"{kind} gives attention {name}")
+            raise Unshareable(f"{kind} gives attention {name}, which a tree cannot carry")
     _note(module)
     output = tree_attention(
         query,
