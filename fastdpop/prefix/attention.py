@@ -10,15 +10,13 @@ and without.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastdpop.prefix import chunks, varlen
+from fastdpop.prefix import chunks, flex, varlen
 from fastdpop.prefix.chunks import Problem
 from fastdpop.prefix.plan import Plan, plan
 
@@ -66,6 +64,11 @@ def tree_attention(
             x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value)
         )
     _check(query, key, value, tree, sinks, how)
+    problem = Problem(query, key, value, sinks, float(scale), softcap)
+    if how == "masked" or (how == "auto" and not varlen.supports(problem)):
+        found = flex.attention(problem, tree) if flex.supports(problem) else None
+        if found is not None:
+            return found
     out, _ = _attention(query, key, value, tree, sinks, float(scale), softcap, how)
     return out
 
@@ -104,14 +107,6 @@ def _check(
         refuse("sinks", sinks, f"({query.shape[1]},) on {query.device}")
 
 
-@contextlib.contextmanager
-def _as_given(device: torch.device) -> Iterator[None]:
-    """Without autocast, which would round plain products, and with a GPU's own device current."""
-    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.autocast(device.type, enabled=False), current:
-        yield
-
-
 def _planned(problem: Problem, tree: Tensor, how: str) -> tuple[Plan, bool]:
     """How to compute a problem, and whether by FlashAttention on CUDA."""
     flash = how in ("auto", "segments") and varlen.supports(problem)
@@ -138,7 +133,7 @@ def _attention(
     """out ``(1, Hq, N, Dv)`` (differentiable), and its log-sum-exps ``(Hq, N)``."""
     problem = Problem(query, key, value, sinks, scale, softcap)
     found, flash = _planned(problem, tree, how)
-    with _as_given(query.device):
+    with chunks.as_given(query.device):
         if flash:
             return varlen.forward(problem, found)
         return chunks.forward(problem, found, _is_plain(problem, how))
@@ -178,7 +173,7 @@ def _attention_backward(
     """Gradients of query, key, value and sinks, the last empty where there are none."""
     problem = Problem(query, key, value, sinks, scale, softcap)
     found, flash = _planned(problem, tree, how)
-    with _as_given(query.device):
+    with chunks.as_given(query.device):
         if flash:
             gradients = varlen.backward(problem, found, dout, out, lse)
         else:

@@ -34,6 +34,12 @@ class Lengths(NamedTuple):
     most_keys: int
 
 
+@torch.compiler.assume_constant_result
+def capability(device: int) -> tuple[int, int]:
+    """A GPU's, as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
 def supports(problem: Problem) -> bool:
     """Whether FlashAttention computes this problem."""
     query = problem.query
@@ -42,7 +48,7 @@ def supports(problem: Problem) -> bool:
         return False
     if query.dtype not in (torch.float16, torch.bfloat16) or problem.softcap is not None:
         return False
-    major, minor = torch.cuda.get_device_capability(query.device)
+    major, minor = capability(query.device.index or 0)
     # Its backward for the largest heads needs the shared memory of data centers' cards.
     return major >= 8 and size <= (_LARGEST if minor == 0 and major < 12 else 192)
 
