@@ -4,8 +4,9 @@
     fastdpop::tree_attention_backward  their gradients
 
 Query i sees key j exactly if ``j <= i < end[j]`` and, with a window, ``position[i] - position[j] < window``. How it is
-computed is one function by contract: the same numbers up to rounding, and the same bits on every call, with gradients
-and without.
+computed is one function by contract: the same numbers up to rounding, and the same output bits on every call, with
+gradients and without. Gradients have the same bits too, but for FlashAttention's on CUDA, which are deterministic where
+``torch.use_deterministic_algorithms(True)`` asks for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention over a tree on CUDA by FlexAttention, for what FlashAttention does not compute: a softcap, fp32, other heads.
+"""Attention over a tree on CUDA by FlexAttention, for what FlashAttention does not compute: softcaps, fp32.
 
 It differentiates itself, so it stands beside the operator. Its blocks of 128 queries and 128 keys are told in advance
 which of them hold no pair that sees each other, and which only such pairs. Forward and backward pass add in a fixed
@@ -35,8 +35,8 @@ _VARIANTS = 64
 """Compiled kernels that are kept: one for each kind of mask, of heads and of gradients."""
 
 _TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 5e-3}
-"""Relative difference (Frobenius norms) from plain arithmetic up to which a kernel is taken for right; fp32 products may
-be in TF32, if PyTorch is told so.
+"""Relative difference (Frobenius norms) from plain arithmetic up to which a kernel is taken for right. In fp32,
+products may be in TF32, if PyTorch is told so.
 """
 
 
@@ -129,11 +129,11 @@ def block_mask(tree: bytes, rows: int, device: torch.device) -> BlockMask:
         pass  # checks it
     some, full = blocks(table[0], table[1], window)
     with torch.inference_mode(False):  # made in an evaluation, they may be used in training
-        counts = [part for found in (some & ~full, full) for part in _ordered(found)]
         end = torch.from_numpy(table[0]).to(device, torch.int32)
         position = torch.from_numpy(table[1]).to(device, torch.int32)
         found = BlockMask.from_kv_blocks(
-            *counts,
+            *_ordered(some & ~full),
+            *_ordered(full),
             BLOCK_SIZE=BLOCK,
             mask_mod=_visible(end) if window is None else _near(end, position, window),
             seq_lengths=(table.shape[1], table.shape[1]),
@@ -239,11 +239,11 @@ def _difference(
         numbers = torch.randn(shape, generator=random, device=device, dtype=dtype)
         return numbers.transpose(1, 2)
 
-    given = [
+    given = (
         new(heads[0], sizes[0]).requires_grad_(),
         new(heads[1], sizes[0]).requires_grad_(),
         new(heads[1], sizes[1]).requires_grad_(),
-    ]
+    )
     dout = new(heads[0], sizes[1])
     problem = Problem(*given, None, sizes[0] ** -0.5, 2.0 if capped else None)
     out = _attention(problem, block_mask(content, len(rows), device))
