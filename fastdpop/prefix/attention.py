@@ -4,21 +4,21 @@
     fastdpop::tree_attention_backward  their gradients
 
 Query i sees key j exactly if ``j <= i < end[j]`` and, with a window, ``position[i] - position[j] < window``. How it is
-computed is one function by contract: the same numbers up to rounding, and the same bits on every call, with gradients
-and without.
+computed is one function by contract: the same numbers up to rounding, and the same output bits on every call, with
+gradients and without. Gradients have the same bits too, but for FlashAttention's on CUDA, which are deterministic where
+``torch.use_deterministic_algorithms(True)`` asks for it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastdpop.prefix import chunks, varlen
+from fastdpop.prefix import chunks, flex, varlen
 from fastdpop.prefix.chunks import Problem
 from fastdpop.prefix.plan import Plan, plan
 
@@ -66,6 +66,11 @@ def tree_attention(
             x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value)
         )
     _check(query, key, value, tree, sinks, how)
+    problem = Problem(query, key, value, sinks, float(scale), softcap)
+    if how == "masked" or (how == "auto" and not varlen.supports(problem)):
+        found = flex.attention(problem, tree) if flex.supports(problem) else None
+        if found is not None:
+            return found
     out, _ = _attention(query, key, value, tree, sinks, float(scale), softcap, how)
     return out
 
@@ -104,14 +109,6 @@ def _check(
         refuse("sinks", sinks, f"({query.shape[1]},) on {query.device}")
 
 
-@contextlib.contextmanager
-def _as_given(device: torch.device) -> Iterator[None]:
-    """Without autocast, which would round plain products, and with a GPU's own device current."""
-    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.autocast(device.type, enabled=False), current:
-        yield
-
-
 def _planned(problem: Problem, tree: Tensor, how: str) -> tuple[Plan, bool]:
     """How to compute a problem, and whether by FlashAttention on CUDA."""
     flash = how in ("auto", "segments") and varlen.supports(problem)
@@ -138,7 +135,7 @@ def _attention(
     """out ``(1, Hq, N, Dv)`` (differentiable), and its log-sum-exps ``(Hq, N)``."""
     problem = Problem(query, key, value, sinks, scale, softcap)
     found, flash = _planned(problem, tree, how)
-    with _as_given(query.device):
+    with chunks.as_given(query.device):
         if flash:
             return varlen.forward(problem, found)
         return chunks.forward(problem, found, _is_plain(problem, how))
@@ -173,7 +170,7 @@ def _attention_backward(
     query, key, value, tree, out, lse, *sinks = saved
     problem = Problem(query, key, value, sinks[0] if sinks else None, scale, softcap)
     found, flash = _planned(problem, tree, how)
-    with _as_given(query.device):
+    with chunks.as_given(query.device):
         if flash:
             gradients = varlen.backward(problem, found, dout, out, lse)
         else:

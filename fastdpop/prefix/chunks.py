@@ -5,6 +5,7 @@ Tensors are grouped by the heads of keys: ``(Hkv, G, N, D)``, in the dtype of th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,6 +40,14 @@ class Piece(NamedTuple):
     causal: bool
     scale: float
     softcap: float | None
+
+
+@contextlib.contextmanager
+def as_given(device: torch.device) -> Iterator[None]:
+    """Without autocast, which would round plain products, and with a GPU's own device current."""
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with torch.autocast(device.type, enabled=False), current:
+        yield
 
 
 def forward(problem: Problem, plan: Plan, plain: bool) -> tuple[Tensor, Tensor]:

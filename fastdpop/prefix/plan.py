@@ -145,7 +145,7 @@ def plan(tree: bytes, rows: int, how: str, width: int) -> Plan:
     """
     table = np.frombuffer(tree, dtype=np.int64).reshape(rows, -1).copy()
     position, size = table[1], table.shape[1]
-    window = _window(position, table)
+    window = window_of(table)
     found = list(nodes(table[0]))
     if how == "masked":
         bounds = [0, size] if size else [0]
@@ -162,8 +162,12 @@ def plan(tree: bytes, rows: int, how: str, width: int) -> Plan:
     return Plan(table[0], position, window, chunks)
 
 
-def _window(position: Ints, table: Ints) -> int | None:
-    """The window, or None where no path of the tree is longer."""
+def window_of(table: Ints) -> int | None:
+    """The window of a ``(rows, N)`` tree, or None where no path of it is longer.
+
+    Raises:
+        ValueError: its row 2 is not one length.
+    """
     if len(table) < 3 or table.shape[1] == 0:
         return None
     window = int(table[2, 0])
@@ -172,7 +176,7 @@ def _window(position: Ints, table: Ints) -> int | None:
             f"tree: its row 2 goes from {table[2].min()} to {table[2].max()}: expected the window's "
             "length for every token, 1 or more"
         )
-    return window if window <= int(position.max() - position.min()) else None
+    return window if window <= int(np.ptp(table[1])) else None
 
 
 def _cheapest(found: list[Node], size: int, window: int | None, width: int) -> list[int]:

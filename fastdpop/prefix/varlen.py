@@ -3,6 +3,9 @@
 Every run is a sequence: its queries are the run's tokens, its keys those above it and its own, copied one after the
 other. FlashAttention aligns a causal mask, and a window, with the last key, which makes both exact: keys stand in the
 order of their depths. Nothing is computed to be masked, nothing is merged, and nothing waits for the device.
+
+The forward pass gives the same bits on every call. FlashAttention's backward adds the gradients of queries in an order
+of its own, unless ``torch.use_deterministic_algorithms(True)``; those of keys' copies are always added in one.
 """
 
 from __future__ import annotations
@@ -22,16 +25,32 @@ _ALIGNED = 8
 """It takes multiples of this many."""
 
 
+class Copies(NamedTuple):
+    """Where the copies of each key are: their places ``(K,)``, key by key, and each key's bounds in
+    these ``(N + 1,)``; int64.
+    """
+
+    places: Tensor
+    bounds: Tensor
+
+
 class Lengths(NamedTuple):
-    """The sequences: which keys, ``(K,)`` int64; bounds of queries and keys, ``(R + 1,)`` int32;
-    and the longest of each.
+    """The sequences: which keys, ``(K,)`` int64, and their copies; bounds of queries and keys,
+    ``(R + 1,)`` int32; and the longest of each.
     """
 
     keys: Tensor
+    copies: Copies
     cu_queries: Tensor
     cu_keys: Tensor
     most_queries: int
     most_keys: int
+
+
+@torch.compiler.assume_constant_result
+def capability(device: int) -> tuple[int, int]:
+    """A GPU's, as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
 
 
 def supports(problem: Problem) -> bool:
@@ -42,7 +61,7 @@ def supports(problem: Problem) -> bool:
         return False
     if query.dtype not in (torch.float16, torch.bfloat16) or problem.softcap is not None:
         return False
-    major, minor = torch.cuda.get_device_capability(query.device)
+    major, minor = capability(query.device.index or 0)
     # Its backward for the largest heads needs the shared memory of data centers' cards.
     return major >= 8 and size <= (_LARGEST if minor == 0 and major < 12 else 192)
 
@@ -55,8 +74,14 @@ def lengths(plan: Plan, device: torch.device) -> Lengths:
         stretches = [torch.arange(*keys) for chunk in chunks for keys in chunk.keys]
         queries = torch.tensor([chunk.last - chunk.first for chunk in chunks])
         keys = torch.tensor([chunk.key_count for chunk in chunks])
+        copied = torch.cat(stretches)
+        counts = torch.bincount(copied, minlength=len(plan.end))
         found = Lengths(
-            torch.cat(stretches).to(device, non_blocking=True),
+            copied.to(device, non_blocking=True),
+            Copies(
+                copied.argsort(stable=True).to(device, non_blocking=True),
+                _bounds(counts).long().to(device, non_blocking=True),
+            ),
             _bounds(queries).to(device, non_blocking=True),
             _bounds(keys).to(device, non_blocking=True),
             # One query a sequence would take a path of the kernel that lays out log-sum-exps
@@ -76,7 +101,7 @@ def forward(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     """As :func:`fastdpop.prefix.chunks.forward`."""
     found = lengths(plan, problem.query.device)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *_inputs(problem, found.keys), *found[1:], 0.0, True, False, **_options(problem, plan)
+        *_inputs(problem, found.keys), *found[2:], 0.0, True, False, **_options(problem, plan)
     )
     out = out[..., : problem.value.shape[3]].transpose(0, 1).unsqueeze(0)
     if problem.sinks is not None:
@@ -100,7 +125,7 @@ def backward(
         value,
         _tokens(out, query.shape[2]),
         lse,
-        *found[1:],
+        *found[2:],
         0.0,
         True,
         state,
@@ -108,7 +133,7 @@ def backward(
         **_options(problem, plan),
     )
     dkey, dvalue = (
-        _summed(gradient, like, found.keys)
+        _summed(gradient, like, found.copies)
         for gradient, like in zip(others, (problem.key, problem.value), strict=True)
     )
     return dquery[..., : problem.query.shape[3]].transpose(0, 1).unsqueeze(0), dkey, dvalue
@@ -134,9 +159,13 @@ def _tokens(tensor: Tensor, size: int) -> Tensor:
     return padded if padded.stride(-1) == 1 else padded.contiguous()
 
 
-def _summed(gradient: Tensor, like: Tensor, index: Tensor) -> Tensor:
-    """Gradients of the copies of a key added, in fp32."""
-    shape = (like.shape[2], like.shape[1], like.shape[3])
-    total = torch.zeros(shape, dtype=torch.float32, device=like.device)
-    total.index_add_(0, index, gradient[..., : like.shape[3]].float())
-    return total.to(like.dtype).transpose(0, 1).unsqueeze(0)
+def _summed(gradient: Tensor, like: Tensor, copies: Copies) -> Tensor:
+    """Gradients of the copies of a key added, in fp32, and in one order on every call."""
+    total = torch.nn.functional.embedding_bag(
+        copies.places,
+        gradient[..., : like.shape[3]].flatten(1),
+        copies.bounds,
+        mode="sum",
+        include_last_offset=True,
+    )
+    return total.unflatten(1, (like.shape[1], -1)).transpose(0, 1).unsqueeze(0)

@@ -185,8 +185,26 @@ def test_lengths() -> None:
     assert lengths.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 5, 6, 5, 7]
     assert lengths.cu_queries.tolist() == [0, 2, 4, 5, 6, 7, 8]
     assert lengths.cu_keys.tolist() == [0, 2, 6, 9, 10, 12, 14]
-    assert lengths[3:] == (2, 4)
+    assert lengths[4:] == (2, 4)
+    places, bounds = lengths.copies
+    assert bounds.tolist() == [0, 3, 6, 7, 8, 9, 12, 13, 14]
+    assert lengths.keys[places].tolist() == [0] * 3 + [1] * 3 + [2, 3, 4] + [5] * 3 + [6, 7]
     assert varlen.lengths(found, torch.device("cpu")) is lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_are_added_in_fp32(dtype: torch.dtype) -> None:
+    """A key's many copies: added in 16 bits, their gradients would be lost."""
+    problem = attending([[0, i] for i in range(400)], dtype=dtype, heads=(2, 2), sizes=(8, 8))
+    found = plan(problem.table.numpy().tobytes(), 2, "segments", 1)
+    lengths = varlen.lengths(found, torch.device("cpu"))
+    gradient = torch.full((len(lengths.keys), 2, 8), 1.0, dtype=dtype)
+    gradient[lengths.copies.places[0]] = 1024.0
+    total = varlen._summed(gradient, problem.key, lengths.copies)
+    assert total.shape == problem.key.shape
+    assert total.dtype == dtype
+    assert (total[0, :, 0] == torch.tensor(1024.0 + 400.0).to(dtype)).all()
+    assert (total[0, :, 1:] == 1).all()
 
 
 def problem_of(example: Attending) -> Problem:
