@@ -37,9 +37,10 @@ def attach(
     - ``ref_logps``: the reference's log-probs, a pair of ``(B,)`` tensors or one ``(2B,)``.
     - ``return_logps=True``, instead of ``preference``: log-probs only, differentiable where gradients are on.
     - ``router_loss_weight``: the weight of a mixture of experts' router loss; its config's by default.
+    - ``prefix_tree``: of a batch that :func:`fastdpop.pack` has laid out, instead of an attention mask.
     - ``preference_options``: a dict of further arguments of :func:`fused_preference_loss` (``pairs``, ``kl``,
-      ``reduction``, ``statistics``, ...) or, with ``return_logps``, of :func:`fused_logps`. With ``cu_seqlens`` the ids
-      are ``(1, positions)``.
+      ``reduction``, ``statistics``, ...) or, with ``return_logps``, of :func:`fused_logps`; and ``share_prefixes``,
+      for this call. With ``cu_seqlens`` the ids are ``(1, positions)``.
 
     Such calls return a :class:`~fastdpop.hf.PreferenceModelOutput`; all others are as before, and calls from several
     threads do not disturb each other. Parameters, ``state_dict``, ``generate`` and saving are untouched. A deep copy is
@@ -48,6 +49,9 @@ def attach(
     Args:
         model: the model, or a PEFT model around it (the inner model is attached). Attach before wrapping or compiling.
         engine, workspace_bytes: as in :func:`fused_preference_loss`, for all calls.
+        share_prefixes: run what the sequences of a batch begin with in common through the model once, and no padding:
+            the same outputs from the same arguments, faster. The first such call compares the two on a few short
+            sequences; a model or call that cannot share computes the padded batch, with one warning that says why.
         check: run the model on ten tokens and compare with its own logits. Pass False for a model that cannot run yet:
             on the meta device, or sharded when not every rank attaches. What fastdpop cannot follow is an error then
             too, at the first call; only a model that is inconsistent in itself goes unnoticed.

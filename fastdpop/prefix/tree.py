@@ -4,8 +4,8 @@ The row is the trie of the sequences in depth-first order. One integer a token s
 past the last token of j's subtree. The token at i has the one at j before it in a sequence, and sees it, exactly if
 ``j <= i < end[j]``. A token's depth in the trie is its position in every sequence that it belongs to.
 
-A *run* is a stretch of tokens with one `end`: nothing branches off inside it. All tokens in ``[last, end)`` see every one
-of a run ``[first, last)``.
+A *run* is a stretch of tokens with one `end`: nothing branches off inside it. All tokens in ``[last, end)`` see every
+one of a run ``[first, last)``.
 """
 
 from __future__ import annotations

@@ -126,6 +126,7 @@ def test_signature_for_trainers() -> None:
     own = list(inspect.signature(model.forward).parameters)
     names = list(inspect.signature(attach(model).forward).parameters)
     ours = ["preference", "ref_logps", "return_logps", "preference_options", "router_loss_weight"]
+    ours += ["prefix_tree"]
     assert [name for name in names if name not in ours] == own
     assert [name for name in names if name in ours] == ours
 
