@@ -264,8 +264,8 @@ def page(outcomes: list[Outcome]) -> str:
         "",
         "With [`share_prefixes`](sharing.md) each model then computes two pairs again, with a common prompt, different "
         "lengths and padding, and every number is compared with those without. What cannot share says so once, with "
-        "the reason, and computes the padded batch. The shrunken models stand for their type; a larger one may have other "
-        "layers.",
+        "the reason, and computes the padded batch. The shrunken models stand for their type; a larger one may have "
+        "other layers.",
         "",
         "| | | |",
         "|---|---|---|",
