@@ -4,7 +4,7 @@
 #
 #   bench/h100.sh [both]         # both parts; .venv, else python3; writes build/h100
 #   bench/h100.sh first          # small checks, time of Llama 3's head with 8,192 rows, tests/gpu
-#   bench/h100.sh rest           # other heads, memory, compute-sanitizer
+#   bench/h100.sh rest           # other heads, steps with shared prefixes, memory, compute-sanitizer
 #   bench/h100.sh --plan         # without a GPU: what would be launched and compiled, and how long it takes
 #   OUT=results PYTHON=/path/to/python CARRY=/path/to/wheels bench/h100.sh
 #
@@ -46,7 +46,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton} TORCHINDUCTOR_CACHE
 FAILED=()
 START=$SECONDS
 
-# Seconds of each part: CHECK, COMPILE, SMOKE, MAIN, TESTS, HEADS, MEMORY, SANITIZER; and LIMIT, SHARDS.
+# Seconds of each part: CHECK, COMPILE, SMOKE, MAIN, TESTS, HEADS, SHARING, MEMORY, SANITIZER; and LIMIT, SHARDS.
 if ! numbers=$("$PYTHON" bench/plan.py --budgets); then exit 1; fi
 eval "$numbers"
 
@@ -140,6 +140,7 @@ if [[ $WHAT != rest ]]; then
 fi
 if [[ $WHAT != first ]]; then
   chip heads "$HEADS"
+  chip sharing "$SHARING"
   chip memory "$MEMORY"
   sanitize
 fi

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bars, contenders, plan, report
+from bench import bars, plan, report
 from bench.cases import Case, loss_cases
-from bench.chip import parts, timing
-from bench.chip import results as results_of_a_chip
-from bench.chip.command import main as chip_command
-from bench.chip.results import Results
-from bench.chip.setup import Setup
+from bench.chip import timing
 from bench.contenders import FLOOR, FP32_THROUGHOUT, PEERS, Floor, contender, ours
 from bench.memory import peak_extra_bytes
 from bench.workloads import LOSSES, MODES, SHAPES, Batch, small
@@ -139,103 +132,6 @@ def test_a_workspace_in_a_name(batch: Batch) -> None:
         contender("fastdpop warp").run(batch, MODES[0], LOSSES["dpop"])
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Setup:
-    """The chip's bench on a CPU."""
-    monkeypatch.setattr(parts, "names_of_ours", lambda _: ["fastdpop eager"])
-    monkeypatch.setattr(
-        parts, "launches", lambda *_: [{"kernel": "one", "launches": 2, "seconds": 1e-3}]
-    )
-    monkeypatch.setattr(parts, "settings", lambda *_: iter([("as shipped", lambda: None)]))
-    return Setup(
-        device="cpu",
-        heads={"a tiny head": (16, 300), "another": (8, 200)},
-        main=("a tiny head", 64),
-        rows=(64, 128),
-        completion=16,
-        peers=("gather, 16-bit logits", "checkpointed chunks"),
-        seconds=0.0,
-        repeated=2,
-    )
-
-
-def measured(results: dict[str, Any]) -> set[tuple[str, str, str]]:
-    return {(r["workload"], r["mode"], r["contender"]) for r in results["rows"] if "workload" in r}
-
-
-@pytest.mark.filterwarnings("default")
-def test_the_chips_bench_on_a_cpu(tiny: Setup, tmp_path: Path) -> None:
-    """Its parts, tables and files, tiny."""
-    for part in ("smoke", "main", "heads", "memory"):
-        parts.PARTS[part](tiny, Results(tmp_path, "cpu"))
-    assert {path.name for path in tmp_path.iterdir()} == {"h100.json", "h100.md"}
-    results = json.loads((tmp_path / "h100.json").read_text())
-    assert not results["left_out"]
-    own = (FLOOR, "fastdpop eager")
-    peers = ("gather, 16-bit logits", "checkpointed chunks")
-    main = "a tiny head, 64 rows"
-    assert {case[1:] for case in measured(results) if case[0] == main} == {
-        *((mode, name) for mode in MODES for name in own),
-        *((mode, name) for mode in MODES[:2] for name in peers),
-    }
-    others = {"another, 64 rows", "another, 128 rows", "a tiny head, 128 rows"}
-    assert {case[0] for case in measured(results)} == {main, *others}
-    steps = [row for row in results["rows"] if row["kind"] == "step"]
-    assert all(row["seconds"] > 0 and row["tflops"] > 0 for row in steps)
-    errors = [r["logp_error_relative"] for r in steps if r["contender"] == own[1]]
-    assert max(errors) < 1e-5
-    text = (tmp_path / "h100.md").read_text()
-    for part in (
-        "### a tiny head, 64 rows, bf16, trained head",
-        "|    one |        2 | 1.000 |",
-        "### Peak extra memory, MiB, over scored rows, bf16",
-        "logits.T, contiguous, @ rows",
-        "as shipped",
-        "smoke: every engine, dtype and mode agrees with float64",
-        "fastdpop eager: the same gradients in 2 runs, bit for bit",
-    ):
-        assert part in text, part
-    assert "x floor" in results_of_a_chip.summary(results)
-
-
-@pytest.mark.filterwarnings("default")
-def test_the_chips_bench_keeps_what_it_has(
-    tiny: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error of one contender is named, the others go on; so is what there was no time for."""
-    real = parts.measure_step
-
-    def fail(setup: Setup, batch: Batch, floor: Any, mode: str, name: str) -> Any:
-        if name == "fastdpop eager":
-            raise torch.OutOfMemoryError("all of it")
-        return real(setup, batch, floor, mode, name)
-
-    monkeypatch.setattr(parts, "measure_step", fail)
-    results = Results(tmp_path, "cpu")
-    parts.part_main(tiny, results)
-    first = json.loads((tmp_path / "h100.json").read_text())
-    assert len(first["left_out"]) == len(MODES)
-    assert all(line.endswith("fastdpop eager: out of memory") for line in first["left_out"])
-    assert not results.failed, "where memory does not suffice, nothing is wrong"
-    assert (main := measured(first)) >= {("a tiny head, 64 rows", mode, FLOOR) for mode in MODES}
-    parts.part_heads(tiny, Results(tmp_path / "rest", "cpu", seconds=-1.0))
-    rest = json.loads((tmp_path / "rest" / "h100.json").read_text())
-    assert all(line.endswith("no time left") for line in rest["left_out"])
-    whole = results_of_a_chip.merged([first, rest])
-    assert measured(whole) == main
-    assert whole["left_out"] == first["left_out"] + rest["left_out"]
-
-
-@pytest.mark.filterwarnings("default")
-def test_the_smoke_test_can_fail(tiny: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Batch.errors
-    monkeypatch.setattr(
-        Batch, "errors", lambda *args: right(*args) | {"logp_error_relative": math.nan}
-    )
-    with pytest.raises(AssertionError):
-        parts.part_smoke(tiny, None, tiny=True)
-
-
 def test_the_bare_products_of_a_chip(batch: Batch) -> None:
     """Each way forms its product, and the floor takes the fastest."""
     floor = timing.Products(batch)
@@ -248,14 +144,6 @@ def test_the_bare_products_of_a_chip(batch: Batch) -> None:
     floor.run(MODES[0])
 
 
-def test_launches_by_kernel() -> None:
-    assert timing.product_of("forward_kernel_0d1d") == "forward_kernel"
-    assert timing.product_of("nvjet_tst_256x128") is None
-    assert timing.is_cublas("nvjet_tst_256x128_64x4_2x1_v_bz_TNT")
-    assert timing.is_cublas("sm90_xmma_gemm_bf16f32_bf16f32_f32_nt_n")
-    assert not timing.is_cublas("combine_kernel")
-
-
 KERNELS = [("forward_kernel", 2.0)] * 40 + [("combine_kernel", 0.5)] * 10
 
 
@@ -266,7 +154,7 @@ def test_the_plan_fits() -> None:
     said, fits = plan.text(KERNELS, tests)
     assert fits, said
     assert sum(plan.BUDGETS.values()) <= plan.LIMIT < 9 * 60 + 1
-    assert set(plan.FIRST) | {"heads", "memory", "sanitizer"} == set(plan.BUDGETS)
+    assert set(plan.FIRST) | {"heads", "sharing", "memory", "sanitizer"} == set(plan.BUDGETS)
     assert "forward_kernel                 40          2.00    80.0" in said
     assert said.splitlines()[-1].endswith("of 540 s: fits")
     # Each of what may be too long is.
@@ -367,56 +255,3 @@ def test_what_is_compiled_beforehand_is_what_launches_look_for(
             kernel, "key", signature, device, constants, backend.parse_options(options), attrs, True
         )
     assert {path.name for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.filterwarnings("default")
-def test_what_is_wrong_with_us_fails(
-    tiny: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error in one of our own cases, or gradients that differ, end in an exit code; a peer's
-    error does not.
-    """
-    real, runs, contender = parts.measure_step, [], timing.contender
-
-    def fail(setup: Setup, batch: Batch, floor: Any, mode: str, name: str) -> Any:
-        if name != FLOOR:
-            raise RuntimeError("an illegal memory access")
-        return real(setup, batch, floor, mode, name)
-
-    def vary(name: str) -> Any:
-        who = contender(name)
-
-        def run(batch: Batch, mode: str, loss: Any) -> Any:
-            logps = who.run(batch, mode, loss)
-            runs.append(name)
-            batch.weight.grad.mul_(len(runs))
-            return logps
-
-        return dataclasses.replace(who, run=run)
-
-    monkeypatch.setattr(parts, "measure_step", fail)
-    monkeypatch.setattr(timing, "contender", vary)
-    results = Results(tmp_path, "cpu")
-    parts.part_main(tiny, results)
-    assert sum("illegal memory access" in line for line in results.failed) == len(MODES)
-    assert sum("gradients DIFFER in run 2 of 2" in line for line in results.failed) == 1
-    assert all("fastdpop eager" in line for line in results.failed)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(contenders, "ours", lambda _: ["fastdpop eager"])
-    with pytest.raises(SystemExit, match="failed:"):
-        chip_command(["main", "--output", str(tmp_path)], tiny)
-
-
-def test_the_chips_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Versions, ptxas's among them, as on a GPU; a peer that cannot be imported is no obstacle."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a chip")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    (tmp_path / "liger_kernel.py").write_text("raise OSError('built for something else')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "liger_kernel", raising=False)
-    found = results_of_a_chip.machine("cuda")
-    assert found["device"] == "a chip"
-    assert re.fullmatch(r"\d+\.\d+\.\d+", found["versions"]["ptxas"])
-    assert found["versions"]["liger_kernel"].startswith("broken: ")

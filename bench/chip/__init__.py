@@ -9,6 +9,7 @@ Parts, in their order:
 - main: Llama 3 8B's head with 8,192 rows: bare products and copies, a step of every mode, the time
   of each launch, dWeight 20 times bit for bit, other settings of the kernels, baselines.
 - heads: other heads and numbers of rows, and peers.
+- sharing: whole training steps of a model with Llama 3.2-1B's sizes, prefixes shared and padded.
 - memory: peaks, over numbers of rows.
 
 The contenders are those of `make bench`. Each round of a contender follows one of the bare
@@ -20,5 +21,6 @@ written after every case, so a run that is cut off keeps what it has. What was l
     timing      one contender, launch or setting
     settings    other settings of the kernels than those that are shipped
     results     the files
+    sharing     steps of a whole model
     parts       the parts
 """

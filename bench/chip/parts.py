@@ -10,6 +10,7 @@ import torch
 from bench.chip.results import Results
 from bench.chip.settings import settings
 from bench.chip.setup import FROZEN, LOGPS, TRAINED, Setup, contender, free, names_of_ours
+from bench.chip.sharing import part_sharing
 from bench.chip.timing import (
     Products,
     bandwidth,
@@ -211,5 +212,11 @@ def part_smoke(setup: Setup, results: Results | None, tiny: bool = False) -> Non
         results.add("checks", "smoke: every engine, dtype and mode agrees with float64")
 
 
-PARTS = {"main": part_main, "heads": part_heads, "memory": part_memory, "smoke": part_smoke}
+PARTS = {
+    "main": part_main,
+    "heads": part_heads,
+    "sharing": part_sharing,
+    "memory": part_memory,
+    "smoke": part_smoke,
+}
 """By name, as the command line takes them."""

@@ -19,6 +19,28 @@ from bench import contenders, report
 from bench.chip.setup import free
 from bench.chip.timing import Row
 
+SHARING = """A model of random weights in the sizes of Llama 3.2-1B (16 layers, 1.24 billion weights, bf16), \
+transformers' default attention where padded. A step is a live reference, the policy, and its backward pass, DPOP, all \
+weights trained, without an optimizer and without gradient checkpointing. Tokens per second are the real tokens of the \
+padded batch. Model FLOPs are what the sequences need one by one: forward, 2 for each token and weight of the layers' \
+matrices, 2 t (t + 1) for each number of a query and layer in a sequence of t tokens, and 2 V H for each scored token; \
+four times that for a step. MFU is their rate over the card's dense bf16 peak, 989.4 TFLOP/s for H100 and H200 (SXM); \
+of shared prefixes it counts what is not computed, and can exceed 100%."""
+SHARING_COLUMNS = {
+    "workload": "",
+    "contender": "",
+    "pairs": "pairs",
+    "padded_tokens": "padded tokens",
+    "real_tokens": "real",
+    "tree_tokens": "in the tree",
+    "seconds": "ms",
+    "to_shared": "x shared",
+    "tokens_per_second": "real tokens/s",
+    "flops": "model TFLOP/s",
+    "mfu": "MFU",
+    "peak_extra_bytes": "peak MiB",
+}
+
 
 class Results:
     """What is known so far, in a file at all times; the form of `make bench`'s results, and more.
@@ -36,7 +58,7 @@ class Results:
         self.data: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.data |= machine(device)
         self.failed: list[str] = []
-        for name in ("rows", "products", "settings", "launches", "checks", "left_out"):
+        for name in ("rows", "products", "settings", "launches", "sharing", "checks", "left_out"):
             self.data.setdefault(name, [])
 
     def add(self, table: str, row: Any) -> None:
@@ -143,6 +165,14 @@ def _table(rows: list[Row], names: dict[str, str]) -> str:
             return ""
         if name == "seconds":
             return f"{value * 1e3:.3f}"
+        if name == "flops":
+            return f"{value / 1e12:.0f}"
+        if name == "mfu":
+            return f"{value:.1%}"
+        if name == "peak_extra_bytes":
+            return f"{value / 2**20:,.0f}"
+        if name.startswith("tokens") or name.endswith("tokens"):
+            return f"{value:,.0f}"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     body = [[cell(row.get(name), name) for name in names] for row in rows]
@@ -177,6 +207,9 @@ def text(results: Row) -> str:
         if results[name]:
             table = _table(results[name], {**columns, "seconds": "ms", "tflops": "TFLOP/s"})
             parts.append(f"### {title}\n\n{table}")
+    if results["sharing"]:
+        parts += ["### A training step with shared prefixes", SHARING]
+        parts.append(_table(results["sharing"], SHARING_COLUMNS))
     if results["left_out"]:
         parts.append("### Left out\n\n" + "\n".join(f"- {line}" for line in results["left_out"]))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -195,6 +228,11 @@ def summary(results: Row) -> str:
     for row in results["settings"]:
         lines.append(
             f"{row['setting']:45} {row['seconds'] * 1e3:8.2f} ms {row['tflops']:6.0f} TFLOP/s"
+        )
+    for row in results["sharing"]:
+        lines.append(
+            f"{row['workload']:26} {row['contender']:48} {row['seconds'] * 1e3:8.2f} ms "
+            f"{row.get('to_shared', 1.0):6.3f} x shared {row['tokens_per_second']:9.0f} tokens/s"
         )
     lines.append(f"{len(results['left_out'])} cases left out")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,21 @@ MATRIX_PRODUCTS = {LOGPS: 1, FROZEN: 2, TRAINED: 3}
 """Of 2 * N * V * H operations each."""
 
 
+LLAMA_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2_048,
+    "intermediate_size": 8_192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+"""Llama 3.2-1B's sizes."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is measured.
@@ -31,6 +47,9 @@ class Setup:
         rows: all numbers of rows, the main one first.
         completion: tokens of a completion.
         peers: who is measured beside us, what matters most first.
+        model: sizes of the model of whole steps.
+        copies: of each workload of :mod:`bench.pairs`: how many times its pairs. Without gradient checkpointing, a
+            padded token takes 2 MB of such a model, and these batches up to 40 GB.
         seconds: about how long a case takes.
         repeated: how often gradients are compared bit for bit.
     """
@@ -53,6 +72,14 @@ class Setup:
         "TRL, scored rows",
         "F.linear_cross_entropy",
         "gather, fp32 upcast, compiled",
+    )
+    model: Mapping[str, Any] = field(default_factory=lambda: LLAMA_1B)
+    copies: Mapping[str, int] = field(
+        default_factory=lambda: {
+            "GSM8K, zero-shot": 8,
+            "GSM8K, four-shot": 6,
+            "ARC-Challenge": 8,
+        }
     )
     seconds: float = 1.5
     repeated: int = 20

@@ -1,4 +1,4 @@
-"""Attention over a tree on CUDA: one call of torch's FlashAttention for sequences of different lengths.
+"""Attention over a tree on CUDA: torch's FlashAttention for sequences of different lengths, nearly always in one call.
 
 Every run is a sequence: its queries are the run's tokens, its keys those above it and its own, copied one after the
 other. FlashAttention aligns a causal mask, and a window, with the last key, which makes both exact: keys stand in the
@@ -10,6 +10,7 @@ of its own, unless ``torch.use_deterministic_algorithms(True)``; those of keys' 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ _LARGEST = 256
 _ALIGNED = 8
 """It takes multiples of this many."""
 
+_MOST = 1_024
+"""Sequences of a call. The kernel's grid has a column for each, of which there may be 65,535, and its backward pass
+holds the gradients of 128 more queries for each in fp32: 2 GB for so many, with 32 heads of 128.
+"""
+
 
 class Copies(NamedTuple):
     """Where the copies of each key are: their places ``(K,)``, key by key, and each key's bounds in
@@ -34,17 +40,25 @@ class Copies(NamedTuple):
     bounds: Tensor
 
 
-class Lengths(NamedTuple):
-    """The sequences: which keys, ``(K,)`` int64, and their copies; bounds of queries and keys,
-    ``(R + 1,)`` int32; and the longest of each.
+class Call(NamedTuple):
+    """Some of the sequences: which of all queries, and which of all copied keys; their bounds,
+    ``(R + 1,)`` int32, from 0; and the longest of each.
     """
 
-    keys: Tensor
-    copies: Copies
+    queries: slice
+    keys: slice
     cu_queries: Tensor
     cu_keys: Tensor
     most_queries: int
     most_keys: int
+
+
+class Lengths(NamedTuple):
+    """The sequences: which keys, ``(K,)`` int64, their copies, and the calls that compute them."""
+
+    keys: Tensor
+    copies: Copies
+    calls: tuple[Call, ...]
 
 
 @torch.compiler.assume_constant_result
@@ -72,37 +86,59 @@ def lengths(plan: Plan, device: torch.device) -> Lengths:
     if found is None:
         chunks = plan.chunks
         stretches = [torch.arange(*keys) for chunk in chunks for keys in chunk.keys]
-        queries = torch.tensor([chunk.last - chunk.first for chunk in chunks])
-        keys = torch.tensor([chunk.key_count for chunk in chunks])
         copied = torch.cat(stretches)
         counts = torch.bincount(copied, minlength=len(plan.end))
+        queries = _bounds(torch.tensor([chunk.last - chunk.first for chunk in chunks]))
+        keys = _bounds(torch.tensor([chunk.key_count for chunk in chunks]))
         found = Lengths(
             copied.to(device, non_blocking=True),
             Copies(
                 copied.argsort(stable=True).to(device, non_blocking=True),
-                _bounds(counts).long().to(device, non_blocking=True),
+                _bounds(counts).to(device, non_blocking=True),
             ),
-            _bounds(queries).to(device, non_blocking=True),
-            _bounds(keys).to(device, non_blocking=True),
-            # One query a sequence would take a path of the kernel that lays out log-sum-exps
-            # otherwise; the number is a bound.
-            max(2, int(queries.max())),
-            int(keys.max()),
+            tuple(
+                _call(queries[first : first + _MOST + 1], keys[first : first + _MOST + 1], device)
+                for first in range(0, len(chunks), _MOST)
+            ),
         )
         plan.on_device[device] = found
     return found
 
 
 def _bounds(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _call(queries: Tensor, keys: Tensor, device: torch.device) -> Call:
+    """From the bounds of its sequences among all."""
+    both = (queries, keys)
+    of_queries, of_keys = (slice(int(x[0]), int(x[-1])) for x in both)
+    cu_queries, cu_keys = ((x - x[0]).int().to(device, non_blocking=True) for x in both)
+    most_queries, most_keys = (int(x.diff().max()) for x in both)
+    # One query a sequence would take a path of the kernel that lays out log-sum-exps otherwise; the
+    # number is a bound.
+    return Call(of_queries, of_keys, cu_queries, cu_keys, max(2, most_queries), most_keys)
 
 
 def forward(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
     """As :func:`fastdpop.prefix.chunks.forward`."""
     found = lengths(plan, problem.query.device)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *_inputs(problem, found.keys), *found[2:], 0.0, True, False, **_options(problem, plan)
-    )
+    query, key, value = _inputs(problem, found.keys)
+    done = []
+    for call in found.calls:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            query[call.queries],
+            key[call.keys],
+            value[call.keys],
+            *call[2:],
+            0.0,
+            True,
+            False,
+            **_options(problem, plan),
+        )
+        done.append((out, lse))
+    outs, norms = zip(*done, strict=True)
+    out, lse = _joined(outs, 0), _joined(norms, 1)
     out = out[..., : problem.value.shape[3]].transpose(0, 1).unsqueeze(0)
     if problem.sinks is not None:
         out, lse = with_sinks(out, lse, problem.sinks.float().unsqueeze(-1))
@@ -118,25 +154,34 @@ def backward(
     query, key, value = _inputs(problem, found.keys)
     # No dropout: the state of a random number generator, which nothing reads.
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    dquery, *others = torch.ops.aten._flash_attention_backward(
-        _tokens(dout, query.shape[2]),
-        query,
-        key,
-        value,
-        _tokens(out, query.shape[2]),
-        lse,
-        *found[2:],
-        0.0,
-        True,
-        state,
-        torch.empty(0, device=query.device),
-        **_options(problem, plan),
-    )
+    dout, out = _tokens(dout, query.shape[2]), _tokens(out, query.shape[2])
+    done = []
+    for call in found.calls:
+        gradients = torch.ops.aten._flash_attention_backward(
+            dout[call.queries],
+            query[call.queries],
+            key[call.keys],
+            value[call.keys],
+            out[call.queries],
+            lse[:, call.queries].contiguous(),
+            *call[2:],
+            0.0,
+            True,
+            state,
+            torch.empty(0, device=query.device),
+            **_options(problem, plan),
+        )
+        done.append(gradients)
+    dquery, *others = (_joined(parts, 0) for parts in zip(*done, strict=True))
     dkey, dvalue = (
         _summed(gradient, like, found.copies)
         for gradient, like in zip(others, (problem.key, problem.value), strict=True)
     )
     return dquery[..., : problem.query.shape[3]].transpose(0, 1).unsqueeze(0), dkey, dvalue
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim)
 
 
 def _options(problem: Problem, plan: Plan) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class Stand:
         self._check(query, key, value, (*rest_, None))
         assert dout.shape == out.shape == query.shape
         assert lse.shape == (query.shape[1], len(query))
+        assert lse.is_contiguous()  # the kernel reads it without strides
         found, start = [], 0
         for q, k, v in self._sequences((query, key, value), *rest[:2]):
             span = slice(start, start + len(q))
@@ -183,13 +184,41 @@ def test_lengths() -> None:
     found = plan(problem.table.numpy().tobytes(), 2, "segments", 1)
     lengths = varlen.lengths(found, torch.device("cpu"))
     assert lengths.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 5, 6, 5, 7]
-    assert lengths.cu_queries.tolist() == [0, 2, 4, 5, 6, 7, 8]
-    assert lengths.cu_keys.tolist() == [0, 2, 6, 9, 10, 12, 14]
-    assert lengths[4:] == (2, 4)
+    (call,) = lengths.calls
+    assert call.cu_queries.tolist() == [0, 2, 4, 5, 6, 7, 8]
+    assert call.cu_keys.tolist() == [0, 2, 6, 9, 10, 12, 14]
+    assert call[4:] == (2, 4)
     places, bounds = lengths.copies
     assert bounds.tolist() == [0, 3, 6, 7, 8, 9, 12, 13, 14]
     assert lengths.keys[places].tolist() == [0] * 3 + [1] * 3 + [2, 3, 4] + [5] * 3 + [6, 7]
     assert varlen.lengths(found, torch.device("cpu")) is lengths
+
+
+def test_more_sequences_than_a_grid_has_columns(stand: Stand) -> None:
+    """CUDA launches no grid of more than 65,535 columns: the runs are computed in several calls."""
+    problem = attending([[0, i] for i in range(1, 66_001)], heads=(1, 1), sizes=(8, 8))
+    found = plan(problem.table.numpy().tobytes(), 2, "segments", 1)
+    assert len(found.chunks) == 66_001
+    lengths = varlen.lengths(found, torch.device("cpu"))
+    assert max(len(call.cu_queries) - 1 for call in lengths.calls) == 1_024
+    assert sum(len(call.cu_queries) - 1 for call in lengths.calls) == 66_001
+    assert lengths.calls[0].most_keys == 2
+    assert lengths.calls[-1].queries == slice(64 * 1_024, 66_001)
+    assert lengths.calls[-1].keys == slice(2 * 64 * 1_024 - 1, 2 * 66_001 - 1)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("options", [{"heads": (4, 2)}, {"window": 4, "sinks": True}], ids=str)
+def test_in_several_calls(
+    options: dict[str, Any], most: int, stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "_MOST", most)
+    problem = attending(sequences(7, 30, seed=most), **options)
+    assert_as_separate(problem, "auto", 1e-5)
+    found = plan(problem.table.numpy().tobytes(), problem.table.shape[2], "segments", 1)
+    calls = -(-len(found.chunks) // most)
+    assert calls > 2
+    assert stand.calls == ["forward"] * calls + ["backward"] * calls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
