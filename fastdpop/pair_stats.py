@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def _check(picture: Path) -> None:
     """Beforehand: numbers take a while."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("--picture needs matplotlib: pip install matplotlib")
-    if picture.suffix not in PICTURES:
+    if picture.suffix.lower() not in PICTURES or picture.is_dir():
         raise ValueError(
             f"--picture is {str(picture)!r}, expected a name that ends with {PICTURES}"
         )
@@ -102,6 +103,9 @@ def model_work(name: str, **options: Any) -> tuple[Work | None, str | None]:
     if other or any(isinstance(m, torch.nn.Conv1d) for m in model.modules()) or not heads:
         kind = f" ({other[0]})" if other else ""
         return None, f"{config.model_type} has layers{kind} whose state runs along the sequence"
+    own_attention = not getattr(type(model), "_can_set_attn_implementation", lambda: True)()
+    if own_attention or "position_ids" not in inspect.signature(model.forward).parameters:
+        return None, f"{config.model_type} cannot share prefixes: its attention is its own"
     windows = {kind: getattr(config, option, None) for kind, option in _WINDOWS.items()}
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     head = model.get_output_embeddings().weight

@@ -12,9 +12,11 @@ import pytest
 pytest.importorskip("trl")
 
 from transformers import (
+    BloomConfig,
     FalconH1Config,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -200,6 +202,14 @@ def test_models_whose_layers_carry_a_state_get_no_estimate(tmp_path: Path, confi
     assert work is None
     assert why is not None
     assert "state runs along the sequence" in why
+
+
+@pytest.mark.parametrize("kind", [BloomConfig, GPTNeoConfig])
+def test_models_that_cannot_share_get_no_estimate(tmp_path: Path, kind: Any) -> None:
+    kind().save_pretrained(tmp_path)
+    work, why = model_work(str(tmp_path))
+    assert work is None
+    assert str(why).endswith("cannot share prefixes: its attention is its own")
 
 
 def test_table_without_an_estimate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

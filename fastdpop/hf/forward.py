@@ -19,7 +19,7 @@ from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.self_check import random_state, set_random_state
-from fastdpop.hf.sharing import WEIGHTS, SharedBatch, padded, shared_batch, tree_batch
+from fastdpop.hf.sharing import WEIGHTS, SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.losses.base import PairLogps, PreferenceLoss
@@ -230,6 +230,7 @@ def _laid_out(
             raise Unshareable("cu_seqlens is given (fastdpop.pack packs sequences that share)")
         else:
             batch = shared_batch(call, labels, shift=shift)
+        check_model(model, len(batch.tree.input_ids))
         found = verdict(model, batch, logps, "position_ids" in signature.parameters)
         if found.mode == "packed" and not laid_out:
             warn_once(model, found.reason, packed=True)

@@ -61,13 +61,20 @@ def check(model: Any, head: Any) -> None:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, with every module's mode and buffers and the random state restored at the end."""
+    """Evaluation mode, with every module's mode, buffers and plain attributes and the random state restored at the end.
+
+    Rotary embeddings note in an attribute how long the sequences were that they have seen.
+    """
     modes = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in modes
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
+    ]
+    notes = [
+        (module, {name: v for name, v in vars(module).items() if isinstance(v, _PLAIN)})
+        for module in modes
     ]
     random = random_state(device)
     model.eval()
@@ -76,6 +83,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, values in notes:
+            vars(module).update(values)
         with torch.no_grad():
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer
@@ -84,6 +93,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         set_random_state(random)
 
 
+_PLAIN = (bool, int, float, str, type(None), Tensor)
 RandomState = tuple[torch.device, Tensor, Tensor | None]
 
 

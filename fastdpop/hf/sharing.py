@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from fastdpop.hf.tree_attention import Layout, Unshareable
 from fastdpop.prefix.tree import PrefixTree, build_tree
 from fastdpop.rows import IGNORE
 
+_OF_THE_LOSS = ("num_items_in_batch",)
+"""What only a model's own loss reads."""
 _MADE_HERE = ("input_ids", "attention_mask", "position_ids")
 WEIGHTS = "output_attentions is set, and a tree has no weights for each sequence"
 _NEVER_SHARED = 2**62
@@ -50,7 +53,7 @@ class SharedBatch:
             "attention_mask": torch.ones_like(ids),
             "position_ids": self.tree.position_ids.to(self.device)[None],
         }
-        call = {**given, **own}
+        call = {name: v for name, v in given.items() if name not in _OF_THE_LOSS} | own
         if self.packed:
             # Not the tree's offsets: sequences stand in the row in another order than in the batch.
             starts = (self.tree.position_ids == 0).nonzero()[:, 0]
@@ -64,8 +67,8 @@ class SharedBatch:
         return call
 
     def unshared(self, states: Tensor) -> Tensor:
-        """``(1, N, H)`` by token of the tree as ``(S, T, H)`` by token of the batch, 0 for padding."""
-        return states[0][self.hidden_index] * ~self.padding[..., None]
+        """``(..., 1, N, H)`` by token of the tree as ``(..., S, T, H)`` by token of the batch, 0 for padding."""
+        return states.select(-3, 0)[..., self.hidden_index, :] * ~self.padding[..., None]
 
 
 def shared_batch(
@@ -135,12 +138,35 @@ def _check_rest(call: Mapping[str, Any]) -> None:
         Unshareable: there are inputs besides tokens.
     """
     for name, value in call.items():
-        if name in _MADE_HERE or value is None:
+        if name in (*_MADE_HERE, *_OF_THE_LOSS) or value is None:
             continue
         if name == "output_attentions" and value:
             raise Unshareable(WEIGHTS)
         if not isinstance(value, (bool, int, float, str)):
             raise Unshareable(f"{name} is given, which cannot be laid out as a tree")
+
+
+def check_model(model: Any, tokens: int) -> None:
+    """
+    Args:
+        tokens: of the row.
+
+    Raises:
+        Unshareable: something in the model reads how many tokens there are, or where in the row they stand.
+    """
+    embedding = model.get_input_embeddings()
+    if model.training and getattr(embedding, "neftune_noise_alpha", None):
+        raise Unshareable("NEFTune's noise depends on the length of the row")
+    if len(getattr(embedding, "weight", (0, 0))) < 2:
+        raise Unshareable("its vocabulary has one token")
+    config = getattr(model, "config", None)
+    if getattr(config, "reorder_and_upcast_attn", False):
+        raise Unshareable("reorder_and_upcast_attn is set, which is attention of the model's own")
+    if isinstance(config, PreTrainedConfig):
+        config = config.get_text_config()
+    scale = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", False) and scale and tokens > scale:
+        raise Unshareable(f"attn_temperature_tuning counts places in a row of over {scale} tokens")
 
 
 def _scored_from(labels: Tensor, absent: Tensor, shift: bool) -> bool:

@@ -28,14 +28,14 @@ Logps = Callable[[dict[str, Any], Tensor, SharedBatch | None], Tensor]
 """Log-probs ``(S, T)`` of labels, by the keywords of a padded call and the tree to compute it on, if any."""
 
 ROUNDING = {
-    torch.float64: (1e-6, 1e-6),
-    torch.float32: (2e-5, 2e-5),
-    torch.float16: (5e-4, 4e-3),
-    torch.bfloat16: (2e-3, 2e-2),
+    torch.float64: 1e-6,
+    torch.float32: 2e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
 }
-"""Allowed median difference of log-probs, over 1 + their mean size, by the coarsest dtype of parameters and autocast:
-in any case, and at most, where those that no branch comes before differ by an eighth of that.
-Some models round to float32 inside whatever their dtype is.
+"""Allowed median difference of log-probs, over 1 + their mean size, by the coarsest dtype of parameters and autocast.
+Some models round to float32 inside whatever their dtype is. Rows of one token again and again, on which all attention
+falls, are rounded most: SmolLM2 in bfloat16 reaches a third of this.
 """
 _PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
 """The dtype that has the precision of float32 products; TF32 has float16's."""
@@ -74,7 +74,8 @@ def verdict(model: nn.Module, batch: SharedBatch, logps: Logps, positions: bool)
         Exception: any that the model raises on the batch's tokens without a tree too.
     """
     names = tuple(original(c._attn_implementation or "") for c in configs(model))
-    key = names, batch.device.type, _dtype(model, batch.device.type)
+    kinds = tuple(type(module) for module in model.modules())
+    key = names, kinds, batch.device.type, _dtype(model, batch.device.type)
     with _lock:
         known = _known.setdefault(model, {})
         if key not in known:
@@ -101,9 +102,10 @@ def warn_once(model: nn.Module, reason: str, *, packed: bool = False) -> None:
     """Say, once for each model and reason, why its sequences are not shared, and what is done instead."""
     with _lock:
         said = _warned.setdefault(model, set())
-        if reason in said:
+        kind = re.sub(r"\d+", "", reason)  # whatever the sizes
+        if kind in said:
             return
-        said.add(reason)
+        said.add(kind)
     if packed:
         text = f"share_prefixes only leaves out padding and shares nothing, because {reason}"
     else:
@@ -200,12 +202,9 @@ class _Trial:
         expected = self.logps(self.call, self.labels, None).double()
         difference = (found.double() - expected).abs().nan_to_num(torch.inf)
         place = self._predicted_from(batch)
-        first = _first_leaf(batch.tree)
-        noise = difference[(place >= 0) & (place <= first)].median()
-        least, most = ROUNDING[self.dtype]
+        behind = place > _first_leaf(batch.tree)
         size = 1.0 + expected[place >= 0].abs().mean().item()
-        allowed = min(max(8 * noise.item(), least * size), most * size)
-        return difference[place > first].median().item(), allowed
+        return difference[behind].median().item(), ROUNDING[self.dtype] * size
 
     def _leaks(self, found: Tensor, batch: SharedBatch) -> bool:
         """Whether a token of the first path has an effect on those behind it, in the very same computation.
@@ -255,7 +254,7 @@ def _sample(batch: SharedBatch) -> tuple[dict[str, Any], Tensor]:
     half = length // 2
     turned = one[:half] + other[::-1][: length - half]
     if turned[half] == one[half]:  # some token of the model's that is not that one
-        turned[half] = next((t for t in other + last if t != one[half]), max(one[half] - 1, 0) or 1)
+        turned[half] = next(t for t in (*other, *last, 0, 1) if t != one[half])
     # Of one length, so that nothing depends on padding.
     rows = [one, other, turned, last, (turned[: half + 1] + one)[:length]]
     ids = torch.tensor(rows, device=batch.device)

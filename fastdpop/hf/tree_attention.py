@@ -93,13 +93,24 @@ def install(model: nn.Module) -> None:
         name = config._attn_implementation
         if name is None or name.startswith(_PREFIX):
             continue
-        if name != "eager" and name not in ALL_ATTENTION_FUNCTIONS:
+        if name != "eager" and not _is_transformers_own(name):
             raise Unshareable(
-                f"its attention implementation {name!r} is not one that transformers knows"
+                f"its attention implementation {name!r} is not one of transformers' own"
             )
         AttentionInterface.register(_PREFIX + name, functools.partial(_attention, name))
         AttentionMaskInterface.register(_PREFIX + name, functools.partial(_mask, name))
         config._attn_implementation_internal = _Name(_PREFIX + name)
+
+
+def _is_transformers_own(name: str) -> bool:
+    """What a function of somebody else's does with scores and masks is not known."""
+    functions = ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    for function in functions:
+        while isinstance(function, functools.partial):
+            function = function.func
+        if not str(getattr(function, "__module__", "")).startswith("transformers."):
+            return False
+    return True
 
 
 def uninstall(model: nn.Module) -> None:
@@ -177,8 +188,9 @@ def _dense(name: str, mask: Tensor, function: Callable[..., Any], kwargs: dict[s
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def _is_tree(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.dim() == 4
+def _is_tree(mask: Any, tokens: int) -> bool:
+    whole = isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.dim() == 4
+    return whole and mask.shape[2] in (2, 3) and mask.shape == (1, 1, mask.shape[2], tokens)
 
 
 def _attention(
@@ -192,7 +204,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An implementation of transformers, and attention over a tree where the mask is one."""
-    if not _is_tree(attention_mask):
+    if not _is_tree(attention_mask, query.shape[2]):
         function = _original_attention(name, module)
         _note(module)
         return function(module, query, key, value, attention_mask, *args, **kwargs)

@@ -84,6 +84,8 @@ class FastDpopArgs(BaseModel):
             return data
         own = ("fastdpop", *_OPTIONS)
         for key in data:
+            if str(key) in ("share_prefixes", "padding_free"):  # TRL's names
+                raise ValueError(f"{key} is no key of Axolotl's, expected fastdpop_share_prefixes")
             if str(key).startswith(("fastdpop", "dpop")) and key not in own:
                 raise ValueError(f"{key} is not a key that fastdpop knows, expected one of {own}")
         if data.get("fastdpop") is True:

@@ -66,6 +66,8 @@ def tree_attention(
             x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value)
         )
     _check(query, key, value, tree, sinks, how)
+    _positive("scale", scale)
+    _positive("softcap", 1.0 if softcap is None else softcap)
     problem = Problem(query, key, value, sinks, float(scale), softcap)
     if how == "masked" or (how == "auto" and not varlen.supports(problem)):
         found = flex.attention(problem, tree) if flex.supports(problem) else None
@@ -73,6 +75,11 @@ def tree_attention(
             return found
     out, _ = _attention(query, key, value, tree, sinks, float(scale), softcap, how)
     return out
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} is {value!r}: expected a number above 0")
 
 
 def _check(

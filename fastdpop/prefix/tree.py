@@ -55,7 +55,7 @@ class Run(NamedTuple):
 def runs(end: Tensor) -> list[Run]:
     """The runs of a tree, in order. `end` is ``(N,)``, on the CPU."""
     ends = end.numpy()
-    first = np.flatnonzero(np.diff(ends, prepend=-1))
+    first = np.flatnonzero(np.concatenate([ends[:1] == ends[:1], ends[1:] != ends[:-1]]))
     last = np.append(first[1:], len(ends))
     return list(map(Run, first.tolist(), last.tolist(), ends[first].tolist()))
 

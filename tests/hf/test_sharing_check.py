@@ -87,6 +87,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 def test_wrong_attention(
     name: str, mask: Callable[[Tensor], Tensor], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if mask is an_ancestor_is_missing and "small" in name and how in ("bfloat16", "autocast"):
+        pytest.skip("one token of the context means less to this model than rounding")
     torch.manual_seed(0)
     model = MODELS[name]()
     model = attach(model if how == "autocast" else model.to(getattr(torch, how)), check=False)
@@ -125,8 +127,10 @@ def test_an_implementation_that_ignores_its_mask(
     )
     model = tiny(dtype=dtype)
     model.set_attn_implementation(name)
-    with pytest.raises(RuntimeError, match=WRONG):
-        logps(attach(model), batch(), True)
+    expected, _ = logps(attach(model), batch(), False)
+    found, said = logps(model, batch(), True)
+    assert "'blind_of_this_test' is not one of transformers' own" in str(said[0])
+    assert torch.equal(found, expected)
     assert model.config._attn_implementation == name
 
 

@@ -99,6 +99,10 @@ def test_every_loss_type(name: str) -> None:
             {"dpop_lamda": 5},
             r"dpop_lamda is not a key that fastdpop knows, expected one of \('fast",
         ),
+        (
+            {"share_prefixes": True},
+            "share_prefixes is no key of Axolotl's, expected fastdpop_share",
+        ),
         ({"fastdpop_lambda": 5}, "fastdpop_lambda is not a key that fastdpop knows"),
         ({"fastdpop": "on"}, r"fastdpop\n.*valid boolean.*input_value='on'"),
         ({"fastdpop_engine": "gpu"}, "engine is 'gpu', expected 'auto' or one of"),

@@ -234,6 +234,18 @@ def test_the_latest_trainer_decides(tmp_path: Path) -> None:
         assert shares(made(tmp_path, share, **both)) is share
 
 
+def test_each_trainer_of_a_model_computes_as_it_was_told(tmp_path: Path, tokens: list[int]) -> None:
+    both = {"policy": model(), "reference": model()}
+    first, second = (made(tmp_path, share, max_steps=1, **both) for share in (False, True))
+    counts = []
+    for of in (first, second, first):
+        batch = of._prepare_inputs(next(iter(of.get_train_dataloader())))
+        tokens.clear()
+        of.compute_loss(of.model, batch)
+        counts.append(tokens[-1] == batch["input_ids"].numel())
+    assert counts == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [([], None), (["--share_prefixes"], True), (["--share_prefixes", "false"], False)],

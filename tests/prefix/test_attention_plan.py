@@ -216,6 +216,15 @@ def test_shapes_that_do_not_fit(argument: str, shape: tuple[int, ...]) -> None:
 def test_other_refusals() -> None:
     query = torch.randn(1, 2, 8, 4)
     tree = GOOD[None, None]
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"^scale is {wrong}: expected a number above 0"):
+            tree_attention(query, query, query, tree, scale=wrong)
+        with pytest.raises(ValueError, match=f"^softcap is {wrong}: expected a number above 0"):
+            tree_attention(query, query, query, tree, scale=1.0, softcap=wrong)
+    negative = tree.clone()
+    negative[0, 0, 0, 0] = -1
+    with pytest.raises(ValueError, match=r"^tree: end = -1 of the tokens from 0 to 0"):
+        tree_attention(query, query, query, negative, scale=1.0)
     with pytest.raises(ValueError, match=r"^how is 'flash'"):
         tree_attention(query, query, query, tree, scale=1.0, how="flash")
     with pytest.raises(ValueError, match=r"^key is .*float64"):

@@ -44,7 +44,7 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         labels=labels,
         preference=preference(trainer),
         ref_logps=ref_logps,
-        preference_options={"statistics": LOGGED},
+        preference_options={"statistics": LOGGED, "share_prefixes": _shares(trainer)},
         router_loss_weight=float(trainer.router_aux_loss_coef) if routes else 0.0,
     )
     loss = outputs.loss
@@ -88,13 +88,23 @@ def _reference(
         adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         model = trainer.model if model is None else model
     assert model is not None  # TRL keeps one where there is no adapter
-    options = {**(options or {}), "ld_alpha": preference(trainer).traits.ld_alpha}
+    options = {
+        **(options or {}),
+        "ld_alpha": preference(trainer).traits.ld_alpha,
+        "share_prefixes": _shares(trainer),
+    }
     checkpointing = disable_gradient_checkpointing(
         trainer.model, trainer.args.gradient_checkpointing_kwargs
     )
     with torch.no_grad(), checkpointing, adapter, trainer.accelerator.autocast():
         outputs = model(**call, labels=labels, return_logps=True, preference_options=options)
     return outputs.logps
+
+
+def _shares(trainer: Any) -> bool:
+    """Said in every call: a later trainer of the same model may have attached it otherwise."""
+    shares: bool = trainer._fastdpop.share_prefixes
+    return shares
 
 
 def precomputed(trainer: Any, *model_and_inputs: Any) -> tuple[Tensor, Tensor]:
