@@ -57,7 +57,7 @@ def attach(
             too, at the first call; only a model that is inconsistent in itself goes unnoticed.
 
     Returns:
-        The same model. Attaching again replaces engine and workspace.
+        The same model. Attaching again replaces engine, workspace and `share_prefixes`.
 
     Raises:
         TypeError: `model` is not a causal language model, or is wrapped or compiled.

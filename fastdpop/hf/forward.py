@@ -19,7 +19,7 @@ from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.self_check import random_state, set_random_state
-from fastdpop.hf.sharing import WEIGHTS, SharedBatch, check_model, padded, shared_batch, tree_batch
+from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.losses.base import PairLogps, PreferenceLoss
@@ -220,15 +220,21 @@ def _laid_out(
         return fused_logps(**inputs, **own, reduction="token")
 
     batch, shift = None, options.get("shift_labels", True)
+    if asked.prefix_tree is not None:
+        batch = tree_batch(asked.prefix_tree, call, labels, shift=shift)
+        if options.get("share_prefixes") is False:
+            return padded(batch, call), None
     try:
         config = getattr(model, "config", None)
         if call.get("output_attentions", getattr(config, "output_attentions", False)):
-            raise Unshareable(WEIGHTS)
-        if asked.prefix_tree is not None:
-            batch = tree_batch(asked.prefix_tree, call, labels, shift=shift)
-        elif options.get("cu_seqlens") is not None:
+            raise Unshareable(
+                "output_attentions is set, and a tree has no weights for each sequence"
+            )
+        if options.get("ref_hidden") is not None:
+            raise Unshareable("ref_hidden is given, whose states are those of the padded batch")
+        if batch is None and options.get("cu_seqlens") is not None:
             raise Unshareable("cu_seqlens is given (fastdpop.pack packs sequences that share)")
-        else:
+        if batch is None:
             batch = shared_batch(call, labels, shift=shift)
         check_model(model, len(batch.tree.input_ids))
         found = verdict(model, batch, logps, "position_ids" in signature.parameters)

@@ -18,7 +18,6 @@ from fastdpop.rows import IGNORE
 _OF_THE_LOSS = ("num_items_in_batch",)
 """What only a model's own loss reads."""
 _MADE_HERE = ("input_ids", "attention_mask", "position_ids")
-WEIGHTS = "output_attentions is set, and a tree has no weights for each sequence"
 _NEVER_SHARED = 2**62
 """More tokens than any prefix has."""
 
@@ -28,10 +27,12 @@ class SharedBatch:
     """S sequences as one row of N tokens.
 
     Attributes:
-        tree: their tree; shape: ``(S, T)`` of the labels.
+        tree: their tree.
         hidden_index: ``(S, T)`` place of each token in the tree, 0 for padding; on the device of the ids.
+        padding: ``(S, T)`` where there is no token.
         device: where the model's inputs go.
         packed: nothing is shared, sequences stand side by side.
+        layout: the tree on its way through the model.
     """
 
     tree: PrefixTree
@@ -140,8 +141,6 @@ def _check_rest(call: Mapping[str, Any]) -> None:
     for name, value in call.items():
         if name in (*_MADE_HERE, *_OF_THE_LOSS) or value is None:
             continue
-        if name == "output_attentions" and value:
-            raise Unshareable(WEIGHTS)
         if not isinstance(value, (bool, int, float, str)):
             raise Unshareable(f"{name} is given, which cannot be laid out as a tree")
 
@@ -196,7 +195,6 @@ def tree_batch(
 
     Raises:
         ValueError: it does not fit the other arguments.
-        Unshareable: attention weights are asked for.
     """
     ids = call.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
@@ -266,7 +264,6 @@ def _check_given(call: Mapping[str, Any], position: Tensor) -> None:
     """
     Raises:
         ValueError: the call says something of tokens that the tree does not, or says otherwise.
-        Unshareable: attention weights are asked for.
     """
     places, mask = call.get("position_ids"), call.get("attention_mask")
     if places is not None and not torch.equal(places.cpu().reshape(-1).long(), position):
@@ -277,8 +274,6 @@ def _check_given(call: Mapping[str, Any], position: Tensor) -> None:
         raise ValueError(
             "attention_mask leaves out tokens of prefix_tree, expected none, or ones only"
         )
-    if call.get("output_attentions"):
-        _check_rest(call)
     for name, value in call.items():
         if isinstance(value, Tensor) and name not in _MADE_HERE:
             raise ValueError(f"{name} is given with prefix_tree, expected ids only")

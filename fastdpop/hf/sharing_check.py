@@ -37,8 +37,8 @@ ROUNDING = {
 Some models round to float32 inside whatever their dtype is. Rows of one token again and again, on which all attention
 falls, are rounded most: SmolLM2 in bfloat16 reaches a third of this.
 """
-_PRODUCTS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
-"""The dtype that has the precision of float32 products; TF32 has float16's."""
+_PRODUCTS = {"tf32": torch.float16, "bf16": torch.bfloat16}
+"""The dtype that has the precision of float32 products that are not float32's own."""
 _LENGTH, _SHORTEST = 32, 8
 """Tokens of the sequences that are compared: no more than those of the batch, but enough to branch."""
 _STATE = re.compile(
@@ -121,8 +121,10 @@ def _dtype(model: nn.Module, device: str) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         found.add(torch.get_autocast_dtype(device))
     if torch.float32 in found:
-        found.add(_PRODUCTS[torch.get_float32_matmul_precision()])
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+        # Of the backend, which may be asked whichever way it was set.
+        backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+        found.add(_PRODUCTS.get(backend.matmul.fp32_precision, torch.float32))
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.bfloat16)
 
 
 def _find_out(

@@ -9,13 +9,14 @@ are computed again in the backward pass (gradient checkpointing) find the struct
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,18 +208,35 @@ def _attention(
     if not _is_tree(attention_mask, query.shape[2]):
         function = _original_attention(name, module)
         _note(module)
-        return function(module, query, key, value, attention_mask, *args, **kwargs)
+        own: Any = _Named(module, name) if "flash" in name else module
+        return function(own, query, key, value, attention_mask, *args, **kwargs)
     if args:
         raise Unshareable(f"{type(module).__name__} gives attention arguments without names")
     return _over_tree(module, query, key, value, attention_mask, **kwargs), None
 
 
+class _Named:
+    """A module whose config names the original implementation: flash attention looks up its kernels by that name."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self.config = module, copy.copy(cast(PreTrainedConfig, module.config))
+        self.config._attn_implementation_internal = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def _original_attention(name: str, module: nn.Module) -> Callable[..., Any]:
-    owner = sys.modules[type(module).__module__]
-    own: Any = getattr(owner, "eager_attention_forward", None)
-    interface = getattr(owner, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    own: Any = _in_file_of(module, "eager_attention_forward", None)
+    interface = _in_file_of(module, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     found: Callable[..., Any] = interface.get_interface(name, own)
     return found
+
+
+def _in_file_of(module: nn.Module, name: str, default: Any) -> Any:
+    """What stands under a name beside a module's class, or beside one that it derives from."""
+    files = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    return next((vars(file)[name] for file in files if file and name in vars(file)), default)
 
 
 def _over_tree(

@@ -59,7 +59,10 @@ def step(
         ref_logps=torch.zeros(
             len(labels), device=labels.device
         ),  # no reference: log-ratios are log-probs
-        preference_options={"statistics": ("mean_logits",)},
+        preference_options={
+            "statistics": ("mean_logits",),
+            "share_prefixes": trainer._fastdpop.share_prefixes,
+        },
         router_loss_weight=float(trainer.aux_loss_coef) if routes else 0.0,
     )
     with torch.no_grad():

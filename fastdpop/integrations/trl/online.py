@@ -44,6 +44,9 @@ def completion_logps(
         attention_mask=mask,
         labels=labels,
         return_logps=True,
-        preference_options={"reduction": "token"},
+        preference_options={
+            "reduction": "token",
+            "share_prefixes": trainer._fastdpop.share_prefixes,
+        },
     )
     return out.logps[:, prompt_ids.shape[1] :]
