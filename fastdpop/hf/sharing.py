@@ -12,14 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastdpop.hf.tree_attention import Layout, Unshareable
-from fastdpop.prefix.tree import PrefixTree, build_tree
+from fastdpop.prefix.tree import LEAST_SHARED, PrefixTree, build_tree, side_by_side
 from fastdpop.rows import IGNORE
 
 _OF_THE_LOSS = ("num_items_in_batch",)
 """What only a model's own loss reads."""
 _MADE_HERE = ("input_ids", "attention_mask", "position_ids")
-_NEVER_SHARED = 2**62
-"""More tokens than any prefix has."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class SharedBatch:
         }
         call = {name: v for name, v in given.items() if name not in _OF_THE_LOSS} | own
         if self.packed:
-            # Not the tree's offsets: sequences stand in the row in another order than in the batch.
+            # Not the tree's offsets, which count empty sequences.
             starts = (self.tree.position_ids == 0).nonzero()[:, 0]
             offsets = torch.cat([starts, starts.new_tensor([len(self.tree.end)])])
             bounds, lengths = offsets.to(self.device, torch.int32), offsets.diff()
@@ -78,7 +76,7 @@ def shared_batch(
     *,
     shift: bool = True,
     packed: bool = False,
-    least: int | None = None,
+    least: int = LEAST_SHARED,
 ) -> SharedBatch:
     """The tree of a padded batch.
 
@@ -86,6 +84,7 @@ def shared_batch(
         call: keywords of the model's forward; labels: ``(S, T)``.
         shift: a label is predicted at the place before its own.
         packed: lay sequences side by side.
+        least: as in :func:`fastdpop.prefix.tree.build_tree`.
 
     Raises:
         Unshareable: the call says more of its tokens than ids, or what the tree cannot say.
@@ -120,8 +119,7 @@ def shared_batch(
     sequences = [row[kept] for row, kept in zip(tokens, present, strict=True)]
     if not present.any():
         raise Unshareable("the batch has no tokens")
-    options = {} if least is None else {"least": least}
-    tree = build_tree(sequences, **({"least": _NEVER_SHARED} if packed else options))
+    tree = side_by_side(sequences) if packed else build_tree(sequences, least)
     index = np.zeros(ids.shape, dtype=np.int64)
     index[present] = tree.nodes.numpy()
     return SharedBatch(

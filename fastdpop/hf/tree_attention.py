@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpop.prefix.attention import tree_attention
+from fastdpop.prefix.tree import sees
 
 _PREFIX = "fastdpop_"
 _WINDOW = "sliding_window_overlay.<locals>.inner_mask"
@@ -169,7 +170,7 @@ def _dense(name: str, mask: Tensor, function: Callable[..., Any], kwargs: dict[s
     device = kwargs.get("device") or torch.device("cpu")
     end, position = mask[0, 0].to(device)
     place = torch.arange(len(end), device=device)
-    below = (place <= place[:, None]) & (place[:, None] < end)
+    below = sees(end, place[:, None], place)
     seen = torch.as_tensor(function(0, 0, position[:, None], position), device=device)
     if bool((seen & (position > position[:, None])).any()):
         raise Unshareable(

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from fastdpop.prefix import chunks
 from fastdpop.prefix.chunks import Problem
 from fastdpop.prefix.plan import nodes, plan, window_of
-from fastdpop.prefix.tree import Ints, build_tree
+from fastdpop.prefix.tree import Ints, build_tree, sees
 from fastdpop.prefix.varlen import capability
 
 BLOCK = 128
@@ -143,7 +143,8 @@ def block_mask(tree: bytes, rows: int, device: torch.device) -> BlockMask:
 
 def _visible(end: Tensor) -> Callable[..., Tensor]:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end[key])
+        found: Tensor = sees(end, query, key)
+        return found
 
     return visible
 
@@ -152,7 +153,8 @@ def _near(end: Tensor, position: Tensor, window: int) -> Callable[..., Tensor]:
     last = position + window
 
     def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end[key]) & (position[query] < last[key])
+        found: Tensor = sees(end, query, key) & (position[query] < last[key])
+        return found
 
     return near
 

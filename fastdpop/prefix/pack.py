@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdpop.prefix.tree import LEAST_SHARED, Ints, build_tree
+from fastdpop.rows import IGNORE
 
-IGNORE = -100
-"""The label of a token that is not scored, as in transformers."""
 TokenIds = Sequence[int] | NDArray[Any] | Tensor
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpop.prefix.tree import Ints, Run, runs
+from fastdpop.prefix.tree import Ints, Run, runs, sees
 
 STEP = 64
 """Long runs may be divided at multiples of this many tokens."""
@@ -96,7 +96,7 @@ class Plan:
 def _visible(plan: Plan, chunk: Chunk) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     queries = np.arange(chunk.first, chunk.last)[:, None]
     keys = np.concatenate([np.arange(*stretch) for stretch in chunk.keys])
-    visible = (keys <= queries) & (queries < plan.end[keys])
+    visible = sees(plan.end, queries, keys)
     if plan.window is not None:
         visible &= plan.position[queries] - plan.position[keys] < plan.window
     return visible

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,22 @@ def runs(end: Tensor) -> list[Run]:
     first = np.flatnonzero(np.concatenate([ends[:1] == ends[:1], ends[1:] != ends[:-1]]))
     last = np.append(first[1:], len(ends))
     return list(map(Run, first.tolist(), last.tolist(), ends[first].tolist()))
+
+
+def sees(end: Any, query: Any, key: Any) -> Any:
+    """Whether the token at `query` sees the one at `key`: places, numpy's or torch's, that broadcast."""
+    return (key <= query) & (query < end[key])
+
+
+def side_by_side(sequences: Sequence[Sequence[int] | Ints]) -> PrefixTree:
+    """The same sequences, of which nothing is shared, in their order."""
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    place = np.arange(offsets[-1])
+    ids = np.concatenate([np.asarray(s, dtype=np.int64) for s in sequences] or [place])
+    depth = place - offsets[:-1].repeat(lengths)
+    end = offsets[1:].repeat(lengths)
+    return PrefixTree(*map(torch.from_numpy, (ids, depth, end, place, offsets)))
 
 
 def build_tree(sequences: Sequence[Sequence[int] | Ints], least: int = LEAST_SHARED) -> PrefixTree:

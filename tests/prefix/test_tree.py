@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdpop.prefix.tree import LEAST_SHARED, PrefixTree, build_tree, runs
+from fastdpop.prefix.tree import LEAST_SHARED, PrefixTree, build_tree, runs, sees, side_by_side
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=8)
 
@@ -65,6 +65,26 @@ def test_equal_sequences_stand_once_however_short() -> None:
     assert tree.input_ids.tolist() == [1, 2, 3]
     assert rows(tree) == [[0, 1], [0, 1], [0, 1, 2]]
     assert len(build_tree([[1, 2], [1, 2, 3]]).input_ids) == 2 + 3
+
+
+@given(SEQUENCES)
+def test_side_by_side_nothing_is_shared(sequences: list[list[int]]) -> None:
+    tree = side_by_side(sequences)
+    places = torch.arange(len(tree.input_ids))
+    seen = sees(tree.end, places[:, None], places)
+    for sequence, nodes in zip(sequences, rows(tree), strict=True):
+        assert tree.input_ids[nodes].tolist() == sequence
+        assert tree.position_ids[nodes].tolist() == list(range(len(sequence)))
+        for place, node in enumerate(nodes):
+            assert seen[node].nonzero()[:, 0].tolist() == nodes[: place + 1]
+    assert len(places) == sum(map(len, sequences))
+
+
+def test_equal_sequences_do_not_make_others_branch_side_by_side() -> None:
+    """They end a run, at which a tree of whatever least stretch lets longer ones go on."""
+    sequences = [[1, 2], [1, 2], [1, 2, 3], [1, 2, 4]]
+    assert len(build_tree(sequences, 100).input_ids) == 4
+    assert side_by_side(sequences).input_ids.tolist() == [1, 2, 1, 2, 1, 2, 3, 1, 2, 4]
 
 
 def test_arrays_and_nothing() -> None:
