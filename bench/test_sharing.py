@@ -1,6 +1,6 @@
 """Whole training steps with prefixes shared, against the same without, and against TRL's ``DPOTrainer``.
 
-SmolLM2-135M on the pairs of :mod:`bench.pairs`. Larger batches gain more, and are more than 24 GB hold of TRL's logits.
+SmolLM2-135M on the pairs of :mod:`bench.pairs`, of which more in a batch are more than 24 GB hold of TRL's logits.
 
 A step is a reference under ``no_grad``, the policy, and its backward pass, in TRL's trainer, bf16, without gradient
 checkpointing, which is everybody's fastest. All take turns.

@@ -25,7 +25,6 @@ from transformers import (
 
 import fastdpop
 from fastdpop import attach, detach, losses
-from fastdpop.hf import tree_attention
 from fastdpop.hf.sharing_check import verdict_of
 from tests.tiny_models import CONFIGS, DPOP, SIZES, V, gradients, tiny
 
@@ -262,7 +261,7 @@ def test_lora() -> None:
         out.loss.backward()
         found.append((out.loss, ref, gradients(model)))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's
@@ -421,12 +420,3 @@ def test_a_tree_without_a_preference() -> None:
     made, _ = packed()
     with pytest.raises(ValueError, match="prefix_tree is given without preference"):
         attach(tiny())(**made)
-
-
-# ---- what cannot be shared ----------------------------------------------------------------------
-
-
-def test_masks_made_by_nobody_else() -> None:
-    with tree_attention.masks_of(None):
-        out = tiny()(batch()["input_ids"])
-    assert out.logits.isfinite().all()

@@ -34,7 +34,7 @@ class FastDPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Compute what sequences of a batch begin with in common once, and no padding, through the whole "
-            "model; pairs of one prompt are trained on side by side. The default is what padding_free is.",
+            "model; pairs of one prompt are trained on side by side. By default if padding_free or patch_trl says so.",
             "nargs": "?",
             "const": True,
         },
