@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 
 from bench import contenders
-from bench.chip.parts import PARTS, part_smoke
+from bench.chip.parts import PARTS, NothingWorks, part_smoke
 from bench.chip.results import Results, merged, summary, write
 from bench.chip.setup import Setup
+
+NOTHING_WORKS = 3
+"""The exit code that keeps ``h100.sh`` from going on."""
 
 
 def main(argv: Sequence[str] | None = None, setup: Setup | None = None) -> None:
@@ -54,6 +57,10 @@ def main(argv: Sequence[str] | None = None, setup: Setup | None = None) -> None:
         return
     results = Results(options.output, setup.device, options.seconds)
     for part in options.parts:
-        PARTS[part](setup, results)
+        try:
+            PARTS[part](setup, results)
+        except NothingWorks as error:
+            print(error)
+            raise SystemExit(NOTHING_WORKS) from None
     if results.failed:
         raise SystemExit("\n".join(["failed:", *results.failed]))

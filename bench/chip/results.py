@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import math
 import platform
@@ -113,7 +114,8 @@ def versions_of_packages(device: str) -> dict[str, str]:
     packages = {"triton": _triton, "trl": _trl, "liger_kernel": _liger_kernel}
     for package, imported in packages.items():
         try:
-            versions[package] = getattr(imported(), "__version__", "unknown")
+            imported()
+            versions[package] = importlib.metadata.version(package)
         except Exception as error:  # a broken peer is no reason to measure nothing
             if not (isinstance(error, ModuleNotFoundError) and error.name == package):
                 versions[package] = f"broken: {error!r}"[:200]

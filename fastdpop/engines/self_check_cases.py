@@ -18,7 +18,7 @@ from fastdpop.engines.base import (
     PairLossPlan,
     Problem,
 )
-from fastdpop.engines.triton_pass import TritonPass
+from fastdpop.engines.triton_pass import NOISE, ROOM, TritonPass
 from fastdpop.kernels import config, losses, pair_loss
 from fastdpop.transform import LogitTransform
 
@@ -182,6 +182,8 @@ class RowsCase:
         p.transform.scale_by_slope_(g, self.logits.clone())
         unit = torch.finfo(step.dtype).eps / 2
         bounds = (g.abs() + 1e-6 * rest[:, None]) * (3 * unit + 4 * error[:, None])
+        if step.dtype == torch.float16:
+            bounds += self._underflow(rest)[:, None]
         c = self.dlogp.double()[:, None]
         dhidden = g @ self.weight, bounds @ self.weight.abs()
         if step.route == "dlogp_dhidden":
@@ -197,6 +199,13 @@ class RowsCase:
                 value, bound = (g.T @ x).squeeze(1), (bounds.T @ x.abs()).squeeze(1)
                 found |= {name: (value, bound), name + ADDED: (2 * value, 2 * bound)}
         return found
+
+    def _underflow(self, rest: Tensor) -> Tensor:
+        """``(n,)`` what float16's smallest numbers are worth in each row's probabilities: where the others' part
+        is less than is known of it beforehand, it does not fill the range.
+        """
+        noise = NOISE * (1.0 + self.lse.abs())
+        return (rest.clamp_min(noise) + noise).clamp_max(1.0) * 2.0 ** (-24 - ROOM)
 
     def _statistics(self, error: Tensor) -> Bounded:
         """In the order of their names."""

@@ -29,7 +29,7 @@ NOISE = 2.0**-14
 """Bound on a 16-bit product's error, relative to the logit: its order of summation may be another,
 and tensor cores cut what they add."""
 
-_ROOM = 13
+ROOM = 13
 """In float16, the largest number that is kept of a row is about 2**13, of at most 65,504."""
 
 
@@ -296,7 +296,7 @@ class TritonRows:
             others = -torch.expm1((target - shift) / LOG2E)
             # At most 1, so that nothing exceeds the range even if the noise is all there is.
             others = (others.clamp_min(noise) + noise).clamp_max(1.0)
-            shift = shift + others.log2() - _ROOM
+            shift = shift + others.log2() - ROOM
         done = self._product(shift.round_(), True, False)
         return done, combining.combine(done, self.targets, run.transform, len(run.weight))
 

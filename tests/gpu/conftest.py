@@ -26,7 +26,7 @@ SHARD = os.environ.get("FASTDPOP_SHARD", "1/1")
 """Which part of the tests to run, as in 2/6."""
 RECORD = os.environ.get("FASTDPOP_RECORD")
 """Where to write what would be launched."""
-SECONDS = 0.7
+SECONDS = 1.0
 """What a test takes on a chip, apart from compiling, where its mark `takes` says nothing else."""
 
 KERNELS = "triton-kernels"
