@@ -5,17 +5,20 @@ full-vocabulary logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastdpop import checks, losses
-from fastdpop.call import LOGGED, Batch, Call, LMHead, Loss, Options, Pairs, Reference, RefLogps
+from fastdpop.call import LOGGED, Batch, LMHead, Loss, Options, Pairs, Reference, RefLogps
+from fastdpop.distributed.parallel import Parallel
 from fastdpop.output import PreferenceOutput
-from fastdpop.pair_loss import PairLoss, Totals
-from fastdpop.rows import Rows, default_pairs
+from fastdpop.preference import Given, Weighting, begun, logps, preference_loss
 from fastdpop.transform import LogitTransform
+
+Ranks = ProcessGroup | DeviceMesh
 
 __all__ = ["LOGGED", "fused_dpop_loss", "fused_logps", "fused_preference_loss"]
 
@@ -46,6 +49,12 @@ def fused_dpop_loss(
     workspace_bytes: int | None = None,
     statistics: Sequence[str] = (),
     check_finite: bool = False,
+    group: Ranks | None = None,
+    cp_group: Ranks | None = None,
+    tp_group: Ranks | None = None,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    grad_reduction: str = "mean",
 ) -> PreferenceOutput:
     """DPO-Positive, Eq. 3 of Smaug (arXiv:2402.13228), from hidden states to loss and gradients.
 
@@ -85,6 +94,12 @@ def fused_dpop_loss(
         workspace_bytes=workspace_bytes,
         statistics=statistics,
         check_finite=check_finite,
+        group=group,
+        cp_group=cp_group,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        sequence_parallel=sequence_parallel,
+        grad_reduction=grad_reduction,
     )
 
 
@@ -112,6 +127,12 @@ def fused_preference_loss(
     workspace_bytes: int | None = None,
     statistics: Sequence[str] = (),
     check_finite: bool = False,
+    group: Ranks | None = None,
+    cp_group: Ranks | None = None,
+    tp_group: Ranks | None = None,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    grad_reduction: str = "mean",
 ) -> PreferenceOutput:
     """Any preference loss, from hidden states to loss and gradients.
 
@@ -143,6 +164,16 @@ def fused_preference_loss(
             on a GPU a sixteenth of its memory if that is more. A pair beyond it is computed in pieces, twice.
         statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass.
         check_finite: raise if the loss is not finite (waits for the device).
+        group: processes that have pairs of their own, as a process group or a device mesh of one dimension. Totals,
+            means and losses that couple pairs are over the pairs of all of them; so is `loss`. One may have none.
+        cp_group: processes that hold parts of every sequence, in any order, with labels that were shifted before
+            (``shift_labels=False``). Log-probs and lengths of sequences are those of whole ones.
+        tp_group: processes that hold parts of the lm_head: `weight` and `bias` are this one's rows, in the order of
+            the ranks, as many as you like; labels, and hidden states, are the same everywhere.
+        vocab_size: V, where the lm_head's last rows are padding, which is left out.
+        sequence_parallel: with tp_group, `hidden` is this rank's ``(S, T / n, H)`` of the sequences.
+        grad_reduction: how gradients of parameters are combined over `group` and `cp_group` afterwards: ``"mean"`` by
+            DDP, FSDP and DeepSpeed, or ``"sum"``. The result is that of one process on the joined batch.
 
     Returns:
         :class:`PreferenceOutput`; `loss` is differentiable, once, in hidden, weight and bias.
@@ -150,14 +181,22 @@ def fused_preference_loss(
     Raises:
         ValueError, TypeError: an argument is not as described; the message names it, its value and what was expected.
         NotImplementedError: a transform of torch.func, or forward-mode differentiation.
+        RuntimeError: another rank of a group failed before the loss, or was given other settings.
         FloatingPointError: `check_finite` is set and the loss is not finite.
     """
-    transform = LogitTransform(softcap, logit_scale, temperature)
-    head = LMHead(weight, bias, transform, engine, workspace_bytes)
-    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl)
-    batch = Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index)
-    options = Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite)
-    return _preference_loss(batch, head, reference, options)
+    parallel = Parallel.of(group, cp_group, tp_group, grad_reduction)
+
+    def given() -> Given:
+        transform = LogitTransform(softcap, logit_scale, temperature)
+        return Given(
+            Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index),
+            LMHead(weight, bias, transform, engine, workspace_bytes),
+            Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl),
+            Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite),
+        )
+
+    found = begun(given, hidden, parallel, vocab_size, sequence_parallel)
+    return preference_loss(found, parallel)
 
 
 def fused_logps(
@@ -178,6 +217,11 @@ def fused_logps(
     engine: str = "auto",
     workspace_bytes: int | None = None,
     dtype: torch.dtype = torch.float32,
+    cp_group: Ranks | None = None,
+    tp_group: Ranks | None = None,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    grad_reduction: str = "mean",
 ) -> Tensor:
     """Differentiable log-probabilities of the labels, for anything that has no loss here.
 
@@ -200,148 +244,16 @@ def fused_logps(
     Raises:
         ValueError, TypeError, NotImplementedError: as in :func:`fused_preference_loss`.
     """
-    checks.choice("reduction", reduction, ("sequence", "token"))
-    checks.choice("dtype", dtype, (torch.float32, torch.float64))
-    transform = LogitTransform(softcap, logit_scale, temperature)
-    batch = Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index)
-    batch.check()
-    call = Call.of(hidden, LMHead(weight, bias, transform, engine, workspace_bytes))
-    checks.weighting(token_weights, ld_alpha, labels, batch.sequences, reduction)
-    rows = batch.rows(
-        len(weight),
-        default_pairs(batch.sequences, labels.device),
-        keep_unpaired=True,
-        token_weights=token_weights,
-        ld_alpha=ld_alpha,
-    )
-    logps, _ = call.row_logps(rows, ())
-    if reduction == "token":
-        values = logps[rows.members].to(torch.promote_types(logps.dtype, dtype))
-        flat = values.new_zeros(labels.numel())
-        return flat.index_put((rows.label_index,), values).reshape(labels.shape)
-    sums = rows.sum_per_sequence(logps).to(torch.promote_types(logps.dtype, dtype))
-    # All of them, of a length that a compiler knows.
-    return sums.new_zeros(batch.sequences).index_put((rows.inputs,), sums)
+    parallel = Parallel.of(None, cp_group, tp_group, grad_reduction)
 
-
-def _preference_loss(
-    batch: Batch, head: LMHead, reference: Reference, options: Options
-) -> PreferenceOutput:
-    """:func:`fused_preference_loss`."""
-    traits, kl = options.loss.traits, reference.kl
-    options.check()
-    batch.check()
-    count, device = batch.sequences, batch.hidden.device
-    call = Call.of(batch.hidden, head)
-    pairs = checks.pairs(options.pairs, count, traits.accepts_unpaired, device)
-    if pairs is None:
-        pairs = default_pairs(count, device)
-    reference.check(traits.needs_reference)
-    if kl is not None:
-        checks.kl(kl, traits.uses_kl, device)
-
-    rows = batch.rows(len(head.weight), pairs, ld_alpha=traits.ld_alpha)
-    by_pair = traits.ld_alpha is not None and options.pairs is not None
-    loss = PairLoss(
-        rows,
-        options.loss,
-        Totals.of(rows),
-        ref_logps=_ref_logps(reference, batch, head, rows, pairs, by_pair),
-        kl=None if kl is None else kl.detach(),
-        statistics=options.names,
-        mean=options.reduction == "mean",
-    )
-    coupled = traits.couples_pairs or (traits.couples_pairs_without_kl and kl is None)
-    if call.spec.needs_grad.lm_head and not coupled and options.reduction != "none":
-        # The loss of a pair is known as soon as its log-probs are: one pass.
-        total, sums, found = call.pair_loss(loss)
-        with torch.no_grad():
-            values = loss.losses(sums, found)
-    else:
-        row_logps, found = call.row_logps(rows, loss.statistics)
-        sums = rows.sum_per_sequence(row_logps)
-        values = loss.losses(sums, found)
-        total = values
-        if options.reduction != "none":
-            total = values.mean() if options.reduction == "mean" else values.sum()
-    total = total.to(call.spec.result_dtype)
-    with torch.no_grad():
-        output = _output(total, values.detach(), sums.detach(), found, loss, options, count)
-    if options.check_finite:
-        checks.finite(
-            output.loss,
-            hidden=batch.hidden,
-            weight=head.weight,
-            bias=head.bias,
-            ref_hidden=reference.hidden,
-            ref_weight=reference.weight,
-            ref_bias=reference.bias,
-            ref_logps=None if reference.logps is None else loss.ref_logps,
-            kl=kl,
+    def given() -> Given:
+        checks.choice("reduction", reduction, ("sequence", "token"))
+        checks.choice("dtype", dtype, (torch.float32, torch.float64))
+        transform = LogitTransform(softcap, logit_scale, temperature)
+        return Given(
+            Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index),
+            LMHead(weight, bias, transform, engine, workspace_bytes),
         )
-    return output
 
-
-def _ref_logps(
-    reference: Reference, batch: Batch, head: LMHead, rows: Rows, pairs: Tensor, by_pair: bool
-) -> Tensor | None:
-    """The reference's log-probs ``(2, P)``, arbitrary where a side is absent; None without one."""
-    if reference.hidden is None:
-        if reference.logps is None:
-            return None
-        given = checks.ref_logps(reference.logps, pairs, batch.sequences, by_pair)
-        # Beside float64 log-probs of rows, none of whose sums is ever rounded.
-        return given.double() if batch.hidden.dtype == torch.float64 else given
-    checks.like("ref_hidden", reference.hidden, "hidden", batch.hidden)
-    if reference.weight is not None:
-        own = head.weight
-        head = head._replace(weight=reference.weight, bias=reference.bias)
-        checks.projection(reference.hidden, head.weight, head.bias, prefix="ref_")
-        checks.same_vocabulary(head.weight, own)
-    with torch.no_grad():
-        logps, _ = Call.of(reference.hidden, head, "ref_").row_logps(rows, ())
-        sums = rows.sum_per_sequence(logps)
-    return sums[rows.pairs.clamp_min(0)].T.contiguous()
-
-
-def _output(
-    total: Tensor,
-    values: Tensor,
-    sums: Tensor,
-    found: Tensor,
-    loss: PairLoss,
-    options: Options,
-    sequences: int,
-) -> PreferenceOutput:
-    """Everything that is returned, in the result dtype, from the log-probs ``(S,)`` of the layout's
-    sequences and the statistics ``(K, N)`` of its rows.
-    """
-    pairs, rows, dtype = loss.pairs(sums, found), loss.rows, total.dtype
-    chosen_rewards, rejected_rewards = loss.function.rewards(pairs)
-    chosen_rewards = chosen_rewards * pairs.chosen_present
-    rejected_rewards = rejected_rewards * pairs.rejected_present
-    both = pairs.chosen_present & pairs.rejected_present
-    margins = chosen_rewards - rejected_rewards
-    accuracy = ((margins > 0) & both).sum() / both.sum().clamp_min(1).to(dtype)
-    penalty = None
-    if pairs.ref_chosen is not None:
-        penalty = (0.0 - pairs.chosen_logratios).relu().to(dtype)
-    lengths = rows.lengths.new_zeros(sequences).index_put((rows.inputs,), rows.lengths)
-    means: dict[str, Any] = {}
-    for name in options.statistics:
-        line = found[loss.statistics.index(name)]
-        mean = rows.unweighted().sum_per_sequence(line) / rows.lengths.clamp_min(1)
-        means[name] = line.new_zeros(sequences).index_put((rows.inputs,), mean.to(dtype))
-    return PreferenceOutput(
-        loss=total,
-        losses=values.to(dtype),
-        chosen_logps=pairs.chosen.to(dtype),
-        rejected_logps=pairs.rejected.to(dtype),
-        chosen_rewards=chosen_rewards.to(dtype),
-        rejected_rewards=rejected_rewards.to(dtype),
-        margins=margins.to(dtype),
-        accuracy=accuracy,
-        penalty=penalty,
-        lengths=lengths,
-        **means,
-    )
+    found = begun(given, hidden, parallel, vocab_size, sequence_parallel)
+    return logps(found, Weighting(token_weights, ld_alpha), reduction, dtype, parallel)

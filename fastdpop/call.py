@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdpop import checks, engines, losses, ops
+from fastdpop.distributed import collectives
+from fastdpop.distributed.parallel import Shard
 from fastdpop.engines.base import NO_GRAD, NeedsGrad, default_workspace
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.pair_loss import PairLoss
@@ -26,13 +28,24 @@ LOGGED = ("entropy", "mean_logits", "token_accuracy")
 
 
 class LMHead(NamedTuple):
-    """An lm_head, and how products with it are computed, as the caller gave them."""
+    """An lm_head, and how products with it are computed, as the caller gave them.
+
+    With a `shard`, weight and bias are this process's rows of them; hidden states that were put together of the parts
+    of all processes (`joined`) take the sum of their derivatives with them.
+    """
 
     weight: Tensor
     bias: Tensor | None
     transform: LogitTransform
     engine: str
     workspace_bytes: int | None
+    shard: Shard | None = None
+    joined: bool = False
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return len(self.weight) if self.shard is None else self.shard.vocabulary
 
 
 class Reference(NamedTuple):
@@ -47,6 +60,9 @@ class Reference(NamedTuple):
     def check(self, needed: bool) -> None:
         """One source of log-probs where they are needed."""
         checks.reference(self.logps, self.hidden, self.weight, self.bias, needed)
+
+
+NO_REFERENCE = Reference(None, None, None, None, None)
 
 
 class Options(NamedTuple):
@@ -70,6 +86,9 @@ class Options(NamedTuple):
         return tuple(dict.fromkeys((*self.statistics, *self.loss.traits.statistics)))
 
 
+NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False)
+
+
 class Batch(NamedTuple):
     """Sequences as the caller laid them out."""
 
@@ -79,10 +98,10 @@ class Batch(NamedTuple):
     shift: bool
     hidden_index: Tensor | None
 
-    def check(self) -> None:
-        """Hidden states and labels fit together."""
+    def check(self, empty: bool = False) -> None:
+        """Hidden states and labels fit together; without sequences only where that may be (`empty`)."""
         checks.flag("shift_labels", self.shift)
-        checks.batch(self.hidden, self.labels, self.cu_seqlens, self.hidden_index)
+        checks.batch(self.hidden, self.labels, self.cu_seqlens, self.hidden_index, empty)
 
     @property
     def sequences(self) -> int:
@@ -123,11 +142,12 @@ class Call:
     weight: Tensor
     bias: Tensor | None
     spec: Spec
+    joined: bool = False
 
     @staticmethod
     def of(hidden: Tensor, head: LMHead, prefix: str = "") -> Call:
         weight, bias = head.weight, head.bias
-        checks.projection(hidden, weight, bias, prefix)
+        checks.projection(hidden, weight, bias, prefix, empty=head.shard is not None)
         checks.no_transform(hidden, weight, bias)
         compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix)
         needs_grad = NO_GRAD
@@ -146,13 +166,23 @@ class Call:
                 ),
                 engine=engines.choose(head.engine, hidden.device, compute_dtype),
                 needs_grad=needs_grad,
+                shard=head.shard,
             ),
+            joined=head.joined,
         )
+
+    def rows_hidden(self, rows: Rows) -> Tensor:
+        """``(N, H)`` hidden states of the rows."""
+        found = self.hidden.index_select(0, rows.index)
+        shard = self.spec.shard
+        if shard is None or self.joined or not self.spec.needs_grad.hidden:
+            return found
+        return collectives.copy_to(found, shard.group)
 
     def row_logps(self, rows: Rows, statistics: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Log-probs ``(N,)``, differentiable, and statistics ``(K, N)``."""
         logps, _, found, _ = ops.row_logps(
-            self.hidden.index_select(0, rows.index),
+            self.rows_hidden(rows),
             self.weight,
             self.bias,
             rows.targets,
@@ -161,8 +191,13 @@ class Call:
         )
         return logps, found.detach()
 
-    def pair_loss(self, loss: PairLoss) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, differentiable; sequence log-probs ``(S,)`` and statistics ``(K, N)``, detached."""
+    def pair_loss(
+        self, loss: PairLoss, totals: Sequence[float] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, differentiable; sequence log-probs ``(S,)`` and statistics ``(K, N)``, detached.
+
+        `totals`: pairs, sides and chosen tokens of the whole batch, where there is more of it.
+        """
         spec = replace(
             self.spec,
             statistics=loss.statistics,
@@ -170,12 +205,13 @@ class Call:
             loss=losses.key_of(loss.function),
         )
         total, sums, found, *_ = ops.pair_loss(
-            self.hidden.index_select(0, loss.rows.index),
+            self.rows_hidden(loss.rows),
             self.weight,
             self.bias,
             loss.rows.tensors(),
             loss.ref_logps,
             loss.kl,
+            totals,
             spec.text(),
         )
         return total, sums.detach(), found.detach()

@@ -87,9 +87,13 @@ def no_transform(*tensors: Tensor | None) -> None:
 
 
 def batch(
-    hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, hidden_index: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    hidden_index: Tensor | None = None,
+    empty: bool = False,
 ) -> None:
-    """Hidden states, labels, bounds and places fit together."""
+    """Hidden states, labels, bounds and places fit together; where others have pairs, there may be none (`empty`)."""
     _tensor("hidden", hidden)
     _tensor("labels", labels)
     if hidden.dtype not in FLOATS:
@@ -122,7 +126,7 @@ def batch(
     else:
         _dims("labels", labels, 2 if cu_seqlens is None else 1)
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences < 1:
+    if sequences < (0 if empty else 1):
         raise ValueError(f"the batch holds {max(sequences, 0)} sequences, expected at least one")
 
 
@@ -167,17 +171,22 @@ def storage(name: str, value: Tensor) -> None:
         )
 
 
-def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """Weight and bias fit the hidden states."""
+def projection(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", empty: bool = False
+) -> None:
+    """Weight and bias fit the hidden states; of a vocabulary that is split, one process may have none (`empty`)."""
     name = f"{prefix}weight"
     _tensor(name, weight)
-    given = {f"{prefix}hidden": hidden, name: weight, f"{prefix}bias": bias}
-    for each, value in given.items():
+    for each, value in ((f"{prefix}hidden", hidden), (name, weight), (f"{prefix}bias", bias)):
         if isinstance(value, Tensor):
             _whole(each, value)
             if not torch.compiler.is_compiling():
                 storage(each, value)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+    if (
+        weight.dim() != 2
+        or weight.shape[1] != hidden.shape[-1]
+        or 0 in weight.shape[1 if empty else 0 :]
+    ):
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) "
             f"to fit {prefix}hidden {tuple(hidden.shape)}, with V and H at least 1"
@@ -187,6 +196,51 @@ def projection(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         _tensor(f"{prefix}bias", bias)
         _shape(f"{prefix}bias", bias, weight.shape[:1], "one value per token of the vocabulary")
         _device(f"{prefix}bias", bias, hidden.device)
+
+
+def head(weight: object, bias: object) -> None:
+    """An lm_head by itself: ``(V, H)``, and ``(V,)`` beside it."""
+    found = _tensor("weight", weight)
+    if found.dim() != 2 or found.shape[1] == 0:
+        raise ValueError(
+            f"weight has shape {tuple(found.shape)}, expected (V, H) with H at least 1"
+        )
+    if bias is not None:
+        of_bias = _tensor("bias", bias)
+        _shape("bias", of_bias, found.shape[:1], "one value per token of the vocabulary")
+
+
+def vocabulary(vocab_size: object, rows: int) -> None:
+    """How many tokens there are, of at most so many rows of the lm_head."""
+    number = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
+    if not number or not 0 < vocab_size <= rows:  # type: ignore[operator]
+        raise ValueError(
+            f"vocab_size is {vocab_size!r}, expected a number of tokens from 1 to {rows}, the rows of the lm_head"
+        )
+
+
+def sequence_parallel(hidden: object, labels: object, parts: int) -> None:
+    """Hidden states are one of so many equal parts of every sequence, labels all of it."""
+    own, whole = _tensor("hidden", hidden), _tensor("labels", labels)
+    if own.dim() != 3 or whole.dim() != 2 or own.shape[1] * parts != whole.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(own.shape)} and labels {tuple(whole.shape)}, expected (S, T / {parts}, H) "
+            "and (S, T) with sequence_parallel"
+        )
+
+
+def split_sequences(split: bool, shift: bool, ld_alpha: float | None) -> None:
+    """What the parts of a sequence need, where it is split over ranks."""
+    if split and shift:
+        raise ValueError(
+            "shift_labels is True, expected False with cp_group: labels are shifted before sequences are split, "
+            "or a token is lost at every boundary"
+        )
+    if split and ld_alpha is not None:
+        raise ValueError(
+            f"ld_alpha is {ld_alpha}, expected None with cp_group: it counts tokens from a sequence's beginning, "
+            "which a part does not know"
+        )
 
 
 def compute_dtype(

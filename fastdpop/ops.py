@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastdpop import checks, engines, losses
-from fastdpop.engines.base import EngineOutput, Gradients, GroupLoss, NeedsGrad, Problem
+from fastdpop.engines.base import Engine, EngineOutput, Gradients, GroupLoss, NeedsGrad, Problem
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, wide_dtype
 from fastdpop.rows import rows_from_labels as _rows_from_labels
@@ -64,6 +64,16 @@ def _engine_context(device: torch.device) -> Iterator[None]:
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with torch.autocast(device.type, enabled=False), current:
         yield
+
+
+def _engine(spec: Spec) -> Engine:
+    """The engine of a spec, with the other processes that hold a part of the lm_head."""
+    engine = engines.get(spec.engine)
+    if spec.shard is None:
+        return engine
+    from fastdpop.distributed.vocabulary import VocabularyParallel
+
+    return VocabularyParallel(engine, spec.shard.group, spec.shard.start, spec.shard.vocabulary)
 
 
 def _problem(
@@ -192,7 +202,7 @@ def row_logps(
         ``(N, H)`` where that is all that backward needs (a frozen lm_head), else empty.
     """
     s = Spec.parse(spec)
-    engine = engines.get(s.engine)
+    engine = _engine(s)
     problem = _problem(hidden, weight, bias, targets, groups.tolist(), s)
     with _engine_context(hidden.device):
         if _keeps_dlogp_dhidden(s.needs_grad):
@@ -240,7 +250,7 @@ def row_logps_backward(
     s = Spec.parse(spec)
     problem = _problem(hidden, weight, bias, targets, groups.tolist(), s)
     with _engine_context(hidden.device):
-        found = engines.get(s.engine).gradients(problem, lse, dlogp, s.needs_grad)
+        found = _engine(s).gradients(problem, lse, dlogp, s.needs_grad)
     # The derivatives are final: the only rounding left is the one to the inputs' dtypes.
     tensors = (hidden, weight, hidden if bias is None else bias)
     typed = (None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
@@ -312,6 +322,7 @@ def pair_loss(
     rows: Sequence[Tensor],
     ref_logps: Tensor | None,
     kl: Tensor | None,
+    totals: Sequence[float] | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradients in one pass, for a loss that treats each pair by itself.
@@ -321,26 +332,30 @@ def pair_loss(
         rows: what :func:`rows_from_labels` gave.
         ref_logps: ``(2, P)`` reference log-probs of chosen and rejected.
         kl: 0-d, KTO's reference point.
+        totals: pairs, sides and chosen tokens of a batch of which these rows are a part; None where they are all
+            of it.
 
     Returns:
-        loss, 0-d (differentiable); sequence log-probs ``(S,)`` in float64; statistics ``(K, N)``;
-        and the gradients of the loss, in the result dtype, empty where not needed: they are what
-        backward scales.
+        loss, 0-d (differentiable), these rows' share of it; sequence log-probs ``(S,)`` in float64;
+        statistics ``(K, N)``; and the gradients of the loss, in the result dtype, empty where not
+        needed: they are what backward scales.
     """
     s = Spec.parse(spec)
     layout = Rows.of_tensors(rows)
+    whole = Totals.of(layout) if totals is None else Totals.given(totals, hidden.device)
     loss = PairLoss(
         layout,
         losses.by_key(s.loss),
-        Totals.of(layout),
+        whole,
         ref_logps,
         kl,
         s.statistics,
         mean=s.reduction == "mean",
+        count=None if totals is None else int(totals[0]),
     )
     problem = _problem(hidden, weight, bias, layout.targets, layout.bounds, s)
     with _engine_context(hidden.device):
-        found = engines.get(s.engine).logps_and_gradients(
+        found = _engine(s).logps_and_gradients(
             problem,
             s.statistics,
             GroupLoss(_autograd_allowed()(loss.dlogp), loss.plan()),
@@ -373,6 +388,7 @@ def _(
     rows: Sequence[Tensor],
     ref_logps: Tensor | None,
     kl: Tensor | None,
+    totals: Sequence[float] | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     s = Spec.parse(spec)
@@ -392,7 +408,7 @@ def _(
 
 
 def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, rows, _, _, ctx.spec = inputs
+    hidden, weight, bias, rows, _, _, _, ctx.spec = inputs
     ctx.row_tensors = len(rows)
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.set_materialize_grads(False)
@@ -401,7 +417,7 @@ def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _pair_loss_backward(ctx: Any, factor: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
     of_rows: list[None] = [None] * ctx.row_tensors
-    others = (None, None, None)  # ref_logps, kl, spec
+    others = (None, None, None, None)  # ref_logps, kl, totals, spec
     if factor is None:
         return None, None, None, of_rows, *others
     needs_grad = Spec.parse(ctx.spec).needs_grad

@@ -11,6 +11,7 @@ loss itself is :mod:`fastdpop.losses`'; which row counts for which sequence is :
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import losses
-from fastdpop.engines.base import PairLossPlan
+from fastdpop.engines.base import PairLossPlan, RowValues
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.rows import Rows, wide_dtype
 
@@ -41,6 +42,11 @@ class Totals(NamedTuple):
             chosen_tokens=chosen.sum().to(dtype),
         )
 
+    @staticmethod
+    def given(numbers: Sequence[float], device: torch.device) -> Totals:
+        """Of numbers that are known on the host, in the order of the fields."""
+        return Totals(*torch.tensor(numbers, dtype=wide_dtype(device), device=device).unbind())
+
 
 @dataclass(frozen=True)
 class PairLoss:
@@ -55,6 +61,9 @@ class PairLoss:
         kl: 0-d, KTO's reference point.
         statistics: the names of the rows' statistics.
         mean: average over pairs instead of summing.
+        count: pairs that a mean is over, where there are others beside these.
+        summed: adds up what is known of each sequence ``(S,)`` over the processes that hold parts of it, where
+            there are several; :meth:`dlogp` is then of no use.
     """
 
     rows: Rows
@@ -64,17 +73,27 @@ class PairLoss:
     kl: Tensor | None = None
     statistics: tuple[str, ...] = ()
     mean: bool = True
+    count: int | None = None
+    summed: Callable[[Tensor], Tensor] | None = None
 
     @property
     def share(self) -> float:
         """Factor of a pair's loss in the total."""
-        return 1.0 / len(self.rows.pairs) if self.mean else 1.0
+        count = len(self.rows.pairs) if self.count is None else self.count
+        return 1.0 / count if self.mean else 1.0
 
     def pairs(self, sequence_logps: Tensor, statistics: Tensor) -> PairLogps:
         """What the loss reads, of all pairs, from ``(S,)`` log-probs and ``(K, N)`` row
         statistics; differentiable.
         """
-        return self._pairs(self.rows, sequence_logps, statistics, self.ref_logps)
+        return self._pairs(
+            self.rows, sequence_logps, statistics, self.ref_logps, self.lengths, self.summed
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(S,)`` number of scored tokens of each sequence."""
+        return self.rows.lengths if self.summed is None else self.summed(self.rows.lengths)
 
     def losses(self, sequence_logps: Tensor, statistics: Tensor) -> Tensor:
         """The loss of every pair, ``(P,)``; differentiable.
@@ -82,22 +101,23 @@ class PairLoss:
         Raises:
             ValueError: the loss is of integers, which have no derivative.
         """
-        return self._losses(self.pairs(sequence_logps, statistics))
+        return self.of_pairs(self.pairs(sequence_logps, statistics))
 
     def total(self, sequence_logps: Tensor, statistics: Tensor) -> Tensor:
         """The loss of the batch, 0-d."""
         return self.losses(sequence_logps, statistics).sum() * self.share
 
-    def dlogp(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
-        """The derivatives of the loss with respect to the log-probs ``(n,)`` of the rows of groups
+    def dlogp(self, first: int, last: int, values: RowValues) -> Tensor:
+        """The derivatives of the loss with respect to the log-probs of the n rows of groups
         ``first`` to ``last - 1``; ``(n,)`` float64. See
         :class:`~fastdpop.engines.base.GroupLoss`.
         """
         part = self.rows.part(first, last)
         own = self.rows.order[self.rows.groups[2, first] : self.rows.groups[2, last]]
         ref_logps = None if self.ref_logps is None else self.ref_logps[:, own]
-        sums = part.sum_per_sequence(logps).requires_grad_()
-        total = self._losses(self._pairs(part, sums, statistics, ref_logps)).sum() * self.share
+        sums = part.sum_per_sequence(values.logps).requires_grad_()
+        pairs = self._pairs(part, sums, values.statistics, ref_logps)
+        total = self.of_pairs(pairs).sum() * self.share
         # A loss may ignore the policy altogether.
         found = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
         return part.sum_per_row(found.detach())
@@ -124,7 +144,8 @@ class PairLoss:
             share=self.share,
         )
 
-    def _losses(self, pairs: PairLogps) -> Tensor:
+    def of_pairs(self, pairs: PairLogps) -> Tensor:
+        """The loss of each of these pairs, ``(P,)``; differentiable."""
         values = self.function(pairs)
         if not values.is_floating_point():
             raise ValueError(
@@ -133,13 +154,20 @@ class PairLoss:
         return values
 
     def _pairs(
-        self, part: Rows, sequence_logps: Tensor, statistics: Tensor, ref_logps: Tensor | None
+        self,
+        part: Rows,
+        sequence_logps: Tensor,
+        statistics: Tensor,
+        ref_logps: Tensor | None,
+        lengths: Tensor | None = None,
+        summed: Callable[[Tensor], Tensor] | None = None,
     ) -> PairLogps:
         """The same for a part of the batch, whose reference log-probs are `ref_logps`."""
         aligned = None
         if "aligned_logps" in self.statistics:
             line = statistics[self.statistics.index("aligned_logps")]
             aligned = part.unweighted().sum_per_sequence(line)
+            aligned = aligned if summed is None else summed(aligned)
         return pair_logps(
             part,
             sequence_logps,
@@ -147,6 +175,7 @@ class PairLoss:
             ref_logps=ref_logps,
             aligned=aligned,
             kl=self.kl,
+            lengths=lengths,
         )
 
 
@@ -158,6 +187,7 @@ def pair_logps(
     ref_logps: Tensor | None = None,
     aligned: Tensor | None = None,
     kl: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> PairLogps:
     """Gather the two sides of every pair.
 
@@ -168,7 +198,10 @@ def pair_logps(
         ref_logps: ``(2, P)`` reference log-probs of chosen and rejected.
         aligned: ``(S,)`` token sums of the `aligned_logps` statistic.
         kl: 0-d, KTO's reference point.
+        lengths: ``(S,)`` tokens of each sequence; by default those that are rows.
     """
+    if lengths is None:
+        lengths = rows.lengths
     chosen, chosen_present = _side(rows, sequence_logps, 0)
     rejected, rejected_present = _side(rows, sequence_logps, 1)
     dtype = sequence_logps.dtype
@@ -176,8 +209,8 @@ def pair_logps(
     return PairLogps(
         chosen=chosen,
         rejected=rejected,
-        chosen_lengths=_side(rows, rows.lengths, 0)[0].to(dtype),
-        rejected_lengths=_side(rows, rows.lengths, 1)[0].to(dtype),
+        chosen_lengths=_side(rows, lengths, 0)[0].to(dtype),
+        rejected_lengths=_side(rows, lengths, 1)[0].to(dtype),
         ref_chosen=None if ref_chosen is None else _masked(ref_chosen, chosen_present),
         ref_rejected=None if ref_rejected is None else _masked(ref_rejected, rejected_present),
         chosen_aligned_logps=None if aligned is None else _side(rows, aligned, 0)[0],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdpop.distributed.parallel import Shard
 from fastdpop.engines.base import NO_GRAD, NeedsGrad, result_dtype
 from fastdpop.transform import LogitTransform
 
@@ -27,6 +28,7 @@ class Spec:
         needs_grad: which gradients are asked for.
         reduction: ``"mean"`` or ``"sum"`` over pairs.
         loss: a key of :func:`fastdpop.losses.key_of`; empty where only log-probs are asked for.
+        shard: which part of the vocabulary the lm_head has; None for all of it.
     """
 
     transform: LogitTransform
@@ -37,6 +39,7 @@ class Spec:
     needs_grad: NeedsGrad = NO_GRAD
     reduction: str = "mean"
     loss: str = ""
+    shard: Shard | None = None
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -55,6 +58,7 @@ class Spec:
             (self.needs_grad.hidden, self.needs_grad.weight, self.needs_grad.bias),
             self.reduction,
             self.loss,
+            None if self.shard is None else self.shard.numbers(),
         )
 
     @staticmethod
@@ -73,6 +77,7 @@ def _text(
     needs_grad: tuple[bool, bool, bool],
     reduction: str,
     loss: str,
+    shard: tuple[str, int, int, int, int] | None,
 ) -> str:
     """A constant to torch.compile, which takes plain values for that and no objects."""
     return json.dumps(
@@ -85,6 +90,7 @@ def _text(
             "needs_grad": needs_grad,
             "reduction": reduction,
             "loss": loss,
+            "shard": shard,
         }
     )
 
@@ -92,10 +98,12 @@ def _text(
 @functools.lru_cache(maxsize=256)
 def _parse(text: str) -> Spec:
     given = json.loads(text)
+    shard = given.pop("shard")
     return Spec(
         transform=LogitTransform(*given.pop("transform")),
         compute_dtype=getattr(torch, given.pop("compute_dtype")),
         statistics=tuple(given.pop("statistics")),
         needs_grad=NeedsGrad(*given.pop("needs_grad")),
+        shard=None if shard is None else Shard.of_numbers(shard),
         **given,
     )

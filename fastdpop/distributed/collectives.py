@@ -71,14 +71,16 @@ class _CopyTo(torch.autograd.Function):
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    def forward(
+        ctx: Any, tensor: Tensor, sizes: Sequence[int], group: Group, factor: float
+    ) -> Tensor:
         start = sum(sizes[: group.rank])
-        ctx.own = slice(start, start + sizes[group.rank])
+        ctx.own, ctx.factor = slice(start, start + sizes[group.rank]), factor
         return concatenated(tensor.detach(), sizes, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0][ctx.own], None, None
+        return grads[0][ctx.own] * ctx.factor, None, None, None
 
 
 def sum_over(tensor: Tensor, group: Group, factor: float = 1.0) -> Tensor:
@@ -95,7 +97,34 @@ def copy_to(tensor: Tensor, group: Group) -> Tensor:
     return result
 
 
-def joined(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
-    """:func:`concatenated`; backward, this process's own rows of what comes from above."""
-    result: Tensor = _Joined.apply(tensor, sizes, group)
+def joined(tensor: Tensor, sizes: Sequence[int], group: Group, factor: float = 1.0) -> Tensor:
+    """:func:`concatenated`; backward, this process's own rows of what comes from above times `factor`."""
+    result: Tensor = _Joined.apply(tensor, sizes, group, factor)
+    return result
+
+
+class _WholeSequences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(tensor) for _ in range(group.size)]
+        dist.all_gather(parts, tensor.detach().contiguous(), group=group.handle)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        group = ctx.group
+        parts = [part.contiguous() for part in grads[0].chunk(group.size, dim=1)]
+        if dist.get_backend(group.handle) == "gloo":  # which cannot scatter what it sums
+            return sum_(grads[0].contiguous().clone(), group).chunk(group.size, 1)[group.rank], None
+        own = torch.empty_like(parts[group.rank])
+        dist.reduce_scatter(own, parts, group=group.handle)
+        return own, None
+
+
+def along_sequence(tensor: Tensor, group: Group) -> Tensor:
+    """``(S, T, H)`` of ``(S, T / n, H)``, the parts in the order of the ranks, for computing with a part of the
+    weights each; backward, this process's part of the sum of the derivatives.
+    """
+    result: Tensor = _WholeSequences.apply(tensor, group)
     return result

@@ -1,0 +1,85 @@
+"""Which processes compute a batch together, and how a caller says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastdpop.distributed.groups import Group
+
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive tokens of a vocabulary, of which each process of a group holds some.
+
+    Attributes:
+        start: the first of this process's.
+        vocabulary: how many tokens there are in all.
+    """
+
+    group: Group
+    start: int
+    vocabulary: int
+
+    def numbers(self) -> tuple[str, int, int, int, int]:
+        """As plain values; :meth:`of_numbers` is the inverse."""
+        return (self.group.name, self.group.size, self.group.rank, self.start, self.vocabulary)
+
+    @staticmethod
+    def of_numbers(given: tuple[str, int, int, int, int]) -> Shard:
+        return Shard(Group(*given[:3]), *given[3:])
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The groups of a call; None where there is no other process.
+
+    Attributes:
+        data: each process has pairs of its own.
+        context: each has a part of every sequence.
+        tensor: each has a part of the lm_head's vocabulary.
+        averaged: gradients of parameters are averaged over `data` and `context` afterwards, not summed.
+    """
+
+    data: Group | None = None
+    context: Group | None = None
+    tensor: Group | None = None
+    averaged: bool = True
+
+    @staticmethod
+    def of(
+        group: Any = None, cp_group: Any = None, tp_group: Any = None, grad_reduction: str = "mean"
+    ) -> Parallel:
+        """What a caller gave.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+        """
+        if grad_reduction not in REDUCTIONS:
+            raise ValueError(f"grad_reduction is {grad_reduction!r}, expected one of {REDUCTIONS}")
+        return Parallel(
+            Group.of("group", group),
+            Group.of("cp_group", cp_group),
+            Group.of("tp_group", tp_group),
+            grad_reduction == "mean",
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process computes by itself."""
+        return self.data is None and self.context is None and self.tensor is None
+
+    def groups(self) -> list[tuple[str, Group]]:
+        """Those that there are, by the name of their argument."""
+        named = (("tp_group", self.tensor), ("cp_group", self.context), ("group", self.data))
+        return [(name, group) for name, group in named if group is not None]
+
+    def factor(self, group: Group | None) -> float:
+        """Of a derivative, so that the mean over the group is what its sum would be without."""
+        return float(group.size) if group is not None and self.averaged else 1.0
+
+
+ALONE = Parallel()
+"""One process."""

@@ -1,0 +1,429 @@
+"""A preference loss, from arguments to output: checks, rows, one of two ways through the lm_head, and what is returned.
+
+With other processes, all make sure first that each of them will come as far as the lm_head
+(:mod:`.distributed.agreement`); what follows is the same for one process, which is by itself the whole batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpop import checks
+from fastdpop.call import NO_OPTIONS, NO_REFERENCE, Batch, Call, LMHead, Options, Reference
+from fastdpop.distributed import collectives
+from fastdpop.distributed.agreement import meeting
+from fastdpop.distributed.pairs import joined_pairs, whole_sequences
+from fastdpop.distributed.parallel import Parallel, Shard
+from fastdpop.output import PreferenceOutput
+from fastdpop.pair_loss import PairLoss, Totals
+from fastdpop.rows import Rows, default_pairs
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of an object in its repr: it differs between processes."""
+
+
+class Given(NamedTuple):
+    """What a caller gave; of log-probs alone, the first two."""
+
+    batch: Batch
+    head: LMHead
+    reference: Reference = NO_REFERENCE
+    options: Options = NO_OPTIONS
+
+
+class Weighting(NamedTuple):
+    """How much each token counts in its sequence's sum."""
+
+    token_weights: Tensor | None
+    ld_alpha: float | None
+
+
+class _Prepared(NamedTuple):
+    """A call whose arguments are in order."""
+
+    call: Call
+    pairs: Tensor
+    rows: Rows
+    by_pair: bool
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The batch that this process's pairs and tokens are a part of; by itself, all of it.
+
+    Attributes:
+        totals: pairs, sides and chosen tokens; None by itself.
+        pairs_of: pairs of each process.
+    """
+
+    parallel: Parallel
+    totals: tuple[int, int, int] | None = None
+    pairs_of: Sequence[int] = ()
+
+    @property
+    def count(self) -> int | None:
+        """Pairs, where there are others."""
+        return None if self.totals is None else self.totals[0]
+
+
+def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
+    """:func:`fastdpop.fused_preference_loss`."""
+    batch, head, reference, options = given
+    if parallel.alone:
+        prepared, whole = _prepared(batch, head, reference, options, parallel), _Whole(parallel)
+    else:
+        with meeting(parallel, device_of(batch.hidden)) as brought:
+            prepared = _prepared(batch, head, reference, options, parallel)
+            brought.settings = _settings(prepared.call, options)
+            brought.layout = _layout(batch, prepared.rows, parallel)
+            brought.totals = _counted(prepared.rows)
+        whole = _Whole(parallel, brought.totals, brought.pairs_of)
+        if whole.count == 0:
+            raise ValueError(
+                "the batch holds 0 pairs on every rank of group, expected at least one"
+            )
+    rows, count = prepared.rows, batch.sequences
+    totals = Totals.of(rows)
+    if whole.totals is not None:
+        totals = Totals.given(whole.totals, batch.hidden.device)
+    kl = reference.kl
+    summed = sequences_over(parallel, rows, count)
+    loss = PairLoss(
+        rows,
+        options.loss,
+        totals,
+        ref_logps=_ref_logps(reference, batch, head, prepared, summed),
+        kl=None if kl is None else kl.detach(),
+        statistics=options.names,
+        mean=options.reduction == "mean",
+        count=whole.count,
+        summed=summed,
+    )
+    total, values, sums, found = _computed(prepared.call, loss, options, whole, count)
+    total = total.to(prepared.call.spec.result_dtype)
+    with torch.no_grad():
+        output = _output(total, values.detach(), sums.detach(), found, loss, options, count)
+    if options.check_finite:
+        checks.finite(
+            output.loss,
+            hidden=batch.hidden,
+            weight=head.weight,
+            bias=head.bias,
+            ref_hidden=reference.hidden,
+            ref_weight=reference.weight,
+            ref_bias=reference.bias,
+            ref_logps=None if reference.logps is None else loss.ref_logps,
+            kl=kl,
+        )
+    return output
+
+
+def _prepared(
+    batch: Batch, head: LMHead, reference: Reference, options: Options, parallel: Parallel
+) -> _Prepared:
+    """Checks, and the rows: all that can go wrong with arguments."""
+    traits, kl = options.loss.traits, reference.kl
+    options.check()
+    batch.check(empty=parallel.data is not None)
+    count, device = batch.sequences, batch.hidden.device
+    call = Call.of(batch.hidden, head)
+    pairs = checks.pairs(options.pairs, count, traits.accepts_unpaired, device)
+    if pairs is None:
+        pairs = default_pairs(count, device)
+    reference.check(traits.needs_reference)
+    if kl is not None:
+        checks.kl(kl, traits.uses_kl, device)
+    checks.split_sequences(parallel.context is not None, batch.shift, traits.ld_alpha)
+    coupled = _coupled(options, reference)
+    if parallel.data is not None and coupled and options.reduction == "none":
+        raise ValueError(
+            "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "
+            "go to other ranks"
+        )
+    rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
+    return _Prepared(call, pairs, rows, traits.ld_alpha is not None and options.pairs is not None)
+
+
+def _coupled(options: Options, reference: Reference) -> bool:
+    traits = options.loss.traits
+    return traits.couples_pairs or (traits.couples_pairs_without_kl and reference.kl is None)
+
+
+def _settings(call: Call, options: Options) -> str:
+    """What ranks must have in common, in words."""
+    loss = _ADDRESS.sub("", repr(options.loss))
+    return (
+        f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, "
+        f"{_of_call(call)}"
+    )
+
+
+def _of_call(call: Call) -> str:
+    spec = call.spec
+    vocabulary = len(call.weight) if spec.shard is None else spec.shard.vocabulary
+    return (
+        f"lm_head {vocabulary} x {call.weight.shape[1]} in {call.weight.dtype}, "
+        f"bias {call.bias is not None}, {spec.transform}, products in {spec.compute_dtype}, "
+        f"gradients {tuple(spec.needs_grad)}"
+    )
+
+
+def _layout(batch: Batch, rows: Rows, parallel: Parallel) -> str:
+    """What ranks that share sequences must have in common; with a split lm_head, the tokens too."""
+    inputs = rows.inputs[rows.pairs.clamp_min(0)].where(rows.pairs >= 0, -1).tolist()
+    said = f"{batch.sequences} sequences in pairs {inputs}"
+    if parallel.tensor is not None:
+        place = torch.arange(1, len(rows.index) + 1, device=rows.index.device)
+        mark = int(((rows.index * 1_000_003 + rows.targets) * place).sum())
+        said += f", {len(rows.index)} scored tokens with the checksum {mark}"
+    return said
+
+
+def _counted(rows: Rows) -> tuple[int, int, int]:
+    """Pairs, sides and chosen tokens of these rows."""
+    chosen = rows.pairs[:, 0]
+    tokens = torch.where(chosen >= 0, rows.lengths[chosen.clamp_min(0)], 0).sum()
+    return len(rows.pairs), int((rows.pairs >= 0).sum()), int(tokens)
+
+
+def device_of(hidden: Any) -> torch.device:
+    """Where the tensors are, of arguments that nobody has checked yet."""
+    return hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+
+
+def begun(
+    given: Callable[[], Given],
+    hidden: object,
+    parallel: Parallel,
+    vocab_size: int | None,
+    sequence_parallel: bool,
+) -> Given:
+    """What a caller gave, with the lm_head as one of a vocabulary that may be split over ``tp_group``, and hidden
+    states as whole sequences.
+
+    Args:
+        given: makes it, if the arguments are in order.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; RuntimeError: another rank's is not.
+    """
+    checks.flag("sequence_parallel", sequence_parallel)
+    group = parallel.tensor
+    if sequence_parallel and group is None:
+        raise ValueError("sequence_parallel is set without tp_group, expected both")
+    if parallel.alone:
+        return _cut(given(), vocab_size, 0)
+    with meeting(parallel, device_of(hidden)) as brought:
+        found = given()
+        head = found.head
+        checks.head(head.weight, head.bias)
+        brought.rows = len(head.weight)
+        if sequence_parallel and group is not None:
+            own = found.batch.hidden
+            checks.sequence_parallel(own, found.batch.labels, group.size)
+            brought.layout = f"hidden {tuple(own.shape)} of {own.dtype}"
+        if group is None:
+            found = _cut(found, vocab_size, 0)
+    if group is None:
+        return found
+    start, whole = sum(brought.rows_of[: group.rank]), sum(brought.rows_of)
+    found = _cut(found, vocab_size, start, whole)
+    whole = whole if vocab_size is None else vocab_size
+    shard = Shard(group, min(start, whole), whole)
+    batch, head = found.batch, found.head._replace(shard=shard, joined=sequence_parallel)
+    if sequence_parallel:
+        batch = batch._replace(hidden=collectives.along_sequence(batch.hidden, group))
+    return found._replace(batch=batch, head=head)
+
+
+def _cut(given: Given, vocab_size: int | None, start: int, whole: int | None = None) -> Given:
+    """Without the rows of the lm_head that stand for no token; the first of this rank's is `start`, of `whole`."""
+    if vocab_size is None:
+        return given
+    _, head, reference, _ = given
+    checks.head(head.weight, head.bias)
+    rows = len(head.weight)
+    checks.vocabulary(vocab_size, rows if whole is None else whole)
+    kept = min(max(vocab_size - start, 0), rows)
+    if kept == rows:
+        return given
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return tensor[:kept] if isinstance(tensor, Tensor) else tensor
+
+    return given._replace(
+        head=head._replace(weight=head.weight[:kept], bias=cut(head.bias)),
+        reference=reference._replace(weight=cut(reference.weight), bias=cut(reference.bias)),
+    )
+
+
+def logps(
+    given: Given,
+    weighting: Weighting,
+    reduction: str,
+    dtype: torch.dtype,
+    parallel: Parallel,
+) -> Tensor:
+    """:func:`fastdpop.fused_logps`."""
+    batch, head, *_ = given
+    if parallel.alone:
+        call, rows = _scored(batch, head, weighting, reduction, parallel)
+    else:
+        with meeting(parallel, device_of(batch.hidden)) as brought:
+            call, rows = _scored(batch, head, weighting, reduction, parallel)
+            brought.settings = f"reduction {reduction!r}, {_of_call(call)}"
+            brought.layout = _layout(batch, rows, parallel)
+    row_logps, _ = call.row_logps(rows, ())
+    if reduction == "token":
+        values = row_logps[rows.members].to(torch.promote_types(row_logps.dtype, dtype))
+        flat = values.new_zeros(batch.labels.numel())
+        return flat.index_put((rows.label_index,), values).reshape(batch.labels.shape)
+    sums, summed = rows.sum_per_sequence(row_logps), sequences_over(parallel, rows, batch.sequences)
+    sums = sums if summed is None else summed(sums)
+    sums = sums.to(torch.promote_types(row_logps.dtype, dtype))
+    # All of them, of a length that a compiler knows.
+    return sums.new_zeros(batch.sequences).index_put((rows.inputs,), sums)
+
+
+def _scored(
+    batch: Batch, head: LMHead, weighting: Weighting, reduction: str, parallel: Parallel
+) -> tuple[Call, Rows]:
+    batch.check()
+    call, count = Call.of(batch.hidden, head), batch.sequences
+    checks.weighting(*weighting, batch.labels, count, reduction)
+    checks.split_sequences(parallel.context is not None, batch.shift, weighting.ld_alpha)
+    rows = batch.rows(
+        head.vocabulary,
+        default_pairs(count, batch.labels.device),
+        keep_unpaired=True,
+        token_weights=weighting.token_weights,
+        ld_alpha=weighting.ld_alpha,
+    )
+    return call, rows
+
+
+def sequences_over(
+    parallel: Parallel, rows: Rows, sequences: int
+) -> Callable[[Tensor], Tensor] | None:
+    """Adds up what is known of each sequence over ``cp_group``; None where sequences are whole."""
+    group = parallel.context
+    if group is None:
+        return None
+    return partial(
+        whole_sequences, rows=rows, sequences=sequences, group=group, factor=parallel.factor(group)
+    )
+
+
+def _computed(
+    call: Call, loss: PairLoss, options: Options, whole: _Whole, sequences: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, differentiable; losses of pairs ``(P,)``, log-probs of sequences ``(S,)`` and statistics ``(K, N)``."""
+    parallel, traits = whole.parallel, options.loss.traits
+    coupled = traits.couples_pairs or (traits.couples_pairs_without_kl and loss.kl is None)
+    none, data = options.reduction == "none", parallel.data
+    one_pass = call.spec.needs_grad.lm_head and not (coupled or none or parallel.context)
+    if one_pass:
+        # The loss of a pair is known as soon as its log-probs are.
+        total, sums, found = call.pair_loss(loss, whole.totals)
+        with torch.no_grad():
+            values = loss.losses(sums, found)
+    else:
+        row_logps, found = call.row_logps(loss.rows, loss.statistics)
+        sums = loss.rows.sum_per_sequence(row_logps)
+        if loss.summed is not None:
+            sums = loss.summed(sums)
+        if data is not None and coupled:
+            pairs, own = joined_pairs(
+                loss.pairs(sums, found), whole.pairs_of, data, parallel.factor(data)
+            )
+            every = loss.of_pairs(pairs)
+            return every.sum() * loss.share, every[own], sums, found
+        values = loss.losses(sums, found)
+        if none:
+            return values, values, sums, found
+        total = values.sum() * loss.share
+    if data is not None:
+        total = collectives.sum_over(total, data, parallel.factor(data))
+    return total, values, sums, found
+
+
+def _ref_logps(
+    reference: Reference,
+    batch: Batch,
+    head: LMHead,
+    prepared: _Prepared,
+    summed: Callable[[Tensor], Tensor] | None,
+) -> Tensor | None:
+    """The reference's log-probs ``(2, P)``, arbitrary where a side is absent; None without one."""
+    if reference.hidden is None:
+        if reference.logps is None:
+            return None
+        given = checks.ref_logps(reference.logps, prepared.pairs, batch.sequences, prepared.by_pair)
+        # Beside float64 log-probs of rows, none of whose sums is ever rounded.
+        return given.double() if batch.hidden.dtype == torch.float64 else given
+    rows = prepared.rows
+    checks.like("ref_hidden", reference.hidden, "hidden", batch.hidden)
+    if reference.weight is not None:
+        own = head.weight
+        head = head._replace(weight=reference.weight, bias=reference.bias)
+        checks.projection(
+            reference.hidden, head.weight, head.bias, prefix="ref_", empty=head.shard is not None
+        )
+        checks.same_vocabulary(head.weight, own)
+    with torch.no_grad():
+        logps, _ = Call.of(reference.hidden, head, "ref_").row_logps(rows, ())
+        sums = rows.sum_per_sequence(logps)
+        sums = sums if summed is None else summed(sums)
+    return sums[rows.pairs.clamp_min(0)].T.contiguous()
+
+
+def _output(
+    total: Tensor,
+    values: Tensor,
+    sums: Tensor,
+    found: Tensor,
+    loss: PairLoss,
+    options: Options,
+    sequences: int,
+) -> PreferenceOutput:
+    """Everything that is returned, in the result dtype, from the log-probs ``(S,)`` of the layout's
+    sequences and the statistics ``(K, N)`` of its rows.
+    """
+    pairs, rows, dtype = loss.pairs(sums, found), loss.rows, total.dtype
+    chosen_rewards, rejected_rewards = loss.function.rewards(pairs)
+    chosen_rewards = chosen_rewards * pairs.chosen_present
+    rejected_rewards = rejected_rewards * pairs.rejected_present
+    both = pairs.chosen_present & pairs.rejected_present
+    margins = chosen_rewards - rejected_rewards
+    accuracy = ((margins > 0) & both).sum() / both.sum().clamp_min(1).to(dtype)
+    penalty = None
+    if pairs.ref_chosen is not None:
+        penalty = (0.0 - pairs.chosen_logratios).relu().to(dtype)
+    own_lengths = loss.lengths
+    lengths = own_lengths.new_zeros(sequences).index_put((rows.inputs,), own_lengths)
+    means: dict[str, Any] = {}
+    for name in options.statistics:
+        line = found[loss.statistics.index(name)]
+        over = rows.unweighted().sum_per_sequence(line)
+        mean = (over if loss.summed is None else loss.summed(over)) / own_lengths.clamp_min(1)
+        means[name] = line.new_zeros(sequences).index_put((rows.inputs,), mean.to(dtype))
+    return PreferenceOutput(
+        loss=total,
+        losses=values.to(dtype),
+        chosen_logps=pairs.chosen.to(dtype),
+        rejected_logps=pairs.rejected.to(dtype),
+        chosen_rewards=chosen_rewards.to(dtype),
+        rejected_rewards=rejected_rewards.to(dtype),
+        margins=margins.to(dtype),
+        accuracy=accuracy,
+        penalty=penalty,
+        lengths=lengths,
+        **means,
+    )
