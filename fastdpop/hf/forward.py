@@ -136,6 +136,28 @@ class _Asked:
                         f"{name} is given without preference, expected preference= too"
                     )
 
+    def take_shifted(self, kwargs: dict[str, Any]) -> None:
+        """Labels that were shifted before a sequence was split come as `shift_labels`, which models' own losses take
+        in the place of `labels`, too.
+
+        Raises:
+            ValueError: they are no labels, or the options say that they are to be shifted.
+        """
+        shifted = kwargs.pop("shift_labels", None)
+        if shifted is None:
+            return
+        if not isinstance(shifted, Tensor):
+            raise ValueError(
+                f"shift_labels is {shifted!r}, expected labels that were shifted already; whether labels are to be "
+                "shifted stands in preference_options"
+            )
+        if (self.options or {}).get("shift_labels"):
+            raise ValueError(
+                "preference_options contains shift_labels=True, expected False beside shift_labels="
+            )
+        kwargs["labels"] = shifted
+        self.options = {**(self.options or {}), "shift_labels": False}
+
     @torch.compiler.disable
     def check_options(self) -> None:
         """
@@ -174,6 +196,7 @@ def _answer(
 ) -> PreferenceModelOutput | tuple[Any, ...]:
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
     asked.check_options()
+    asked.take_shifted(kwargs)
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     run = functools.partial(_run, original, model)
     with HeadKeptWhole(output_head(model)) as whole:
