@@ -9,9 +9,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastdpop.engines import GroupLoss, NeedsGrad, PairLossPlan
 from tests.batches import HEADS
 from tests.distributed.pool import Pool
-from tests.distributed.shards import Whole, coefficients, compare, nearly_certain, problem
+from tests.distributed.shards import (
+    Whole,
+    coefficients,
+    compare,
+    loss,
+    nearly_certain,
+    problem,
+    shard,
+)
 
 WORKSPACES = {"eager": (1 << 22, 70_000, 9_000), "cpu": (1 << 22, 9_000)}
 """All rows of the problem, a few groups of them, less than a group."""
@@ -88,3 +97,31 @@ def _near_certainty(rank: int) -> None:
 
 def test_triton_near_certainty(interpreted: Pool) -> None:
     interpreted.run(_near_certainty)
+
+
+def _with_a_kernel(rank: int) -> None:
+    """A loss that has a kernel is called all the same: the kernel would see local log-probs."""
+    p = problem(81, groups=(0, 3, 8))
+    engine, part = shard(p, (60, 21), "triton")
+    plain = loss(p, coefficients(p))
+    pairs = PairLossPlan(
+        offsets=torch.tensor([0, 1, 3, 5, 8]),
+        order=torch.arange(2),
+        ref_logps=torch.zeros(2, 2, dtype=torch.float64),
+        rounded=False,
+        loss="DPOP",
+        options={"form": "inside", "beta": 0.3, "lam": 50.0, "label_smoothing": 0.0},
+        share=0.5,
+    )
+    needs = NeedsGrad(True, True, False)
+    want = engine.logps_and_gradients(part, (), plain, needs)
+    found = engine.logps_and_gradients(part, (), GroupLoss(plain.dlogp, pairs), needs)
+    assert found.losses is None
+    for a, b in zip(found.gradients[:2], want.gradients[:2], strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+def test_triton_leaves_its_loss_kernels_alone(interpreted: Pool) -> None:
+    interpreted.run(_with_a_kernel)

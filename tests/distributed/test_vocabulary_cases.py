@@ -319,3 +319,17 @@ def _spread(rank: int) -> None:
 
 def test_shards_far_apart(two: Pool) -> None:
     two.run(_spread)
+
+
+def _speaks(rank: int) -> None:
+    engine, _ = shard(problem(), HALVES, "cpu")
+    cpu = torch.device("cpu")
+    assert engine.name == "cpu"
+    assert engine.automatic(cpu)
+    assert engine.unavailable(cpu, torch.float32) is None
+    assert "not in torch.float64" in (engine.unavailable(cpu, torch.float64) or "")
+    assert engine.describe().endswith(", the vocabulary split over 2 processes")
+
+
+def test_it_speaks_for_the_engine_within(two: Pool) -> None:
+    two.run(_speaks)
