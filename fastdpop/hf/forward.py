@@ -22,6 +22,7 @@ from fastdpop.hf.self_check import random_state, set_random_state
 from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
+from fastdpop.hf.zero import PartitionedHead, with_whole_head
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.output import PreferenceOutput
 from fastdpop.rows import IGNORE, default_pairs
@@ -171,18 +172,19 @@ def _answer(
     asked.check_options()
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     run = functools.partial(_run, original, model)
-    call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
-    random = None if batch is None else random_state(batch.device)
-    try:
-        outputs = run(call, batch)
-    except Unshareable as error:  # met by a layer
-        if batch is None or random is None:
-            raise
-        warn_once(model, str(error))
-        set_random_state(random)  # what layers before that one have dropped out
-        call, batch = call if asked.prefix_tree is None else padded(batch, call), None
-        outputs = run(call, batch)
-    output = _fused(model, outputs, labels, asked, settings, batch)
+    with PartitionedHead(model):
+        call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
+        random = None if batch is None else random_state(batch.device)
+        try:
+            outputs = run(call, batch)
+        except Unshareable as error:  # met by a layer
+            if batch is None or random is None:
+                raise
+            warn_once(model, str(error))
+            set_random_state(random)  # what layers before that one have dropped out
+            call, batch = call if asked.prefix_tree is None else padded(batch, call), None
+            outputs = run(call, batch)
+        output = _fused(model, outputs, labels, asked, settings, batch)
     return output if as_dict else output.to_tuple()
 
 
@@ -217,7 +219,7 @@ def _laid_out(
     def logps(sample: dict[str, Any], labels: Tensor, batch: SharedBatch | None) -> Tensor:
         plain = {name: value for name, value in call.items() if isinstance(value, (bool, int))}
         inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
-        return fused_logps(**inputs, **own, reduction="token")
+        return with_whole_head(fused_logps, {**inputs, **own, "reduction": "token"})
 
     batch, shift = None, options.get("shift_labels", True)
     if asked.prefix_tree is not None:
@@ -265,10 +267,11 @@ def _fused(
     if batch is not None and passed_on["hidden_states"] is not None:
         passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
     if asked.preference is None:
-        logps = fused_logps(**inputs)
+        logps = with_whole_head(fused_logps, inputs)
         shape = labels.shape if options.get("reduction") == "token" else logps.shape
         return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
-    result = fused_preference_loss(**inputs, loss=asked.preference, ref_logps=asked.ref_logps)
+    inputs |= {"loss": asked.preference, "ref_logps": asked.ref_logps}
+    result = with_whole_head(fused_preference_loss, inputs)
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     values["loss"] = _with_router_loss(
         model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
