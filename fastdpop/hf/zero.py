@@ -237,7 +237,7 @@ def _gathered(path: str, parameter: Tensor) -> Tensor:
     if parameter.shape != whole_shape(parameter):
         raise RuntimeError(
             f"{path} is partitioned by ZeRO-3, and nothing gathers it: call the model after deepspeed.initialize, and "
-            "let no part of the head be a leaf module of ZeRO-3"
+            "let the head be in no leaf module of ZeRO-3 (set_z3_leaf_modules)"
         )
     return parameter
 
