@@ -208,6 +208,13 @@ def _ties(rank: int, name: str) -> None:
     engine, part = shard(p, HALVES, name)
     accuracy = engine.logps(part, ("token_accuracy",)).statistics[0]
     assert accuracy.tolist() == [float(row != 3) for row in range(12)]
+    p.weight[300:312] = 0.0
+    z = p.hidden @ p.weight.T
+    for own in (slice(0, 259), slice(259, 517)):  # the likeliest of its own shard is not enough
+        p.targets.copy_(z[:, own].argmax(1) + own.start)
+        accuracy = engine.logps(part, ("token_accuracy",)).statistics[0]
+        assert torch.equal(accuracy, (z[:, own].amax(1) >= z.amax(1)).float())
+        assert 0 < accuracy.mean() < 1
 
 
 @pytest.mark.parametrize("name", LOCAL)
