@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdpop import checks, losses
+from fastdpop.arguments import Given, Weighting, begun
 from fastdpop.call import LOGGED, Batch, LMHead, Loss, Options, Pairs, Reference, RefLogps
 from fastdpop.distributed.parallel import Parallel
 from fastdpop.output import PreferenceOutput
-from fastdpop.preference import Given, Weighting, begun, logps, preference_loss
+from fastdpop.preference import logps, preference_loss
 from fastdpop.transform import LogitTransform
 
 if TYPE_CHECKING:  # not every build of torch has them

@@ -210,21 +210,20 @@ def head(weight: object, bias: object) -> None:
         _shape("bias", of_bias, found.shape[:1], "one value per token of the vocabulary")
 
 
-def vocabulary(vocab_size: object, rows: int) -> None:
-    """How many tokens there are, of at most so many rows of the lm_head."""
+def vocabulary(vocab_size: object, rows: int | None = None) -> None:
+    """How many tokens there are, of at most so many rows of the lm_head where these are known."""
     number = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
-    if not number or not 0 < vocab_size <= rows:  # type: ignore[operator]
-        raise ValueError(
-            f"vocab_size is {vocab_size!r}, expected a number of tokens from 1 to {rows}, the rows of the lm_head"
-        )
+    if not number or vocab_size < 1 or (rows is not None and vocab_size > rows):  # type: ignore[operator]
+        most = "" if rows is None else f" from 1 to {rows}, the rows of the lm_head"
+        raise ValueError(f"vocab_size is {vocab_size!r}, expected a number of tokens{most}")
 
 
-def sequence_parallel(hidden: object, labels: object, parts: int) -> None:
+def sequence_parallel(name: str, hidden: object, labels: object, parts: int) -> None:
     """Hidden states are one of so many equal parts of every sequence, labels all of it."""
-    own, whole = _tensor("hidden", hidden), _tensor("labels", labels)
+    own, whole = _tensor(name, hidden), _tensor("labels", labels)
     if own.dim() != 3 or whole.dim() != 2 or own.shape[1] * parts != whole.shape[1]:
         raise ValueError(
-            f"hidden has shape {tuple(own.shape)} and labels {tuple(whole.shape)}, expected (S, T / {parts}, H) "
+            f"{name} has shape {tuple(own.shape)} and labels {tuple(whole.shape)}, expected (S, T / {parts}, H) "
             "and (S, T) with sequence_parallel"
         )
 

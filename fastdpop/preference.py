@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fastdpop import checks
-from fastdpop.call import NO_OPTIONS, NO_REFERENCE, Batch, Call, LMHead, Options, Reference
+from fastdpop.arguments import Given, Weighting, device_of
+from fastdpop.call import Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
 from fastdpop.distributed.agreement import meeting
 from fastdpop.distributed.pairs import joined_pairs, whole_sequences
-from fastdpop.distributed.parallel import Parallel, Shard
+from fastdpop.distributed.parallel import Parallel
 from fastdpop.output import PreferenceOutput
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, default_pairs
@@ -29,29 +30,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Of an object in its repr: it differs between processes."""
 
 
-class Given(NamedTuple):
-    """What a caller gave; of log-probs alone, the first two."""
-
-    batch: Batch
-    head: LMHead
-    reference: Reference = NO_REFERENCE
-    options: Options = NO_OPTIONS
-
-
-class Weighting(NamedTuple):
-    """How much each token counts in its sequence's sum."""
-
-    token_weights: Tensor | None
-    ld_alpha: float | None
-
-
 class _Prepared(NamedTuple):
     """A call whose arguments are in order."""
 
     call: Call
-    pairs: Tensor
     rows: Rows
-    by_pair: bool
+    ref_logps: Tensor | None
+    ref_call: Call | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
     else:
         with meeting(parallel, device_of(batch.hidden)) as brought:
             prepared = _prepared(batch, head, reference, options, parallel)
-            brought.settings = _settings(prepared.call, options)
+            brought.settings = _settings(prepared, options)
             brought.layout = _layout(batch, prepared.rows)
             brought.tokens = _tokens(prepared.rows, parallel)
             brought.totals = _counted(prepared.rows)
@@ -100,7 +85,7 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
         rows,
         options.loss,
         totals,
-        ref_logps=_ref_logps(reference, batch, head, prepared, summed),
+        ref_logps=_ref_logps(prepared, summed),
         kl=None if kl is None else kl.detach(),
         statistics=options.names,
         mean=options.reduction == "mean",
@@ -148,8 +133,36 @@ def _prepared(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "
             "go to other ranks"
         )
+    by_pair = traits.ld_alpha is not None and options.pairs is not None
+    ref_logps = _given_logps(reference, batch, pairs, by_pair)
+    ref_call = _ref_call(reference, batch, head)
     rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
-    return _Prepared(call, pairs, rows, traits.ld_alpha is not None and options.pairs is not None)
+    return _Prepared(call, rows, ref_logps, ref_call)
+
+
+def _given_logps(reference: Reference, batch: Batch, pairs: Tensor, by_pair: bool) -> Tensor | None:
+    """The reference's log-probs ``(2, P)`` that a caller gave."""
+    if reference.logps is None:
+        return None
+    given = checks.ref_logps(reference.logps, pairs, batch.sequences, by_pair)
+    # Beside float64 log-probs of rows, none of whose sums is ever rounded.
+    return given.double() if batch.hidden.dtype == torch.float64 else given
+
+
+def _ref_call(reference: Reference, batch: Batch, head: LMHead) -> Call | None:
+    """The reference's hidden states and the lm_head that they go through."""
+    if reference.hidden is None:
+        return None
+    checks.like("ref_hidden", reference.hidden, "hidden", batch.hidden)
+    if reference.weight is not None:
+        own = head.weight
+        head = head._replace(weight=reference.weight, bias=reference.bias)
+        checks.projection(
+            reference.hidden, head.weight, head.bias, prefix="ref_", empty=head.shard is not None
+        )
+        checks.same_vocabulary(head.weight, own)
+    with torch.no_grad():
+        return Call.of(reference.hidden, head, "ref_")
 
 
 def _coupled(options: Options, reference: Reference) -> bool:
@@ -157,12 +170,17 @@ def _coupled(options: Options, reference: Reference) -> bool:
     return traits.couples_pairs or (traits.couples_pairs_without_kl and reference.kl is None)
 
 
-def _settings(call: Call, options: Options) -> str:
+def _settings(prepared: _Prepared, options: Options) -> str:
     """What ranks must have in common, in words."""
     loss = _ADDRESS.sub("", repr(options.loss))
+    reference = "none"
+    if prepared.ref_logps is not None:
+        reference = f"log-probs in {prepared.ref_logps.dtype}"
+    elif prepared.ref_call is not None:
+        reference = f"hidden states through {_of_call(prepared.ref_call)}"
     return (
-        f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, "
-        f"{_of_call(call)}"
+        f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, reference {reference}, "
+        f"{_of_call(prepared.call)}"
     )
 
 
@@ -196,77 +214,6 @@ def _counted(rows: Rows) -> tuple[int, int, int]:
     chosen = rows.pairs[:, 0]
     tokens = torch.where(chosen >= 0, rows.lengths[chosen.clamp_min(0)], 0).sum()
     return len(rows.pairs), int((rows.pairs >= 0).sum()), int(tokens)
-
-
-def device_of(hidden: Any) -> torch.device:
-    """Where the tensors are, of arguments that nobody has checked yet."""
-    return hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-
-
-def begun(
-    given: Callable[[], Given],
-    hidden: object,
-    parallel: Parallel,
-    vocab_size: int | None,
-    sequence_parallel: bool,
-) -> Given:
-    """What a caller gave, with the lm_head as one of a vocabulary that may be split over ``tp_group``, and hidden
-    states as whole sequences.
-
-    Args:
-        given: makes it, if the arguments are in order.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described; RuntimeError: another rank's is not.
-    """
-    checks.flag("sequence_parallel", sequence_parallel)
-    group = parallel.tensor
-    if sequence_parallel and group is None:
-        raise ValueError("sequence_parallel is set without tp_group, expected both")
-    if parallel.alone:
-        return _cut(given(), vocab_size, 0)
-    with meeting(parallel, device_of(hidden)) as brought:
-        found = given()
-        head = found.head
-        checks.head(head.weight, head.bias)
-        brought.rows = len(head.weight)
-        if sequence_parallel and group is not None:
-            own = found.batch.hidden
-            checks.sequence_parallel(own, found.batch.labels, group.size)
-            brought.layout = f"hidden {tuple(own.shape)} of {own.dtype}"
-        if group is None:
-            found = _cut(found, vocab_size, 0)
-    if group is None:
-        return found
-    start, whole = sum(brought.rows_of[: group.rank]), sum(brought.rows_of)
-    found = _cut(found, vocab_size, start, whole)
-    whole = whole if vocab_size is None else vocab_size
-    shard = Shard(group, min(start, whole), whole)
-    batch, head = found.batch, found.head._replace(shard=shard, joined=sequence_parallel)
-    if sequence_parallel:
-        batch = batch._replace(hidden=collectives.along_sequence(batch.hidden, group))
-    return found._replace(batch=batch, head=head)
-
-
-def _cut(given: Given, vocab_size: int | None, start: int, whole: int | None = None) -> Given:
-    """Without the rows of the lm_head that stand for no token; the first of this rank's is `start`, of `whole`."""
-    if vocab_size is None:
-        return given
-    _, head, reference, _ = given
-    checks.head(head.weight, head.bias)
-    rows = len(head.weight)
-    checks.vocabulary(vocab_size, rows if whole is None else whole)
-    kept = min(max(vocab_size - start, 0), rows)
-    if kept == rows:
-        return given
-
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return tensor[:kept] if isinstance(tensor, Tensor) else tensor
-
-    return given._replace(
-        head=head._replace(weight=head.weight[:kept], bias=cut(head.bias)),
-        reference=reference._replace(weight=cut(reference.weight), bias=cut(reference.bias)),
-    )
 
 
 def logps(
@@ -359,31 +306,13 @@ def _computed(
     return total, values, sums, found
 
 
-def _ref_logps(
-    reference: Reference,
-    batch: Batch,
-    head: LMHead,
-    prepared: _Prepared,
-    summed: Callable[[Tensor], Tensor] | None,
-) -> Tensor | None:
+def _ref_logps(prepared: _Prepared, summed: Callable[[Tensor], Tensor] | None) -> Tensor | None:
     """The reference's log-probs ``(2, P)``, arbitrary where a side is absent; None without one."""
-    if reference.hidden is None:
-        if reference.logps is None:
-            return None
-        given = checks.ref_logps(reference.logps, prepared.pairs, batch.sequences, prepared.by_pair)
-        # Beside float64 log-probs of rows, none of whose sums is ever rounded.
-        return given.double() if batch.hidden.dtype == torch.float64 else given
+    if prepared.ref_call is None:
+        return prepared.ref_logps
     rows = prepared.rows
-    checks.like("ref_hidden", reference.hidden, "hidden", batch.hidden)
-    if reference.weight is not None:
-        own = head.weight
-        head = head._replace(weight=reference.weight, bias=reference.bias)
-        checks.projection(
-            reference.hidden, head.weight, head.bias, prefix="ref_", empty=head.shard is not None
-        )
-        checks.same_vocabulary(head.weight, own)
     with torch.no_grad():
-        logps, _ = Call.of(reference.hidden, head, "ref_").row_logps(rows, ())
+        logps, _ = prepared.ref_call.row_logps(rows, ())
         sums = rows.sum_per_sequence(logps)
         sums = sums if summed is None else summed(sums)
     return sums[rows.pairs.clamp_min(0)].T.contiguous()

@@ -40,13 +40,13 @@ class Parallel:
         data: each process has pairs of its own.
         context: each has a part of every sequence.
         tensor: each has a part of the lm_head's vocabulary.
-        averaged: gradients of parameters are averaged over `data` and `context` afterwards, not summed.
+        grad_reduction: how gradients of parameters are combined over `data` and `context` afterwards.
     """
 
     data: Group | None = None
     context: Group | None = None
     tensor: Group | None = None
-    averaged: bool = True
+    grad_reduction: str = "mean"
 
     @staticmethod
     def of(
@@ -55,16 +55,27 @@ class Parallel:
         """What a caller gave.
 
         Raises:
-            TypeError, ValueError: an argument is not as described.
+            TypeError, ValueError: it is no group of this process; or, by itself, `grad_reduction` is wrong.
         """
-        if grad_reduction not in REDUCTIONS:
-            raise ValueError(f"grad_reduction is {grad_reduction!r}, expected one of {REDUCTIONS}")
-        return Parallel(
+        found = Parallel(
             Group.of("group", group),
             Group.of("cp_group", cp_group),
             Group.of("tp_group", tp_group),
-            grad_reduction == "mean",
+            grad_reduction,
         )
+        if found.alone:  # others would wait for this one: they have to hear of it first
+            found.check()
+        return found
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: `grad_reduction` is not as described.
+        """
+        if self.grad_reduction not in REDUCTIONS:
+            raise ValueError(
+                f"grad_reduction is {self.grad_reduction!r}, expected one of {REDUCTIONS}"
+            )
 
     @property
     def alone(self) -> bool:
@@ -78,7 +89,8 @@ class Parallel:
 
     def factor(self, group: Group | None) -> float:
         """Of a derivative, so that the mean over the group is what its sum would be without."""
-        return float(group.size) if group is not None and self.averaged else 1.0
+        averaged = self.grad_reduction == "mean"
+        return float(group.size) if group is not None and averaged else 1.0
 
 
 ALONE = Parallel()

@@ -77,6 +77,54 @@ def test_an_error_on_one_rank(two: Pool) -> None:
     two.run(_failing)
 
 
+def _wrong_arguments(rank: int) -> None:
+    """Whatever is wrong on rank 1, rank 0 hears of it."""
+    world = World.of(2)
+    ref = world.ref_logps
+    states = {"reference": False, "ref_hidden": world.hidden}
+    wrong: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "ref_logps has shape": ({}, {"ref": ref[:3]}),
+        "ref_logps has dtype torch.bfloat16": ({}, {"ref": ref.bfloat16()}),
+        "ref_logps is int": ({}, {"ref": 3}),
+        "needs a reference": ({}, {"reference": False}),
+        "ref_hidden has shape": (states, {**states, "ref_hidden": world.hidden[:, :3]}),
+        "ref_hidden has dtype": (states, {**states, "ref_hidden": world.hidden.long()}),
+        "ref_weight has": (states, {**states, "ref_weight": world.weight[:9]}),
+        "grad_reduction is 'avg'": ({}, {"grad_reduction": "avg"}),
+        "sequence_parallel is 'yes'": ({}, {"sequence_parallel": "yes"}),
+        "engine is": ({}, {"engine": "none"}),
+        "workspace_bytes is": ({}, {"workspace_bytes": -1}),
+        "statistics contains": ({}, {"statistics": ("median",)}),
+        "reduction is": ({}, {"reduction": "max"}),
+        "vocab_size is": ({}, {"vocab_size": "5"}),
+        "check_finite is": ({}, {"check_finite": 1}),
+        "softcap": ({}, {"softcap": -1.0}),
+    }
+    for argument in ("group", "cp_group", "tp_group"):
+        for what, given in wrong.items():
+            own = dict(given[rank])
+            part = World(world.hidden, world.weight, None, world.labels, own.pop("ref", ref))
+            own[argument] = dist.group.WORLD
+            said = _message(lambda part=part, own=own: part.run("dpop", **own))
+            expected = what if rank == 1 else f"rank 1 of {argument} raised an error"
+            assert expected in said, (argument, what, said)
+    both = {"reference": False, "ref_hidden": world.hidden} if rank == 1 else {}
+    said = _message(lambda: world.run("dpop", cp_group=dist.group.WORLD, **both))
+    assert "reference hidden states through" in said, said
+    for tokens in (54, 1_000):  # more than there are, on all ranks
+        own = world.tokens(slice(27 * rank, 27 + 26 * rank))
+        said = _message(
+            lambda own=own, n=tokens: own.run("dpop", tp_group=dist.group.WORLD, vocab_size=n)
+        )
+        assert f"vocab_size is {tokens}, expected a number of tokens from 1 to 53" in said, said
+    said = _message(lambda: world.run("dpop", tp_group=dist.group.WORLD, vocab_size=50 + rank))
+    assert "vocab_size 50" in said, said
+
+
+def test_wrong_arguments_on_one_rank(two: Pool) -> None:
+    two.run(_wrong_arguments)
+
+
 def _failing_of_four(rank: int) -> None:
     """Who has nothing to do with the failing rank hears of it through others."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))

@@ -68,6 +68,19 @@ def _sequence_parallel(rank: int) -> None:
     assert_close(out.loss, whole.loss, rank)
     assert_close(found[0], expected[0][:, here], rank, 2e-6)
     assert_close(found[1], expected[1][own], rank, 2e-6)
+    other = World.of(3, seed=5)
+    states = {"reference": False, "trained": False}
+    whole, expected = world.run("dpop", **states, ref_hidden=other.hidden, ref_weight=other.weight)
+    out, found = part.run(
+        "dpop",
+        **states,
+        ref_hidden=other.hidden[:, here],
+        ref_weight=other.weight[own],
+        tp_group=group,
+        sequence_parallel=True,
+    )
+    assert_close(out.loss, whole.loss, rank)
+    assert_close(found[0], expected[0][:, here], rank, 2e-6)
     part.hidden = world.hidden[:, :5]
     with pytest.raises(ValueError, match=r"expected \(S, T / 2, H\) and \(S, T\)"):
         part.run("dpop", tp_group=group, sequence_parallel=True)
