@@ -112,7 +112,8 @@ def test_trl(two: Pool, tmp_path: Path) -> None:
         for name, options in (("live", {}), ("precomputed", PRECOMPUTED)):
             runs[stage, name] = two.run(_train, folder, output + name, stage, options)[0]
     want = runs[2, "live"]
-    assert len(want) == STEPS and want[0][0] == pytest.approx(0.6931, abs=1e-4)
+    assert len(want) == STEPS
+    assert want[0][0] == pytest.approx(0.6931, abs=1e-4)
     assert want[-1][0] != want[0][0]
     for case, found in runs.items():
         assert found[0] == pytest.approx(want[0], rel=1e-6), case

@@ -102,7 +102,10 @@ def _lora(model: Any) -> Any:
 def _calls() -> list[dict[str, Any]]:
     inputs = batch()
     reference = torch.full((4,), -30.0, dtype=torch.float64)
-    return [{"preference": DPOP, "ref_logps": reference, **inputs}, {"return_logps": True, **inputs}]
+    return [
+        {"preference": DPOP, "ref_logps": reference, **inputs},
+        {"return_logps": True, **inputs},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -165,12 +168,15 @@ def test_before_initialize(parameters: _Parameters) -> None:
     attach(model)
     assert parameters.gathered
     assert all(p.shape == (0,) for p in model.parameters())
-    with gathering(model.model), torch.no_grad():
-        with pytest.raises(RuntimeError, match="nothing gathers it: call the model after deepspeed"):
-            model(**_calls()[0])
+    with (
+        gathering(model.model),
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="nothing gathers it: call the model after deepspeed"),
+    ):
+        model(**_calls()[0])
     detach(model)
     stop = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(RuntimeError, match="cannot be checked.*ZeroDivisionError"):
+    with pytest.raises(RuntimeError, match=r"cannot be checked.*ZeroDivisionError"):
         attach(model)
     stop.remove()
     assert all(p.shape == (0,) for p in model.parameters())
@@ -183,7 +189,7 @@ def test_a_plain_call_in_the_middle(parameters: _Parameters) -> None:
     _initialize(model, parameters)
     call = _calls()[0]
     hook = model.model.register_forward_hook(lambda *_: model(call["input_ids"]) and None)
-    with pytest.raises(RuntimeError, match="in the middle of a call.*before or after"):
+    with pytest.raises(RuntimeError, match=r"in the middle of a call.*before or after"):
         model(**call)
     hook.remove()
     assert model(**call).loss.isfinite()
@@ -205,9 +211,11 @@ def test_stand_ins(parameters: _Parameters) -> None:
     parameters.convert(model)
     with PartitionedHead(model):
         weight = model.lm_head.weight
-        assert isinstance(weight, Partitioned) and weight.shape == want.shape
+        assert isinstance(weight, Partitioned)
+        assert weight.shape == want.shape
         made = nn.functional.normalize(torch.cat([weight, weight[:, :2]], dim=1)[5:], dim=-1)
-        assert made.shape == (92, 34) and made.dtype == torch.float64
+        assert made.shape == (92, 34)
+        assert made.dtype == torch.float64
         for name, function in {
             "mul_": lambda: weight.mul_(2.0),
             "__setitem__": lambda: weight.__setitem__(0, 0.0),
