@@ -33,7 +33,7 @@ $(foreach name,VENV AXOLOTL,$(if $(and $($(name)),$(filter 1,$(words [$($(name))
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test test-interpreter-36 test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize demo clean
+.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -57,6 +57,15 @@ test: lint docs ## all checks: lint, types, docs, tests, compiled kernels (ARGS:
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	$(if $(ARGS),,$(INTERPRET) $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED))
 	$(if $(ARGS),,@$(MAKE) --no-print-directory kernels)
+
+# DeepSpeed has a folder of its own, beside the environment: it is large, and its requirements would change that.
+test-distributed: setup build/deepspeed/deepspeed ## the tests on several processes, those of DeepSpeed's ZeRO too
+	PYTHONPATH=build/deepspeed $(BIN)/python -m pytest tests/distributed $(ARGS)
+
+build/deepspeed/deepspeed: requirements/deepspeed.txt | setup
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target build/deepspeed --requirement $<
+	@touch $@
 
 test-trl: setup $(OLD_TRL:%=build/trl-%/.ready) ## the TRL tests with the oldest TRL that is served, one in the middle, the newest
 	@for python in $(OLD_TRL:%=build/trl-%/bin/python) $(BIN)/python; do \

@@ -36,6 +36,12 @@ def whole_shape(tensor: Tensor) -> torch.Size:
     return shape
 
 
+def rows(module: Any) -> int:
+    """The rows of a module's weight, which is not gathered for this."""
+    weight = module._parameters.get("weight")  # DeepSpeed gathers what is read by any other way
+    return whole_shape(module.weight if weight is None else weight)[0]
+
+
 class Partitioned(Tensor):
     """Stands for a partitioned parameter of a head, or for what a head makes of one; it has a shape and a dtype.
 
@@ -132,7 +138,7 @@ def _refusal(operation: str, owners: Mapping[str, _Owner]) -> RuntimeError:
 
 
 class PartitionedHead:
-    """A context in which a model's head, if ZeRO-3 has partitioned it, has stand-ins for parameters and is not gathered.
+    """A context in which a model's head has stand-ins for its parameters and is not gathered, if ZeRO-3 partitions it.
 
     It does nothing for any other head.
 
@@ -211,7 +217,6 @@ def _partitioned_modules(
 
     Layers of an adapter that do not map onto the vocabulary, and have parameters, compute as ever.
     """
-    # In a forward, DeepSpeed gathers what is read by any other way.
     found = [
         (name, module, {key: p for key, p in module._parameters.items() if p is not None})
         for name, module in head.named_modules(prefix=f"the head of {owner}")

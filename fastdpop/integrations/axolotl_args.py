@@ -134,7 +134,7 @@ def _check_on(data: Mapping[str, Any]) -> None:
         if degree != 1:
             raise ValueError(
                 f"{key} is {degree!r}, expected 1 with fastdpop: true, which needs whole sequences and the whole head "
-                "on each GPU: shard weights with FSDP or ZeRO-2 instead"
+                "on each GPU: shard weights with FSDP or ZeRO instead"
             )
 
 

@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 import fastdpop
 from fastdpop.hf import attach
+from fastdpop.hf.zero import gathering
 from tests.distributed.pool import Pool
-from tests.distributed.sharded_models import model, own_batch, references
+from tests.distributed.sharded_models import model, own_batch
 from tests.distributed.zero_models import (
     RANKS,
     Wanted,
@@ -161,6 +162,26 @@ def test_adapters(two: Pool, where: str) -> None:
     two.run(_adapter, where, wanted(_adapted(where)))
 
 
+def _partly_frozen(part: str) -> Any:
+    whole = model().requires_grad_(False)
+    getattr(whole, part).requires_grad_(True)
+    return whole
+
+
+def _frozen(rank: int, part: str, wants: dict[str, Wanted]) -> None:
+    engine = engine_of(attach(_partly_frozen(part)), 3)
+    for kind, want in wants.items():
+        for _ in range(2):
+            assert_step(engine, rank, want, f"{part} alone is trained, {kind}", kind)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("part", ["model", "lm_head"])
+def test_frozen_parts(two: Pool, part: str) -> None:
+    kinds = ("preference", "logps")
+    two.run(_frozen, part, {kind: wanted(_partly_frozen(part), kind) for kind in kinds})
+
+
 def _shared(rank: int, kind: str, want: Wanted) -> None:
     engine = engine_of(attach(model(), share_prefixes=True), 3)
     for _ in range(2):
@@ -189,9 +210,12 @@ def _in_pieces(rank: int, folder: str, want: Wanted) -> None:
     attach(loaded)  # and the check of it
     assert all(p.numel() == 0 for p in loaded.parameters())
     assert "weight" not in vars(loaded.lm_head)
-    with pytest.raises(RuntimeError, match=r"is partitioned by ZeRO-3.*deepspeed\.initialize"):
-        with torch.no_grad(), fastdpop.hf.zero.gathering(loaded.model):
-            loaded(**given(rank, "preference"))
+    with (
+        pytest.raises(RuntimeError, match=r"is partitioned by ZeRO-3.*deepspeed\.initialize"),
+        torch.no_grad(),
+        gathering(loaded.model),
+    ):
+        loaded(**given(rank, "preference"))
     engine = engine_of(loaded, 3)
     assert_step(engine, rank, want, "made in pieces")
     attach(loaded, check=True)  # once more, under DeepSpeed's own hooks

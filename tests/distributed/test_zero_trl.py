@@ -35,7 +35,9 @@ STEPS = 4
 def _on_cpus() -> None:
     """On a machine without an accelerator, accelerate leaves out DeepSpeed in silence unless it is told the backend."""
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the case before
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     del os.environ["ACCELERATE_USE_DEEPSPEED"]
@@ -110,10 +112,11 @@ def test_trl(two: Pool, tmp_path: Path) -> None:
         for name, options in (("live", {}), ("precomputed", PRECOMPUTED)):
             runs[stage, name] = two.run(_train, folder, output + name, stage, options)[0]
     want = runs[2, "live"]
-    assert len(want) == STEPS and want[0][0] == pytest.approx(0.6931, abs=1e-4)
+    assert len(want) == STEPS
+    assert want[0][0] == pytest.approx(0.6931, abs=1e-4)
     assert want[-1][0] != want[0][0]
     for case, found in runs.items():
-        for (loss, norm), (wanted_loss, wanted_norm) in zip(found, want, strict=True):
-            assert loss == pytest.approx(wanted_loss, rel=1e-5), case
-            assert norm == pytest.approx(wanted_norm, rel=1e-5), case
+        assert found[0] == pytest.approx(want[0], rel=1e-6), case
+        for step in range(1, STEPS):  # DPOP multiplies what rounding makes of the first
+            assert found[step] == pytest.approx(want[step], rel=1e-4), case
     assert two.run(_resume, folder, output + "live")[0] == runs[3, "live"][-2:]
