@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastdpop import checks, engines
+from fastdpop.api import Ranks
+from fastdpop.distributed.parallel import Parallel
 from fastdpop.hf import self_check
 from fastdpop.hf.forward import attached_forward, attachment_of
 from fastdpop.hf.guards import add_guards, remove_guards
@@ -27,6 +29,10 @@ def attach(
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     check: bool = True,
+    group: Ranks | None = None,
+    cp_group: Ranks | None = None,
+    tp_group: Ranks | None = None,
+    grad_reduction: str = "mean",
 ) -> Model:
     """Let a Hugging Face causal language model's ``forward`` compute preference losses, without logits.
 
@@ -53,16 +59,21 @@ def attach(
         share_prefixes: run what the sequences of a batch begin with in common through the model once, and no padding:
             the same outputs from the same arguments, faster. The first such call compares the two on a few short
             sequences; a model or call that cannot share computes the padded batch, with one warning that says why.
+        group, cp_group, grad_reduction: as in :func:`fused_preference_loss`, for all calls: the processes whose batches
+            are one, those that hold parts of every sequence, and how gradients are combined over them (DDP and FSDP
+            average). The model and its wrapper must do their part.
+        tp_group: the processes that hold parts of the lm_head, whose weight is this one's rows. A head that torch's
+            ColwiseParallel or transformers' ``tp_plan`` has split knows them by itself.
         check: run the model on ten tokens and compare with its own logits. Pass False for a model that cannot run yet:
             on the meta device, or sharded when not every rank attaches. What fastdpop cannot follow is an error then
             too, at the first call; only a model that is inconsistent in itself goes unnoticed.
 
     Returns:
-        The same model. Attaching again replaces engine, workspace and `share_prefixes`.
+        The same model. Attaching again replaces engine, workspace, `share_prefixes` and groups.
 
     Raises:
         TypeError: `model` is not a causal language model, or is wrapped or compiled.
-        ValueError: there is no such engine, or the model to check is on the meta device.
+        ValueError: there is no such engine, a group is none, or the model to check is on the meta device.
         RuntimeError: the head has no floating-point weight, head or model do to the logits what fastdpop cannot follow,
             or its log-probs differ from fastdpop's.
     """
@@ -79,7 +90,12 @@ def attach(
         "engine": engine,
         "workspace_bytes": workspace_bytes,
         "share_prefixes": share_prefixes,
+        "group": group,
+        "cp_group": cp_group,
+        "tp_group": tp_group,
+        "grad_reduction": grad_reduction,
     }
+    Parallel.of(group, cp_group, tp_group, grad_reduction)
     attachment = attachment_of(target)
     new = attachment is None or attachment.settings != settings
     if new:
@@ -88,6 +104,9 @@ def attach(
         add_guards(target)
         watch(head)
     if check:
+        attached = attachment_of(target)
+        assert attached is not None
+        attached.settings["cp_group"] = None  # each process checks whole sequences
         try:
             self_check.check(target, head)
         except BaseException:
@@ -96,6 +115,8 @@ def attach(
                 if attachment is not None:  # as it was before
                     attach(target, **attachment.settings, check=False)
             raise
+        finally:
+            attached.settings["cp_group"] = cp_group
     return model
 
 

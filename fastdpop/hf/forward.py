@@ -95,7 +95,14 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
 
 
 _SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
-_SET_HERE |= {"hidden_index"}
+_SET_HERE |= {
+    "hidden_index",
+    "group",
+    "cp_group",
+    "tp_group",
+    "grad_reduction",
+    "sequence_parallel",
+}
 """Arguments of the fused functions that are no options of a call."""
 
 
@@ -180,7 +187,7 @@ class _Asked:
             if name not in names:
                 raise ValueError(
                     f"preference_options contains {name!r}, expected names among {sorted(names)}; "
-                    "a loss's own options go to losses.get, engine and workspace_bytes to attach"
+                    "a loss's own options go to losses.get, engine, workspace_bytes and groups to attach"
                 )
 
 
@@ -244,7 +251,7 @@ def _laid_out(
     labels: Tensor,
 ) -> tuple[dict[str, Any], SharedBatch | None]:
     """The keywords of the model's forward, and the tree to compute them on; None: as they are."""
-    options, own = dict(asked.options or {}), _plain(settings)
+    options = dict(asked.options or {})
     laid_out = asked.prefix_tree is not None
     if not laid_out and not options.get("share_prefixes", settings["share_prefixes"]):
         return call, None
@@ -252,7 +259,8 @@ def _laid_out(
     def logps(sample: dict[str, Any], labels: Tensor, batch: SharedBatch | None) -> Tensor:
         plain = {name: value for name, value in call.items() if isinstance(value, (bool, int))}
         inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
-        return with_whole_head(fused_logps, {**inputs, **own, "reduction": "token"})
+        given = _with(settings, inputs, fused_logps)
+        return with_whole_head(fused_logps, {**given, "reduction": "token"})
 
     batch, shift = None, options.get("shift_labels", True)
     if asked.prefix_tree is not None:
@@ -265,6 +273,8 @@ def _laid_out(
             raise Unshareable(
                 "output_attentions is set, and a tree has no weights for each sequence"
             )
+        if settings["cp_group"] is not None:
+            raise Unshareable("cp_group is given, and each process has parts of sequences")
         if options.get("ref_hidden") is not None:
             raise Unshareable("ref_hidden is given, whose states are those of the padded batch")
         if batch is None and options.get("cu_seqlens") is not None:
@@ -298,7 +308,8 @@ def _fused(
 ) -> PreferenceModelOutput:
     """The loss or the log-probs from what the model returned."""
     options = {k: v for k, v in (asked.options or {}).items() if k != "share_prefixes"}
-    inputs = _inputs(model, outputs, labels, options, batch) | _plain(settings) | options
+    function = fused_logps if asked.preference is None else fused_preference_loss
+    inputs = _with(settings, _inputs(model, outputs, labels, options, batch), function) | options
     passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
     if batch is not None and passed_on["hidden_states"] is not None:
         passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
@@ -316,9 +327,18 @@ def _fused(
     return PreferenceModelOutput(**values, **passed_on)
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are arguments of the fused functions."""
-    return {name: value for name, value in settings.items() if name != "share_prefixes"}
+def _with(
+    settings: Mapping[str, Any], inputs: Mapping[str, Any], function: Callable[..., Any]
+) -> dict[str, Any]:
+    """The inputs of a fused function, and the settings that it has arguments for."""
+    if inputs["tp_group"] is not None and settings["tp_group"] is not None:
+        raise ValueError(
+            "tp_group is given to attach, expected None for a head whose weight is a DTensor: that knows its group"
+        )
+    known = inspect.signature(function).parameters
+    own = {name: value for name, value in settings.items() if name in known}
+    # A head of DTensors has a group of its own.
+    return {**inputs, **own, "tp_group": inputs["tp_group"] or settings["tp_group"]}
 
 
 _PASSED_ON = ("aux_loss", "hidden_states", "attentions")
@@ -398,6 +418,7 @@ def _inputs(
         "hidden_index": index,
         "softcap": product.softcap,
         "logit_scale": product.logit_scale,
+        "tp_group": product.tp_group,
     }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpop.hf import tensor_parallel
+
 
 @torch.compiler.disable
 def output_head(model: Any) -> Any:
@@ -20,7 +22,7 @@ def output_head(model: Any) -> Any:
         raise RuntimeError(f"{owner} has no output embedding: get_output_embeddings() is None")
     name = next((name for name, module in model.named_modules() if module is head), "the head")
     weight = getattr(head, "weight", None)
-    if "forward" in vars(head):
+    if "forward" in vars(head) and tensor_parallel.replaced(head) is None:
         advice = "its forward is replaced (offloading?): keep it on one device, without hooks"
     elif hasattr(head, "_fsdp_wrapped_module"):
         advice = (

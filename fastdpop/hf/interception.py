@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastdpop.hf import hooks
+from fastdpop.hf import hooks, tensor_parallel
 from fastdpop.hf.lazy_logits import LazyLogits, Product
 from fastdpop.hf.zero import Partitioned, refuse_plain_call, torch_linear
 
 
 class _LinearMaps(TorchFunctionMode):
-    """Lets every linear map onto `vocabulary` tokens return lazy logits."""
+    """Lets every linear map of a head onto its vocabulary return lazy logits."""
 
-    def __init__(self, vocabulary: int, owner: str) -> None:
+    def __init__(self, head: Any, owner: str) -> None:
         super().__init__()
-        self.vocabulary, self.owner = vocabulary, owner
+        self.head, self.vocabulary, self.owner = head, len(head.weight), owner
 
     @torch.compiler.disable
     def __torch_function__(
@@ -50,6 +50,12 @@ class _LinearMaps(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(weight) != self.vocabulary:
             return nn.functional.linear(input, weight, bias)
+        group, tokens = None, None
+        if tensor_parallel.is_split(weight):
+            input, weight, bias, group = tensor_parallel.own_part(
+                self.head, input, weight, bias, self.owner
+            )
+            tokens = None if group is None else self.vocabulary
         if type(weight) not in (Tensor, nn.Parameter, Partitioned):
             raise RuntimeError(
                 f"the weight of {self.owner}'s head is a {type(weight).__name__} during forward, "
@@ -57,7 +63,8 @@ class _LinearMaps(TorchFunctionMode):
             )
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        return LazyLogits(Product(input, weight, bias, self.owner), dtype)
+        product = Product(input, weight, bias, self.owner, tp_group=group, tokens=tokens)
+        return LazyLogits(product, dtype)
 
 
 @dataclass(eq=False)
@@ -86,7 +93,7 @@ class _Interception:
         self.end()  # of a run that failed, if the model goes on after that
         self.noting = contextlib.ExitStack()
         self.noting.enter_context(torch_linear())
-        self.noting.enter_context(_LinearMaps(len(self.head.weight), self.owner))
+        self.noting.enter_context(_LinearMaps(self.head, self.owner))
 
     def end(self) -> None:
         """Also after an error inside the head, whose second hook then does not run."""
@@ -174,11 +181,17 @@ def _note(change: int) -> None:
 def watch(head: nn.Module) -> None:
     """Give a head the hooks that :func:`lazy_logits_from` needs, once; by themselves they do nothing."""
     hooks.add(head, before=_begin, after=_end)
+    tensor_parallel.let_through(head, lambda: _wanted(head))
 
 
 def unwatch(head: nn.Module) -> None:
     """Undo :func:`watch`."""
     hooks.remove(head, (_begin, _end))
+    tensor_parallel.undo(head)
+
+
+def _wanted(head: nn.Module) -> bool:
+    return (_anywhere or not torch.compiler.is_compiling()) and _call_of(head) is not None
 
 
 def _begin(head: nn.Module, args: Any) -> None:
@@ -192,6 +205,7 @@ def _end(head: nn.Module, args: Any, output: Any) -> Any:
     return None
 
 
+@torch.compiler.disable
 def _call_of(head: nn.Module) -> _Interception | None:
     calls = reversed(_UNDER_WAY.get())
     return next((call for call in calls if call.head is head and call.under_way), None)

@@ -24,9 +24,10 @@ class Product:
 
     Attributes:
         hidden: ``(..., H)``, whatever shape the model gave the head.
-        weight: ``(V, H)``.
+        weight: ``(V, H)``; of a head that is split over processes, this one's rows.
         bias: ``(V,)`` or None.
         owner: class name of the model, for messages.
+        tp_group: the processes that a head is split over, and `tokens` the V of all of them; None if it is not.
     """
 
     hidden: Tensor
@@ -35,6 +36,13 @@ class Product:
     owner: str
     scale: float = 1.0
     softcap: float | None = None
+    tp_group: Any = None
+    tokens: int | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V, of all processes."""
+        return len(self.weight) if self.tokens is None else self.tokens
 
     @property
     def logit_scale(self) -> float:
@@ -50,9 +58,9 @@ class Product:
     def times_by_token(self, factors: Tensor) -> Product | None:
         """``z * factors`` of shape ``(V,)``: rows of the weight are multiplied, in the wider dtype.
 
-        None under a softcap.
+        None under a softcap, and for a head that is split.
         """
-        if self.softcap is not None:
+        if self.softcap is not None or self.tp_group is not None:
             return None
         weight = self.weight * factors[:, None]
         bias = None if self.bias is None else self.bias * factors
@@ -61,9 +69,10 @@ class Product:
     def plus(self, other: Product) -> Product | None:
         """``z`` of the one and of the other, as one product of concatenated hidden states and weights.
 
-        ``h W^T + r (g B^T) = [h, r g] [W, B]^T``, in the dtypes of the first. None under a softcap.
+        ``h W^T + r (g B^T) = [h, r g] [W, B]^T``, in the dtypes of the first. None under a softcap, and for
+        heads that are split.
         """
-        if self.softcap is not None or other.softcap is not None:
+        if any(p.softcap is not None or p.tp_group is not None for p in (self, other)):
             return None
         ratio = other.scale / self.scale
         hidden = torch.cat([self.hidden, other.hidden.to(self.hidden.dtype) * ratio], dim=-1)
@@ -82,12 +91,16 @@ class Product:
         wide = partial(nn.functional.pad, pad=(0, columns))
         return replace(self, hidden=wide(self.hidden), weight=wide(self.weight))
 
-    def cut(self, leading: tuple[Index, ...], vocabulary: slice) -> Product:
-        """``z[(*leading, vocabulary)]``: rows of hidden, and rows of the weight."""
+    def cut(self, leading: tuple[Index, ...], vocabulary: slice) -> Product | None:
+        """``z[(*leading, vocabulary)]``: rows of hidden, and rows of the weight. None for a part of a
+        vocabulary that is split.
+        """
         hidden, weight, bias = self.hidden, self.weight, self.bias
         if any(index != slice(None) for index in leading):
             hidden = hidden[leading]
-        if vocabulary.indices(len(weight)) != (0, len(weight), 1):
+        if vocabulary.indices(self.vocabulary) != (0, self.vocabulary, 1):
+            if self.tp_group is not None:
+                return None
             weight, bias = weight[vocabulary], None if bias is None else bias[vocabulary]
         return replace(self, hidden=hidden, weight=weight, bias=bias)
 
@@ -104,11 +117,22 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, product: Product, dtype: torch.dtype) -> LazyLogits:
-        shape = (*product.hidden.shape[:-1], len(product.weight))
+        shape = (*product.hidden.shape[:-1], product.vocabulary)
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=product.hidden.device)
 
     def __init__(self, product: Product, dtype: torch.dtype) -> None:
         self.product = product
+
+    # Where hooks of tensor parallelism would gather logits, there is nothing to gather.
+    placements = None
+
+    def redistribute(self, *args: Any, **kwargs: Any) -> LazyLogits:
+        """As a DTensor's: nothing to do."""
+        return self
+
+    def to_local(self, *args: Any, **kwargs: Any) -> LazyLogits:
+        """As a DTensor's: nothing to do."""
+        return self
 
     def __repr__(self) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), self.dtype
@@ -181,7 +205,7 @@ def _applied(
         return LazyLogits(replace(product, softcap=1.0), logits.dtype)
     if name == "__getitem__":
         index = _whole_index(others[0], logits.dim())
-        return None if index is None else LazyLogits(product.cut(*index), logits.dtype)
+        return None if index is None else _lazy(product.cut(*index), logits.dtype)
     if len(others) != 1:
         return None
     other = others[0] if first is logits else first

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpop.hf import tensor_parallel
 from fastdpop.hf.zero import gathering, rows
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -17,14 +18,17 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torc
 
 
 def check(model: Any, head: Any) -> None:
-    """Compare the log-probs of ten tokens with those of the model's own logits, and leave no trace.
+    """Compare the log-probs of a few tokens with those of the model's own logits, and leave no trace.
 
     Raises:
         RuntimeError: the model does not run on token ids alone, or the log-probs differ.
     """
     owner, device = type(model).__name__, head.weight.device
     vocabulary = min(rows(head), rows(model.get_input_embeddings()))
-    ids = (torch.arange(3, 13, device=device) % vocabulary).view(2, 5)
+    # Where sequences may be split over the processes that a head is, their parts are of one size.
+    parts = head.weight.device_mesh.size() if tensor_parallel.is_split(head.weight) else 1
+    length = -(-5 // parts) * parts
+    ids = (torch.arange(3, 3 + 2 * length, device=device) % vocabulary).view(2, length)
     cacheless = (
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
@@ -32,7 +36,9 @@ def check(model: Any, head: Any) -> None:
     with undisturbed(model, device), torch.no_grad(), gathering(model):
         watch = head.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
         try:
-            logits = model(input_ids=ids, return_dict=True, **cacheless).logits
+            logits = tensor_parallel.whole(
+                model(input_ids=ids, return_dict=True, **cacheless).logits
+            )
         except Exception as error:
             raise RuntimeError(
                 f"{owner} does not run on token ids alone, so it cannot be checked: pass check=False "
@@ -42,6 +48,11 @@ def check(model: Any, head: Any) -> None:
             watch.remove()
         options = {"reduction": "token", "share_prefixes": False}
         output = model(input_ids=ids, labels=ids, return_logps=True, preference_options=options)
+    if tensor_parallel.is_split(head.weight) and logits.shape[-1] < vocabulary:
+        raise RuntimeError(
+            f"{owner} gives logits of {logits.shape[-1]} of its {len(head.weight)} tokens, so it cannot be checked: "
+            "pass check=False"
+        )
     finite = logits[logits.isfinite()]
     if len(finite) == 0:
         raise RuntimeError(

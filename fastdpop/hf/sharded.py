@@ -68,6 +68,13 @@ class HeadKeptWhole:
                     tensor.register_hook(_Unshard(module))
 
 
+@torch.compiler.disable
+def shards_of_fsdp(head: nn.Module) -> list[Tensor]:
+    """The parameters of a head as FSDP2 keeps them between forwards, DTensors like those of tensor parallelism."""
+    modules = filter(_is_fsdp2, head.modules())
+    return [p.sharded_param for m in modules for g in _groups(m) for p in g.fsdp_params]
+
+
 class _Unshard:
     """A hook of a tensor's gradient."""
 
