@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdpop import checks, losses
 from fastdpop.arguments import Given, Weighting, begun
 from fastdpop.call import LOGGED, Batch, LMHead, Loss, Options, Pairs, Reference, RefLogps
-from fastdpop.distributed.parallel import Parallel
+from fastdpop.distributed.parallel import Parallel, uncompiled_with_groups
 from fastdpop.output import PreferenceOutput
 from fastdpop.preference import logps, preference_loss
 from fastdpop.transform import LogitTransform
@@ -107,6 +107,7 @@ def fused_dpop_loss(
     )
 
 
+@uncompiled_with_groups
 def fused_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -203,6 +204,7 @@ def fused_preference_loss(
     return preference_loss(found, parallel)
 
 
+@uncompiled_with_groups
 def fused_logps(
     hidden: Tensor,
     weight: Tensor,

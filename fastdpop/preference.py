@@ -238,7 +238,8 @@ def logps(
         flat = values.new_zeros(batch.labels.numel())
         return flat.index_put((rows.label_index,), values).reshape(batch.labels.shape)
     sums, summed = rows.sum_per_sequence(row_logps), sequences_over(parallel, rows, batch.sequences)
-    sums = sums if summed is None else summed(sums)
+    if summed is not None:
+        sums = collectives.scaled_back(summed(sums), parallel.equal_share)
     sums = sums.to(torch.promote_types(row_logps.dtype, dtype))
     # All of them, of a length that a compiler knows.
     return sums.new_zeros(batch.sequences).index_put((rows.inputs,), sums)
@@ -264,12 +265,14 @@ def _scored(
 def sequences_over(
     parallel: Parallel, rows: Rows, sequences: int
 ) -> Callable[[Tensor], Tensor] | None:
-    """Adds up what is known of each sequence over ``cp_group``; None where sequences are whole."""
+    """Adds up what is known of each sequence over ``cp_group``, for a loss in which each rank has a part
+    (:attr:`.Parallel.equal_share`); None where sequences are whole.
+    """
     group = parallel.context
     if group is None:
         return None
     return partial(
-        whole_sequences, rows=rows, sequences=sequences, group=group, factor=parallel.factor(group)
+        whole_sequences, rows=rows, sequences=sequences, group=group, factor=float(group.size)
     )
 
 
@@ -292,16 +295,14 @@ def _computed(
         if loss.summed is not None:
             sums = loss.summed(sums)
         if data is not None and coupled:
-            pairs, own = joined_pairs(
-                loss.pairs(sums, found), whole.pairs_of, data, parallel.factor(data)
-            )
-            every = loss.of_pairs(pairs)
-            return every.sum() * loss.share, every[own], sums, found
-        values = loss.losses(sums, found)
-        if none:
-            return values, values, sums, found
-        total = values.sum() * loss.share
-    if data is not None:
+            pairs, own = joined_pairs(loss.pairs(sums, found), whole.pairs_of, data)
+            values = loss.of_pairs(pairs)[own]
+        else:
+            values = loss.losses(sums, found)
+        total = values if none else values.sum() * loss.share
+        # What ranks with parts of the same sequences compute of a loss, all of them do.
+        total = collectives.scaled_back(total, parallel.equal_share)
+    if data is not None and not none:
         total = collectives.sum_over(total, data, parallel.factor(data))
     return total, values, sums, found
 

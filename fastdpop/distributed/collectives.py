@@ -1,7 +1,7 @@
 """Every exchange between processes that fastdpop makes.
 
-What autograd sees of one is fixed by one rule: every process computes the same loss, so the derivative that
-comes from above is the same everywhere, and each takes from it what belongs to its own tensors.
+What autograd sees of one is fixed by one rule: every process has the same loss, so the derivative that comes from above
+is the same everywhere, and each takes from it what belongs to its own tensors.
 """
 
 from __future__ import annotations
@@ -71,16 +71,14 @@ class _CopyTo(torch.autograd.Function):
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tensor: Tensor, sizes: Sequence[int], group: Group, factor: float
-    ) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
         start = sum(sizes[: group.rank])
-        ctx.own, ctx.factor = slice(start, start + sizes[group.rank]), factor
+        ctx.own, ctx.group = slice(start, start + sizes[group.rank]), group
         return concatenated(tensor.detach(), sizes, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0][ctx.own] * ctx.factor, None, None, None
+        return sum_(grads[0].contiguous().clone(), ctx.group)[ctx.own], None, None
 
 
 def sum_over(tensor: Tensor, group: Group, factor: float = 1.0) -> Tensor:
@@ -97,9 +95,28 @@ def copy_to(tensor: Tensor, group: Group) -> Tensor:
     return result
 
 
-def joined(tensor: Tensor, sizes: Sequence[int], group: Group, factor: float = 1.0) -> Tensor:
-    """:func:`concatenated`; backward, this process's own rows of what comes from above times `factor`."""
-    result: Tensor = _Joined.apply(tensor, sizes, group, factor)
+def joined(tensor: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """:func:`concatenated`, of which each process computes another part of the loss; backward, this process's own rows
+    of the sum of what comes from above.
+    """
+    result: Tensor = _Joined.apply(tensor, sizes, group)
+    return result
+
+
+class _ScaledBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] * ctx.factor, None
+
+
+def scaled_back(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor; backward, what comes from above times `factor`."""
+    result: Tensor = tensor if factor == 1.0 else _ScaledBack.apply(tensor, factor)
     return result
 
 

@@ -15,20 +15,18 @@ from fastdpop.losses.base import PairLogps
 from fastdpop.rows import Rows
 
 
-def joined_pairs(
-    pairs: PairLogps, counts: Sequence[int], group: Group, factor: float
-) -> tuple[PairLogps, slice]:
-    """The pairs of all processes, in one exchange, and where this one's stand among them.
+def joined_pairs(pairs: PairLogps, counts: Sequence[int], group: Group) -> tuple[PairLogps, slice]:
+    """The pairs of all processes, in one exchange, and where this one's stand among them. The losses of those are this
+    process's part of the whole.
 
     Args:
         pairs: this process's, ``(counts[rank],)``, with the totals of the whole batch.
-        factor: of the derivatives that go back to this process's.
     """
     own = {f.name: getattr(pairs, f.name) for f in fields(pairs)}
     by_pair = {n: value for n, value in own.items() if value is not None and value.dim() == 1}
     dtype = pairs.chosen.dtype
     table = torch.stack([value.to(dtype) for value in by_pair.values()], dim=1)
-    columns = collectives.joined(table, counts, group, factor).unbind(1)
+    columns = collectives.joined(table, counts, group).unbind(1)
     found: dict[str, Any] = {
         name: column.to(value.dtype)
         for (name, value), column in zip(by_pair.items(), columns, strict=True)

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from fastdpop.distributed.groups import Group
 
 REDUCTIONS = ("mean", "sum")
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def uncompiled_with_groups(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function that ``torch.compile`` leaves alone where it is given groups: no graph holds what ranks tell each other
+    on the way.
+    """
+    alone = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for name in ("group", "cp_group", "tp_group"):
+            if kwargs.get(name) is not None:
+                return alone(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -86,6 +109,12 @@ class Parallel:
         """Those that there are, by the name of their argument."""
         named = (("tp_group", self.tensor), ("cp_group", self.context), ("group", self.data))
         return [(name, group) for name, group in named if group is not None]
+
+    @property
+    def equal_share(self) -> float:
+        """Of a derivative of what all ranks of `context` compute alike, so that gradients combine to that of one."""
+        summed = self.context is not None and self.grad_reduction == "sum"
+        return 1.0 / self.context.size if self.context is not None and summed else 1.0
 
     def factor(self, group: Group | None) -> float:
         """Of a derivative, so that the mean over the group is what its sum would be without."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from fastdpop import losses
+from fastdpop import fused_preference_loss, losses
 from tests.batches import LOSSES
 from tests.distributed.pool import Pool
 from tests.distributed.worlds import World, assert_close, mean_over_ranks
@@ -117,3 +119,52 @@ def _equal(rank: int) -> None:
 
 def test_a_policy_equal_to_its_reference(two: Pool) -> None:
     two.run(_equal)
+
+
+def learned(beta: torch.Tensor, pairs: losses.PairLogps) -> torch.Tensor:
+    """A loss with a number of its own to learn; it compares pairs with each other."""
+    margins = pairs.chosen_logratios - pairs.rejected_logratios
+    return -torch.nn.functional.logsigmoid(beta * (margins - margins.mean()))
+
+
+def _with_a_number_to_learn(rank: int) -> None:
+    """Its gradient, too, is that of one process, however frameworks combine gradients."""
+    size, world = dist.get_world_size(), World.of(4)
+    whole = torch.tensor(0.3, requires_grad=True, dtype=torch.float64)
+    _, expected = world.run(functools.partial(learned, whole))
+    part = world.pairs(_own((0, 1, 4), rank))
+    context = world.positions([slice(0, 5), slice(5, None)][rank])
+    for reduction, factor in (("mean", 1.0), ("sum", float(size))):
+        for argument, own in (("group", part), ("cp_group", context)):
+            beta = torch.tensor(0.3, requires_grad=True, dtype=torch.float64)
+            loss = functools.partial(learned, beta)
+            _, found = own.run(loss, grad_reduction=reduction, **{argument: dist.group.WORLD})
+            what = (reduction, argument)
+            assert_close(mean_over_ranks(beta.grad) * factor, whole.grad, what)
+            assert_close(mean_over_ranks(found[1]) * factor, expected[1], what)
+
+
+def test_a_loss_with_a_number_to_learn(two: Pool) -> None:
+    two.run(_with_a_number_to_learn)
+
+
+def _compiled(rank: int) -> None:
+    """A compiler may run it as it is; in one graph it is an error that says so."""
+    world = World.of(4).pairs(_own((0, 1, 4), rank))
+    expected, gradients = world.run("dpop", group=dist.group.WORLD)
+    given = (world.hidden, world.weight, world.labels)
+    options = {"ref_logps": world.ref_logps, "shift_labels": False, "group": dist.group.WORLD}
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        return fused_preference_loss(*tensors, **options).loss * 2.0
+
+    torch._dynamo.reset()
+    assert_close(torch.compile(call, backend="eager")(*given), expected.loss * 2.0, rank)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"torch\.compiler\.disable"):
+        torch.compile(call, backend="eager", fullgraph=True)(*given)
+    assert len(gradients) == 2
+
+
+def test_in_compiled_functions(two: Pool) -> None:
+    two.run(_compiled)
