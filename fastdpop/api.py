@@ -5,11 +5,10 @@ full-vocabulary logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from fastdpop import checks, losses
 from fastdpop.call import LOGGED, Batch, LMHead, Loss, Options, Pairs, Reference, RefLogps
@@ -18,7 +17,11 @@ from fastdpop.output import PreferenceOutput
 from fastdpop.preference import Given, Weighting, begun, logps, preference_loss
 from fastdpop.transform import LogitTransform
 
-Ranks = ProcessGroup | DeviceMesh
+if TYPE_CHECKING:  # not every build of torch has them
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Ranks = ProcessGroup | DeviceMesh
 
 __all__ = ["LOGGED", "fused_dpop_loss", "fused_logps", "fused_preference_loss"]
 

@@ -47,6 +47,7 @@ def test_public_names() -> None:
         "attach",
         "detach",
         "engines",
+        "exact",
         "fused_dpop_loss",
         "fused_logps",
         "fused_preference_loss",

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,9 @@ class Group:
     @property
     def handle(self) -> Any:
         """The process group itself."""
-        resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]
+        from torch.distributed import distributed_c10d  # not in every build of torch
+
+        resolve: Any = vars(distributed_c10d)["_resolve_process_group"]
         return resolve(self.name)
 
     @staticmethod

@@ -20,7 +20,8 @@ at the local target alone:
 Between the forward product and the products of the gradients, processes exchange a few numbers per
 row, and never logits. Every process computes the same log-probs from them, bit for bit.
 
-The softmax is over a vocabulary, so 1 - w is as exact as 1 - p: the sum of the *others'* shares.
+``1 - w`` is a sum of the other processes' shares, not a difference: where a token is nearly
+certain, gradients come from nothing else.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from fastdpop.distributed import collectives
 from fastdpop.distributed.groups import Group
+from fastdpop.distributed.no_token import ANY_NUMBER, NoToken
 from fastdpop.engines.base import (
     NO_GRAD,
     Engine,
@@ -45,10 +47,7 @@ from fastdpop.engines.base import (
     Problem,
     RowValues,
 )
-from fastdpop.engines.chunks import pieces_of, plan, rows_that_fit, zeros_where
-
-_ANY_NUMBER = 2**62
-"""Of rows: a limit that is none."""
+from fastdpop.engines.chunks import pieces_of, rows_that_fit
 
 
 class VocabularyParallel(Engine):
@@ -90,9 +89,11 @@ class VocabularyParallel(Engine):
         """What computes, and among how many."""
         return f"{self.inner.describe()}, the vocabulary split over {self.group.size} processes"
 
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """The least of all processes, who have to ask together."""
-        return _Shard(self, problem, ()).agree("chunk_rows", needs_grad)
+        return _Shard(self, problem, statistics).agree("chunk_rows", needs_grad)
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
         """Log-probs alone: 1 matrix product."""
@@ -203,6 +204,7 @@ class _Shard:
         mine: ``(N,)`` whether it is the row's own.
         engine: computes with the local rows.
         names: of the statistics that it is asked for, `statistics` first.
+        sizes, ends: how many tokens each process has, and where they end, once processes agreed.
     """
 
     def __init__(
@@ -215,10 +217,11 @@ class _Shard:
         here = problem.targets - of.start
         self.mine = (here >= 0) & (here < len(problem.weight))
         others = _stand_ins(problem)
-        self.engine: Engine = _NoToken() if others is None else of.inner
+        self.engine: Engine = NoToken() if others is None else of.inner
         others = torch.zeros_like(here) if others is None else others
         self.problem = dataclasses.replace(problem, targets=torch.where(self.mine, here, others))
         self.sizes: list[int] = []
+        self.ends = self.targets.new_empty(0)
 
     def agree(self, asked: str, needs_grad: NeedsGrad) -> int:
         """The first exchange of a call: with one number of rows all processes go through the same
@@ -226,9 +229,10 @@ class _Shard:
         """
         p, of = self.problem, self.of
         # Whether the lm_head is trained decides; a gradient of its size need not be made to tell.
-        limit = self.engine.chunk_rows(p, NeedsGrad(bias=needs_grad.lm_head))
-        limit = min(limit, p.chunk_rows or _ANY_NUMBER)
-        same = zlib.crc32(repr((asked, self.statistics, p.groups, p.transform)).encode())
+        limit = self.engine.chunk_rows(p, self.names, NeedsGrad(bias=needs_grad.lm_head))
+        limit = min(limit, p.chunk_rows or ANY_NUMBER)
+        call = (asked, self.statistics, p.groups, p.transform, p.compute_dtype)
+        same = zlib.crc32(repr(call).encode())
         own = [limit, len(p.weight), of.start, of.vocabulary, len(p.targets), same]
         limits, sizes, starts, totals, rows, asked_for = zip(
             *collectives.every(own, self.group, p.hidden.device), strict=True
@@ -241,7 +245,7 @@ class _Shard:
         if len(set(asked_for)) > 1:
             raise ValueError(
                 "the ranks of tp_group make different calls, expected the same sequences, "
-                "statistics, transform of the logits and required gradients on all"
+                "statistics, dtype, transform of the logits and required gradients on all"
             )
         bounds = [sum(sizes[:rank]) for rank in range(len(sizes))]
         fits = all(s == b or n == 0 for s, b, n in zip(starts, bounds, sizes, strict=True))
@@ -251,7 +255,7 @@ class _Shard:
                 f"tokens {', '.join(map(str, starts))} on, of {max(totals)} in all: expected each "
                 f"to begin where the rank before ends, and the last to end with the vocabulary"
             )
-        self.sizes = list(sizes)
+        self.sizes, self.ends = list(sizes), self.targets.new_tensor(sizes).cumsum(0)
         self.problem = dataclasses.replace(p, chunk_rows=min(limits))
         return min(limits)
 
@@ -275,8 +279,7 @@ class _Shard:
         lines = torch.cat([values.lse[None], values.logps[None], values.statistics])
         found = self._exchanged(lines)
         lse, shares = _log_shares(found[:, 0])
-        ends = torch.tensor(self.sizes, device=lse.device).cumsum(0)
-        owner = torch.bucketize(self.targets[rows], ends, right=True)[None]
+        owner = torch.bucketize(self.targets[rows], self.ends, right=True)[None]
         logps = (found[:, 1] + shares).gather(0, owner)[0]
         local = dict(zip(self.names, found[:, 2:].unbind(1), strict=True))
         lines = values.statistics.new_empty((len(self.statistics), len(logps)))
@@ -378,68 +381,3 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
         total.index_put_((index,), rows, accumulate=True)
     else:
         total.index_add_(0, index, rows)
-
-
-class _NoToken(Engine):
-    """The engine of a process without a token that is possible: it has none of the probability."""
-
-    name = "none"
-
-    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Never."""
-        del device, dtype
-        return None
-
-    def describe(self) -> str:
-        """What it computes with."""
-        return "nothing"
-
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
-        """Any number."""
-        del problem, needs_grad
-        return _ANY_NUMBER
-
-    def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
-        """Logits of -inf."""
-        rows, dtype = len(problem.targets), problem.result_dtype
-        never = problem.hidden.new_full((rows,), -torch.inf, dtype=dtype)
-        lines = never.new_zeros((len(statistics), rows))
-        for line, name in zip(lines, statistics, strict=True):
-            if name in ("mean_logits", "max_logit"):
-                line.fill_(-torch.inf)
-        return EngineOutput(never, never.clone(), lines)
-
-    def logps_and_dlogp_dhidden(
-        self, problem: Problem, statistics: tuple[str, ...]
-    ) -> EngineOutput:
-        """No derivative."""
-        found = self.logps(problem, statistics)
-        return dataclasses.replace(found, dlogp_dhidden=torch.zeros_like(problem.hidden))
-
-    def gradients(
-        self, problem: Problem, lse: Tensor, dlogp: Tensor, needs_grad: NeedsGrad
-    ) -> Gradients:
-        """Zeros."""
-        del lse, dlogp
-        dtype = problem.result_dtype
-        return Gradients(
-            zeros_where(needs_grad.hidden, problem.hidden, dtype),
-            zeros_where(needs_grad.weight, problem.weight, dtype),
-            zeros_where(needs_grad.bias, problem.weight[:, 0], dtype),
-        )
-
-    def logps_and_gradients(
-        self,
-        problem: Problem,
-        statistics: tuple[str, ...],
-        loss: GroupLoss,
-        needs_grad: NeedsGrad,
-    ) -> EngineOutput:
-        """The loss takes part in every chunk."""
-        found = self.logps(problem, statistics)
-        for chunk in plan(problem.groups, problem.chunk_rows or _ANY_NUMBER):
-            rows = chunk.rows
-            values = RowValues(found.logps[rows], found.lse[rows], found.statistics[:, rows])
-            loss.dlogp(chunk.first, chunk.last, values)
-        gradients = self.gradients(problem, found.lse, found.logps, needs_grad)
-        return dataclasses.replace(found, gradients=gradients)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from fastdpop import checks, engines
-from fastdpop.api import Ranks
 from fastdpop.distributed.parallel import Parallel
 from fastdpop.hf import self_check
 from fastdpop.hf.forward import attached_forward, attachment_of
@@ -17,6 +16,10 @@ from fastdpop.hf.head import output_head
 from fastdpop.hf.interception import unwatch, watch
 from fastdpop.hf.tree_attention import uninstall
 from fastdpop.hf.wrappers import innermost, wrapped
+from fastdpop.hf.zero import PartitionedHead
+
+if TYPE_CHECKING:
+    from fastdpop.api import Ranks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,7 +83,8 @@ def attach(
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
-    head = output_head(target)
+    with PartitionedHead(target):
+        head = output_head(target)
     if check and head.weight.is_meta:
         raise ValueError("check is True, expected False for a model on the meta device")
     checks.flag("share_prefixes", share_prefixes)

@@ -19,14 +19,15 @@ from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
+from fastdpop.hf.results import by_sequence, with_router_loss
 from fastdpop.hf.self_check import random_state, set_random_state
 from fastdpop.hf.sharded import HeadKeptWhole, spread
 from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
+from fastdpop.hf.zero import PartitionedHead, with_whole_head
 from fastdpop.losses.base import PairLogps, PreferenceLoss
-from fastdpop.output import PreferenceOutput
-from fastdpop.rows import IGNORE, default_pairs
+from fastdpop.rows import IGNORE
 
 Preference = str | PreferenceLoss | Callable[[PairLogps], Tensor]
 RefLogps = Tensor | Sequence[Tensor]
@@ -143,6 +144,28 @@ class _Asked:
                         f"{name} is given without preference, expected preference= too"
                     )
 
+    def take_shifted(self, kwargs: dict[str, Any]) -> None:
+        """Labels that were shifted before a sequence was split come as `shift_labels`, which models' own losses take
+        in the place of `labels`, too.
+
+        Raises:
+            ValueError: they are no labels, or the options say that they are to be shifted.
+        """
+        shifted = kwargs.pop("shift_labels", None)
+        if shifted is None:
+            return
+        if not isinstance(shifted, Tensor):
+            raise ValueError(
+                f"shift_labels is {shifted!r}, expected labels that were shifted already; whether labels are to be "
+                "shifted stands in preference_options"
+            )
+        if (self.options or {}).get("shift_labels"):
+            raise ValueError(
+                "preference_options contains shift_labels=True, expected False beside shift_labels="
+            )
+        kwargs["labels"] = shifted
+        self.options = {**(self.options or {}), "shift_labels": False}
+
     @torch.compiler.disable
     def check_options(self) -> None:
         """
@@ -181,9 +204,10 @@ def _answer(
 ) -> PreferenceModelOutput | tuple[Any, ...]:
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
     asked.check_options()
+    asked.take_shifted(kwargs)
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     run = functools.partial(_run, original, model)
-    with HeadKeptWhole(output_head(model)) as whole:
+    with PartitionedHead(model), HeadKeptWhole(output_head(model)) as whole:
         call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
         random = None if batch is None else random_state(batch.device)
         try:
@@ -235,7 +259,8 @@ def _laid_out(
     def logps(sample: dict[str, Any], labels: Tensor, batch: SharedBatch | None) -> Tensor:
         plain = {name: value for name, value in call.items() if isinstance(value, (bool, int))}
         inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
-        return fused_logps(**_with(settings, inputs, fused_logps), reduction="token")
+        given = _with(settings, inputs, fused_logps) | {"reduction": "token"}
+        return with_whole_head(fused_logps, given)
 
     batch, shift = None, options.get("shift_labels", True)
     if asked.prefix_tree is not None:
@@ -289,15 +314,16 @@ def _fused(
     if batch is not None and passed_on["hidden_states"] is not None:
         passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
     if asked.preference is None:
-        logps = fused_logps(**inputs)
+        logps = with_whole_head(fused_logps, inputs)
         shape = labels.shape if options.get("reduction") == "token" else logps.shape
         return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
-    result = fused_preference_loss(**inputs, loss=asked.preference, ref_logps=asked.ref_logps)
+    inputs |= {"loss": asked.preference, "ref_logps": asked.ref_logps}
+    result = with_whole_head(fused_preference_loss, inputs)
     values = {field.name: getattr(result, field.name) for field in fields(result)}
-    values["loss"] = _with_router_loss(
+    values["loss"] = with_router_loss(
         model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
     )
-    values["logps"] = _by_sequence(result, options.get("pairs"))
+    values["logps"] = by_sequence(result, options.get("pairs"))
     return PreferenceModelOutput(**values, **passed_on)
 
 
@@ -394,35 +420,3 @@ def _inputs(
         "logit_scale": product.logit_scale,
         "tp_group": product.tp_group,
     }
-
-
-def _by_sequence(result: PreferenceOutput, pairs: Any) -> Tensor:
-    """The ``(S,)`` log-probs of a result, in the order of the batch."""
-    logps = result.chosen_logps.new_zeros(len(result.lengths))
-    if pairs is None:
-        pairs = default_pairs(len(logps), logps.device)
-    sequences = torch.as_tensor(pairs, device=logps.device)
-    for side, values in enumerate((result.chosen_logps, result.rejected_logps)):
-        present = sequences[:, side] >= 0
-        logps[sequences[present, side]] = values[present]
-    return logps
-
-
-def _with_router_loss(
-    model: nn.Module, loss: Tensor, router_loss: Tensor | None, weight: float | None
-) -> Tensor:
-    """Add the load-balancing loss as a mixture of experts itself does when it gets labels."""
-    if router_loss is None:
-        return loss
-    if weight is not None:
-        return loss + weight * router_loss.to(loss.device)
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "text_config", None)
-    for owner in (model, config, text_config):
-        for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            coefficient = getattr(owner, name, None)
-            if coefficient is not None:
-                return loss + coefficient * router_loss.to(loss.device)
-    raise RuntimeError(
-        f"{type(model).__name__} reports an aux_loss, but no router_aux_loss_coef is found in it or its config"
-    )

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdpop.hf import hooks, tensor_parallel
 from fastdpop.hf.lazy_logits import LazyLogits, Product
+from fastdpop.hf.zero import Partitioned, refuse_plain_call, torch_linear
 
 
 class _LinearMaps(TorchFunctionMode):
@@ -55,7 +56,7 @@ class _LinearMaps(TorchFunctionMode):
                 self.head, input, weight, bias, self.owner
             )
             tokens = None if group is None else self.vocabulary
-        if type(weight) not in (Tensor, nn.Parameter):
+        if type(weight) not in (Tensor, nn.Parameter, Partitioned):
             raise RuntimeError(
                 f"the weight of {self.owner}'s head is a {type(weight).__name__} during forward, "
                 "expected a plain tensor: keep the head unsharded and unquantised"
@@ -76,7 +77,7 @@ class _Interception:
     # Contexts are copied, into tasks and into other threads, and outlive the call.
     thread: int = field(default_factory=threading.get_ident)
     over: bool = False
-    noting: _LinearMaps | None = None  # while the head runs
+    noting: contextlib.ExitStack | None = None  # while the head runs
 
     @property
     def owner(self) -> str:
@@ -90,13 +91,14 @@ class _Interception:
 
     def begin(self) -> None:
         self.end()  # of a run that failed, if the model goes on after that
-        self.noting = _LinearMaps(self.head, self.owner)
-        self.noting.__enter__()
+        self.noting = contextlib.ExitStack()
+        self.noting.enter_context(torch_linear())
+        self.noting.enter_context(_LinearMaps(self.head, self.owner))
 
     def end(self) -> None:
         """Also after an error inside the head, whose second hook then does not run."""
         if self.noting is not None:
-            self.noting.__exit__(None, None, None)
+            self.noting.close()
             self.noting = None
 
     def checked(self, logits: Any) -> LazyLogits:
@@ -160,6 +162,7 @@ def real_logits_for(model: Any) -> Iterator[None]:
     if len(others) == len(calls):
         yield
         return
+    refuse_plain_call(model)
     token = _UNDER_WAY.set(others)
     try:
         yield

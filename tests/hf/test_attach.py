@@ -193,6 +193,23 @@ def test_pairs_in_another_order() -> None:
     torch.testing.assert_close(out.chosen_logps, expected[[2, 2]].detach())
 
 
+def test_labels_that_were_shifted_before() -> None:
+    """As the models' own loss takes them, and frameworks that split sequences give them."""
+    model, inputs = attach(tiny("llama")), batch()
+    call = {"preference": DPOP, "ref_logps": torch.zeros(4)}
+    expected = model(**inputs, **call)
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    for labels in ({"labels": inputs["labels"]}, {"labels": torch.zeros_like(shifted)}, {}):
+        given = {name: value for name, value in inputs.items() if name != "labels"} | labels
+        found = model(**given, shift_labels=shifted, **call)
+        assert torch.equal(found.loss, expected.loss)
+    options = {"shift_labels": True}
+    with pytest.raises(ValueError, match="preference_options contains shift_labels=True"):
+        model(**inputs, shift_labels=shifted, preference_options=options, **call)
+    with pytest.raises(ValueError, match="shift_labels is False, expected labels"):
+        model(**inputs, shift_labels=False, **call)
+
+
 def test_unpaired_examples() -> None:
     model, inputs = attach(tiny()), batch()
     options = {"pairs": torch.tensor([[0, -1], [-1, 1], [2, -1], [-1, 3]]), "kl": torch.tensor(0.1)}

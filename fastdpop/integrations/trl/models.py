@@ -220,9 +220,3 @@ def _check_devices(trainer: Any) -> None:
             f"{trainer.args.n_gpu} GPUs in one process would be served by DataParallel, expected one process per GPU: "
             "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
         )
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "zero_stage is 3, expected 1 or 2: ZeRO-3 takes the head's weight away before the loss has read it. "
-            "FSDP with the head in the root group also works"
-        )
