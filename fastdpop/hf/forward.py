@@ -19,14 +19,14 @@ from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
+from fastdpop.hf.results import by_sequence, with_router_loss
 from fastdpop.hf.self_check import random_state, set_random_state
 from fastdpop.hf.sharded import HeadKeptWhole, spread
 from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.hf.zero import PartitionedHead, with_whole_head
-from fastdpop.output import PreferenceOutput
-from fastdpop.rows import IGNORE, default_pairs
+from fastdpop.rows import IGNORE
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ def _laid_out(
     def logps(sample: dict[str, Any], labels: Tensor, batch: SharedBatch | None) -> Tensor:
         plain = {name: value for name, value in call.items() if isinstance(value, (bool, int))}
         inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
-        given = _with(settings, inputs, fused_logps)
-        return with_whole_head(fused_logps, {**given, "reduction": "token"})
+        given = _with(settings, inputs, fused_logps) | {"reduction": "token"}
+        return with_whole_head(fused_logps, given)
 
     batch, shift = None, options.get("shift_labels", True)
     if asked.prefix_tree is not None:
@@ -219,10 +219,10 @@ def _fused(
     inputs |= {"loss": asked.preference, "ref_logps": asked.ref_logps}
     result = with_whole_head(fused_preference_loss, inputs)
     values = {field.name: getattr(result, field.name) for field in fields(result)}
-    values["loss"] = _with_router_loss(
+    values["loss"] = with_router_loss(
         model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
     )
-    values["logps"] = _by_sequence(result, options.get("pairs"))
+    values["logps"] = by_sequence(result, options.get("pairs"))
     return PreferenceModelOutput(**values, **passed_on)
 
 
@@ -319,35 +319,3 @@ def _inputs(
         "logit_scale": product.logit_scale,
         "tp_group": product.tp_group,
     }
-
-
-def _by_sequence(result: PreferenceOutput, pairs: Any) -> Tensor:
-    """The ``(S,)`` log-probs of a result, in the order of the batch."""
-    logps = result.chosen_logps.new_zeros(len(result.lengths))
-    if pairs is None:
-        pairs = default_pairs(len(logps), logps.device)
-    sequences = torch.as_tensor(pairs, device=logps.device)
-    for side, values in enumerate((result.chosen_logps, result.rejected_logps)):
-        present = sequences[:, side] >= 0
-        logps[sequences[present, side]] = values[present]
-    return logps
-
-
-def _with_router_loss(
-    model: nn.Module, loss: Tensor, router_loss: Tensor | None, weight: float | None
-) -> Tensor:
-    """Add the load-balancing loss as a mixture of experts itself does when it gets labels."""
-    if router_loss is None:
-        return loss
-    if weight is not None:
-        return loss + weight * router_loss.to(loss.device)
-    config = getattr(model, "config", None)
-    text_config = getattr(config, "text_config", None)
-    for owner in (model, config, text_config):
-        for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            coefficient = getattr(owner, name, None)
-            if coefficient is not None:
-                return loss + coefficient * router_loss.to(loss.device)
-    raise RuntimeError(
-        f"{type(model).__name__} reports an aux_loss, but no router_aux_loss_coef is found in it or its config"
-    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.hf import tensor_parallel
-from fastdpop.hf.zero import gathering, rows
+from fastdpop.hf.zero import gathering, whole_shape
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Allowed difference of log-probs, over 1 + the largest logit, by the logits' coarsest dtype."""
@@ -24,7 +24,8 @@ def check(model: Any, head: Any) -> None:
         RuntimeError: the model does not run on token ids alone, or the log-probs differ.
     """
     owner, device = type(model).__name__, head.weight.device
-    vocabulary = min(rows(head), rows(model.get_input_embeddings()))
+    embeddings = model.get_input_embeddings()
+    vocabulary = min(whole_shape(module.weight)[0] for module in (head, embeddings))
     # Where sequences may be split over the processes that a head is, their parts are of one size.
     parts = head.weight.device_mesh.size() if tensor_parallel.is_split(head.weight) else 1
     length = -(-5 // parts) * parts

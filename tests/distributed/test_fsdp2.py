@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 pytest.importorskip("transformers")
 
@@ -148,6 +148,38 @@ def test_gradient_accumulation(two: Pool) -> None:
     two.run(_accumulated)
 
 
+def _uneven(rank: int) -> dict[str, Any]:
+    """One pair in the first process, two in the others."""
+    given = {**own_batch(rank), "ref_logps": references(rank)}
+    rows = slice(None) if rank else slice(None, None, 2)
+    return {name: value[rows] for name, value in given.items()} | {"preference": DPOP}
+
+
+def _joined(rank: int) -> None:
+    """Log-probs for a loss of one's own, and a batch that is one over all processes."""
+    one, size = attach(model()), dist.get_world_size()
+    losses = [one(**_uneven(r), preference_options={"reduction": "sum"}).loss for r in range(size)]
+    loss = sum(losses) / (2 * size - 1)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in one.named_parameters()}
+    one.zero_grad()
+    for r in range(size):
+        (one(**own_batch(r), return_logps=True).logps.sum() / size).backward()
+    of_logps = {n: p.grad for n, p in one.named_parameters()}
+    for layout in ("root", "tail", "head, freed"):
+        sharded = shard(attach(model(), group=dist.group.WORLD), layout)
+        out = sharded(**_uneven(rank))
+        assert_loss(out.loss, loss.item(), layout)  # the same everywhere
+        out.loss.backward()
+        assert_gradients(sharded, gradients, f"joined, {layout}")
+        sharded(**own_batch(rank), return_logps=True).logps.sum().backward()
+        assert_gradients(sharded, of_logps, f"log-probs, {layout}")
+
+
+def test_joined_batches(two: Pool) -> None:
+    two.run(_joined)
+
+
 def _hybrid(rank: int) -> None:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     given = {**own_batch(rank), "preference": DPOP, "ref_logps": references(rank)}
@@ -186,12 +218,32 @@ def test_a_live_reference(two: Pool) -> None:
     two.run(_live_reference)
 
 
+class _Reading(torch.nn.Module):
+    """A head that reads a weight and does not call the module that has it."""
+
+    def __init__(self, inner: torch.nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        return self.inner.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self.inner.weight)
+
+
 def _refused(rank: int) -> None:
     """What FSDP shards, outside of its forward."""
     sharded = shard(attach(model()), "head, freed")
     hidden, labels = torch.randn(2, 4, 32), torch.ones(2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"weight is a DTensor \(97, 32\).*tp_group="):
         fastdpop.fused_logps(hidden, sharded.lm_head.weight, labels)
+    whole = model()
+    whole.lm_head = _Reading(whole.lm_head)
+    fully_shard(attach(whole).lm_head.inner)
+    with pytest.raises(RuntimeError, match="is read where FSDP has not gathered it"):
+        fully_shard(whole)(**own_batch(rank), return_logps=True)
     seen = []
     sharded.lm_head.register_forward_hook(lambda head, *_: seen.append(head.weight), prepend=True)
     with torch.no_grad():

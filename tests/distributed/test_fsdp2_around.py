@@ -110,7 +110,12 @@ def _checkpointing(rank: int) -> None:
         m.model.layers = nn.ModuleList([checkpoint_wrapper(layer) for layer in m.model.layers])
         return m
 
+    def of_the_head(m: Any) -> Any:
+        m.lm_head = checkpoint_wrapper(m.lm_head)
+        return m
+
     for layout in ("root", "tail", "head, freed"):
+        _assert_as_one(rank, model(), layout, "wrapped head", of_the_head)
         _assert_as_one(rank, model(), layout, "reentrant", by_transformers(True))
         _assert_as_one(rank, model(), layout, "not reentrant", by_transformers(False))
         _assert_as_one(rank, model(), layout, "wrapped layers", by_torch)
