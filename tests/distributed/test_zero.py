@@ -270,9 +270,9 @@ def _joined() -> dict[str, Any]:
 
 def _trained(rank: int, want: Wanted) -> None:
     for stage in (2, 3):
-        engine = engine_of(attach(model()), stage)
+        engine = engine_of(attach(model(), group=dist.group.WORLD), stage)
         for _ in range(2):
-            loss = engine(**_uneven(rank), preference_options={"group": dist.group.WORLD}).loss
+            loss = engine(**_uneven(rank)).loss
             assert loss.item() == pytest.approx(want[0][0], rel=1e-6)
             engine.backward(loss)
             assert_gradients(engine, want[1], f"group, ZeRO-{stage}")
