@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 import fastdpop
 from fastdpop.hf import attach
 from fastdpop.hf.zero import gathering
 from tests.distributed.pool import Pool
-from tests.distributed.sharded_models import model, own_batch
+from tests.distributed.sharded_models import model, own_batch, references
 from tests.distributed.zero_models import (
     RANKS,
     Wanted,
+    assert_gradients,
     assert_step,
     config,
     deepspeed,
@@ -230,8 +233,6 @@ def test_a_model_made_in_pieces(two: Pool, tmp_path: Path) -> None:
 
 
 def _accumulated(rank: int, want: Wanted) -> None:
-    from deepspeed.utils import safe_get_full_grad
-
     losses, gradients = want
     for stage in (2, 3):
         engine = engine_of(attach(model()), stage, gradient_accumulation_steps=2)
@@ -240,16 +241,51 @@ def _accumulated(rank: int, want: Wanted) -> None:
             assert math.isclose(loss.item(), losses[rank], rel_tol=1e-6)
             engine.backward(loss)
             if engine.is_gradient_accumulation_boundary():
-                for name, parameter in engine.module.named_parameters():
-                    found = safe_get_full_grad(parameter)
-                    error = (found - gradients[name]).abs().max() / gradients[name].abs().max()
-                    assert error <= 1e-6, f"ZeRO-{stage}: {name} is off by {error:.2e}"
+                assert_gradients(engine, gradients, f"accumulated, ZeRO-{stage}")
             engine.step()
         engine.destroy()
 
 
 def test_gradient_accumulation(two: Pool) -> None:
     two.run(_accumulated, wanted(model()))
+
+
+def _uneven(rank: int) -> dict[str, Any]:
+    """One pair, or two."""
+    rows = [0, 2] if rank == 0 else [0, 1, 2, 3]
+    inputs: dict[str, Any] = {name: value[rows] for name, value in own_batch(rank).items()}
+    return {**inputs, "preference": DPOP, "ref_logps": references(rank)[rows]}
+
+
+def _joined() -> dict[str, Any]:
+    given = [_uneven(rank) for rank in range(RANKS)]
+    halves = [[x.chunk(2) if isinstance(x, Tensor) else x for x in one.values()] for one in given]
+    found = {
+        name: torch.cat([one[at][side] for side in range(2) for one in halves])
+        for at, name in enumerate(given[0])
+        if name != "preference"
+    }
+    return {**found, "preference": DPOP}
+
+
+def _trained(rank: int, want: Wanted) -> None:
+    for stage in (2, 3):
+        engine = engine_of(attach(model(), group=dist.group.WORLD), stage)
+        for _ in range(2):
+            loss = engine(**_uneven(rank)).loss
+            assert loss.item() == pytest.approx(want[0][0], rel=1e-6)
+            engine.backward(loss)
+            assert_gradients(engine, want[1], f"group, ZeRO-{stage}")
+            engine.step()
+        engine.destroy()
+
+
+def test_uneven_numbers_of_pairs(two: Pool) -> None:
+    one = attach(model())
+    loss = one(**_joined()).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in one.named_parameters()}
+    two.run(_trained, ([loss.item()], gradients))
 
 
 def _refused(rank: int) -> None:

@@ -96,23 +96,26 @@ def engine_of(model: Any, stage: int, **options: Any) -> Any:
     return engine
 
 
-def assert_step(
-    engine: Any, rank: int, want: Wanted, case: str, kind: str = "preference", **more: Any
-) -> None:
+def assert_step(engine: Any, rank: int, want: Wanted, case: str, kind: str = "preference") -> None:
     """A step's loss, and every gradient, on every rank."""
-    from deepspeed.utils import safe_get_full_grad
-
     losses, gradients = want
-    loss = loss_of(engine(**given(rank, kind), **more), kind)
+    loss = loss_of(engine(**given(rank, kind)), kind)
     assert abs(loss.item() - losses[rank]) <= 1e-6 * abs(losses[rank]), f"{case}: {loss.item()}"
     engine.backward(loss)
+    assert_gradients(engine, gradients, case)
+    engine.step()
+
+
+def assert_gradients(engine: Any, gradients: dict[str, Tensor], case: str) -> None:
+    """Every one, whole, to 1e-6 of its largest value."""
+    from deepspeed.utils import safe_get_full_grad
+
     trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     assert set(trained) == set(gradients), case
     for name, parameter in trained.items():
         found, gradient = safe_get_full_grad(parameter), gradients[name]
         error = (found - gradient).abs().max() / gradient.abs().max()
         assert error <= 1e-6, f"{case}: the gradient of {name} is off by {error:.2e}"
-    engine.step()
 
 
 def gathers_of(engine: Any, weight: Any) -> Callable[[], int]:
