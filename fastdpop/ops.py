@@ -31,10 +31,8 @@ from fastdpop.engines.base import Engine, EngineOutput, Gradients, GroupLoss, Ne
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, wide_dtype
 from fastdpop.rows import rows_from_labels as _rows_from_labels
+from fastdpop.scale import no_second_derivative, scale
 from fastdpop.spec import Spec
-
-_PIECE = 2**19
-"""Numbers that are scaled at once on a CPU."""
 
 NO_TENSOR = (0,)
 """Shape of an output that was not asked for: operators cannot return None."""
@@ -103,13 +101,6 @@ def _filled(gradients: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """The gradients, empty where there is none."""
     hidden, weight, bias = (like.new_empty(NO_TENSOR) if g is None else g for g in gradients)
     return hidden, weight, bias
-
-
-def _no_second_derivative(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError(
-        "no double differentiation: fastdpop gives first derivatives only. Take second ones from "
-        "fastdpop.naive, which has the same log-probs in plain torch, or by finite differences"
-    )
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -308,7 +299,7 @@ def _row_logps_backward(ctx: Any, dlogp: Tensor | None, *unused: Tensor | None) 
 
 
 row_logps.register_autograd(_row_logps_backward, setup_context=_row_logps_context)
-row_logps_backward.register_autograd(_no_second_derivative)
+row_logps_backward.register_autograd(no_second_derivative)
 
 
 # ---- the loss of whole pairs --------------------------------------------------------------------
@@ -429,32 +420,3 @@ def _pair_loss_backward(ctx: Any, factor: Tensor | None, *unused: Tensor | None)
 
 
 pair_loss.register_autograd(_pair_loss_backward, setup_context=_pair_loss_context)
-
-
-# ---- backward's product -------------------------------------------------------------------------
-
-
-@custom_op("fastdpop::scale", mutates_args=())
-def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor`` rounded once to ``dtype``; `factor` is 0-d, or ``(rows, 1)``.
-
-    A product with a 16-bit result goes through a full-size temporary on CPUs; pieces that fit the
-    cache don't.
-    """
-    result = torch.empty_like(gradient, dtype=dtype)
-    if gradient.device.type != "cpu" or gradient.dim() == 0:
-        return torch.mul(gradient, factor, out=result)
-    step = max(1, _PIECE * gradient.shape[0] // max(gradient.numel(), 1))
-    for start in range(0, gradient.shape[0], step):
-        piece = slice(start, start + step)
-        own = factor[piece] if factor.dim() else factor
-        torch.mul(gradient[piece], own, out=result[piece])
-    return result
-
-
-@scale.register_fake
-def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
-
-
-scale.register_autograd(_no_second_derivative)

@@ -61,6 +61,25 @@ def meeting(parallel: Parallel, near: torch.device) -> Iterator[Brought]:
         raise RuntimeError(problem)
 
 
+@dataclass
+class Approach:
+    """The way to a meeting. Attributes: there: the meeting has begun, and tells the others itself."""
+
+    there: bool = False
+
+
+@contextmanager
+def approach(parallel: Parallel, near: torch.device) -> Iterator[Approach]:
+    """Tell the others, who wait in a meeting, if this process fails before it is there."""
+    way = Approach()
+    try:
+        yield way
+    except Exception:
+        if not way.there:
+            _exchange(parallel, Brought(), near, failed=True)
+        raise
+
+
 def _exchange(parallel: Parallel, brought: Brought, near: torch.device, failed: bool) -> str:
     """Learn of the others; what is wrong, or nothing."""
     problem, bad = "", failed

@@ -18,8 +18,8 @@ Result = TypeVar("Result")
 
 
 def uncompiled_with_groups(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function that ``torch.compile`` leaves alone where it is given groups: no graph holds what ranks tell each other
-    on the way.
+    """A function that ``torch.compile`` leaves alone where it is given groups: no graph holds what ranks tell each
+    other on the way.
     """
     alone = torch.compiler.disable(function)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from types import MethodType
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.api import fused_logps, fused_preference_loss
+from fastdpop.distributed.agreement import Approach, approach
+from fastdpop.distributed.parallel import Parallel
 from fastdpop.exact import Exact, opened
 from fastdpop.hf.asked import Asked, Preference, RefLogps
 from fastdpop.hf.head import adapter_columns, output_head
@@ -102,29 +105,40 @@ def _answer(
     kwargs: dict[str, Any],
 ) -> PreferenceModelOutput | tuple[Any, ...]:
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
-    asked.check_options()
-    asked.take_shifted(kwargs)
-    call, labels, as_dict = _arguments(model, signature, args, kwargs)
-    run = functools.partial(_run, original, model)
-    with PartitionedHead(model), HeadKeptWhole(output_head(model)) as whole:
-        call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
-        random = None if batch is None else random_state(batch.device)
-        try:
-            outputs = run(call, batch)
-        except Unshareable as error:  # met by a layer
-            if batch is None or random is None:
-                raise
-            if spread(model):  # where no process may run it once more by itself
-                raise RuntimeError(
-                    f"share_prefixes: {error}, which the check of the model has not shown: leave out share_prefixes"
-                ) from error
-            warn_once(model, str(error))
-            set_random_state(random)  # what layers before that one have dropped out
-            call, batch = call if asked.prefix_tree is None else padded(batch, call), None
-            outputs = run(call, batch)
-        output = _fused(model, outputs, labels, asked, settings, batch)
-        whole.for_backward(output)
+    with _approach(model, settings, asked) as way:
+        asked.check_options()
+        asked.take_shifted(kwargs)
+        call, labels, as_dict = _arguments(model, signature, args, kwargs)
+        run = functools.partial(_run, original, model)
+        with PartitionedHead(model), HeadKeptWhole(output_head(model)) as whole:
+            call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
+            random = None if batch is None else random_state(batch.device)
+            try:
+                outputs = run(call, batch)
+            except Unshareable as error:  # met by a layer
+                if batch is None or random is None:
+                    raise
+                if spread(model):  # where no process may run it once more by itself
+                    raise RuntimeError(
+                        f"share_prefixes: {error}, which the check of the model has not shown: leave out share_prefixes"
+                    ) from error
+                warn_once(model, str(error))
+                set_random_state(random)  # what layers before that one have dropped out
+                call, batch = call if asked.prefix_tree is None else padded(batch, call), None
+                outputs = run(call, batch)
+            output = _fused(model, outputs, labels, asked, settings, batch, way)
+            whole.for_backward(output)
     return output if as_dict else output.to_tuple()
+
+
+@torch.compiler.disable
+def _approach(
+    model: nn.Module, settings: Mapping[str, Any], asked: Asked
+) -> AbstractContextManager[Approach]:
+    """Other ranks wait for this one's part of a loss: they hear of it if that will not come."""
+    given = {**settings, **(asked.options if isinstance(asked.options, Mapping) else {})}
+    parallel = Parallel.of(given.get("group"), given.get("cp_group"), given.get("tp_group"))
+    return approach(parallel, next(model.parameters()).device)
 
 
 def _run(
@@ -204,14 +218,16 @@ def _fused(
     asked: Asked,
     settings: Mapping[str, Any],
     batch: SharedBatch | None,
+    way: Approach,
 ) -> PreferenceModelOutput:
-    """The loss or the log-probs from what the model returned."""
+    """The loss or the log-probs from what the model returned; from here on the fused function tells other ranks."""
     options = {k: v for k, v in (asked.options or {}).items() if k != "share_prefixes"}
     function = fused_logps if asked.preference is None else fused_preference_loss
     inputs = _with(settings, _inputs(model, outputs, labels, options, batch), function) | options
     passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
     if batch is not None and passed_on["hidden_states"] is not None:
         passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
+    way.there = True
     if asked.preference is None:
         logps = with_whole_head(fused_logps, inputs)
         shape = labels.shape if options.get("reduction") == "token" else logps.shape

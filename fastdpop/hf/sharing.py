@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from fastdpop.hf.tree_attention import Layout, Unshareable
+from fastdpop.hf.zero import whole_shape
 from fastdpop.prefix.tree import LEAST_SHARED, PrefixTree, build_tree, side_by_side
 from fastdpop.rows import IGNORE
 
@@ -154,7 +155,8 @@ def check_model(model: Any, tokens: int) -> None:
     embedding = model.get_input_embeddings()
     if model.training and getattr(embedding, "neftune_noise_alpha", None):
         raise Unshareable("NEFTune's noise depends on the length of the row")
-    if len(getattr(embedding, "weight", (0, 0))) < 2:
+    weight = embedding._parameters.get("weight")  # as DeepSpeed does not gather it
+    if weight is not None and whole_shape(weight)[0] < 2:
         raise Unshareable("its vocabulary has one token")
     config = getattr(model, "config", None)
     if getattr(config, "reorder_and_upcast_attn", False):

@@ -25,6 +25,7 @@ from fastdpop.hf.self_check import undisturbed
 from fastdpop.hf.sharded import spread
 from fastdpop.hf.sharing import SharedBatch, shared_batch
 from fastdpop.hf.tree_attention import Unshareable, configs, install, installed, original, uninstall
+from fastdpop.hf.zero import rows
 from fastdpop.prefix.tree import PrefixTree
 
 Logps = Callable[[dict[str, Any], Tensor, SharedBatch | None], Tensor]
@@ -268,7 +269,7 @@ def _first_leaf(tree: PrefixTree) -> int:
 
 def _arbitrary(model: Any) -> list[list[int]]:
     """Two sequences of tokens that the model knows."""
-    tokens = len(model.get_input_embeddings().weight)
+    tokens = rows(model.get_input_embeddings())
     return [[(3 + i) % tokens for i in range(_LENGTH)], [(5 + i) % tokens for i in range(_LENGTH)]]
 
 
