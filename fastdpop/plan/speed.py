@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastdpop.plan.hardware import Cluster
-from fastdpop.plan.heads import FORWARD_RATE, HEADS
+from fastdpop.plan.heads import FORWARD_RATE, FORWARD_START, HEADS
 from fastdpop.plan.memory import Job, Setting, bytes_of
 
-LAYER_RATE = 0.51
+LAYER_RATE = 0.48
 """Share of the peak rate that the products of layers reach, fitted."""
 
-LAUNCHES = 1.1e-3
+LAUNCHES = 0.85e-3
 """Seconds a layer takes to launch one forward pass; a backward pass counts as two. Fitted."""
 
 COPY_RATE = 0.79
@@ -106,7 +106,7 @@ def step_of(job: Job, setting: Setting) -> Step:
         passes += 1
         flop += traced.forward_flop
         products = 2 * rows.scored * rows.weights
-        head_seconds += products / (FORWARD_RATE * gpu.peak)
+        head_seconds += FORWARD_START + products / (FORWARD_RATE * gpu.peak)
         head_flop += products
     compute = flop / (LAYER_RATE * gpu.peak) + passes * model.depth * LAUNCHES
     counts, size = model.counts(setting.tp), bytes_of(job, setting)

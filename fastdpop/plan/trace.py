@@ -163,7 +163,7 @@ def trace(
         if not mask:
             _without_masks(trunk.config)
         if checkpointing:
-            trunk.activation_checkpointing_enable({"use_reentrant": False})
+            trunk.gradient_checkpointing_enable({"use_reentrant": False})
         sees = torch.ones(sequences, 1, length, length, dtype=torch.bool) if mask else None
         table = trunk.get_input_embeddings().weight
         watch = _Watch()
