@@ -24,6 +24,8 @@ from fastdpop.train.run import read
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Ids = list[list[int]]
+
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 PICTURES = (".png", ".svg", ".pdf")
 _WINDOWS = {
@@ -67,8 +69,8 @@ def report(
             print(f"Picture: {picture}")
 
 
-def read_pairs(options: Sequence[str]) -> tuple[Asked, Source, tuple[list[list[int]], ...]]:
-    """What was asked for, whose tokens are meant, and the pairs' tokens: prompts, chosen and rejected
+def read_pairs(options: Sequence[str]) -> tuple[Asked, Source, tuple[Ids, Ids, Ids]]:
+    """What was asked for, whose tokens are meant, and the pairs' own: prompts, chosen and rejected
     completions.
 
     Raises:
@@ -78,8 +80,10 @@ def read_pairs(options: Sequence[str]) -> tuple[Asked, Source, tuple[list[list[i
     asked = parse([*options, "--output", ".", "--device", "cpu"])
     source = model_source(asked)
     pairs, _ = read(asked, load_tokenizer(asked, source), source)
-    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return asked, source, tuple(list(pairs[side]) for side in sides)
+    prompts, chosen, rejected = (
+        list(pairs[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")
+    )
+    return asked, source, (prompts, chosen, rejected)
 
 
 def _check(picture: Path) -> None:

@@ -214,11 +214,12 @@ def gathered(job: Job, setting: Setting) -> tuple[float, float, float]:
     """Bytes of whole weights and gradients that a rank has for a while where it owns shards: at the
     head, in the first layer's backward pass, and in the last one's.
 
+    As accelerate divides a model for FSDP2: a layer each, the embedding, and the last norm with the head.
     A layer's weights are gathered into a buffer and copied out while those of the layer before are
     still in use; its gradients are copied into a buffer that is then reduced.
     """
     counts, size = job.model.counts(setting.tp), bytes_of(job, setting)
-    if setting.sharded != "weights" or setting.shards == 1:
+    if setting.sharded != "weights":
         return 0.0, 0.0, 0.0
     layer, head = size.gathered * counts.layer, float(size.gathered * counts.head)
     if setting.deepspeed:
@@ -227,6 +228,9 @@ def gathered(job: Job, setting: Setting) -> tuple[float, float, float]:
     gradients = 2 * size.gathered * counts.layer_trained
     embedding = 2.0 * size.gathered * counts.embedding if counts.head_trained else 0.0
     backward = 3.0 * layer + gradients
+    if job.model.tied:
+        # One matrix at both ends is gathered, and its gradient whole, from one to the other.
+        backward += head + embedding / 2
     if setting.reshard:
         return head, backward, max(backward, embedding)
     layers = size.gathered * counts.layers

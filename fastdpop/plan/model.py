@@ -76,7 +76,7 @@ def read_config(name: str) -> Any:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"--model is {name!r}, which is no JSON: {error}") from error
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        kind = str(fields.get("model_type")) if isinstance(fields, dict) else "none"
         if kind not in CONFIG_MAPPING:
             raise ValueError(
                 f"{name}: field 'model_type' is {kind!r}, expected a model of transformers"

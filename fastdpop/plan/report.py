@@ -9,6 +9,7 @@ from typing import Any
 from fastdpop.plan.hardware import GIB
 from fastdpop.plan.memory import Job, Setting
 from fastdpop.plan.settings import Estimate
+from fastdpop.plan.speed import scoring_seconds
 
 
 def title_of(setting: Setting) -> str:
@@ -45,14 +46,14 @@ def heading(job: Job) -> list[str]:
 def _row(title: str, found: Estimate) -> str:
     step = found.step
     return (
-        f"{title:42}{found.memory.total / GIB:>8.1f}{'yes' if found.fits else 'no':>6}"
+        f"{title:46}{found.memory.total / GIB:>8.1f}{'yes' if found.fits else 'no':>6}"
         f"{found.most_pairs:>6}{step.seconds:>9.2f}{step.exposed / step.seconds:>7.0%}"
         f"{found.pairs_per_second:>9.2f}{found.tokens_per_second:>11,.0f}{found.use:>6.0%}"
     )
 
 
 _HEADER = (
-    f"{'':42}{'GiB':>8}{'fits':>6}{'most':>6}{'s/step':>9}{'wait':>7}{'pairs/s':>9}{'tokens/s':>11}"
+    f"{'':46}{'GiB':>8}{'fits':>6}{'most':>6}{'s/step':>9}{'wait':>7}{'pairs/s':>9}{'tokens/s':>11}"
     f"{'peak':>6}"
 )
 
@@ -66,7 +67,7 @@ def table(job: Job, found: Sequence[Estimate], left_out: dict[str, str]) -> str:
         lines += ["", "Too large, and the largest part at the fullest moment:"]
         for each in too_large:
             size = each.memory.parts[each.memory.largest] / GIB
-            lines.append(f"  {title_of(each.setting):40}{each.memory.largest} {size:,.1f} GiB")
+            lines.append(f"  {title_of(each.setting):44}  {each.memory.largest} {size:,.1f} GiB")
     lines += [f"Not estimated: {name}: {why}" for name, why in left_out.items()]
     lines += [
         "",
@@ -107,7 +108,11 @@ def advice(job: Job, best: Estimate | None, steps: int | None) -> str:
         f"within its node and {best.step.traffic.network / 1e9:.1f} GB to others. "
     )
     if steps is not None:
-        text += f"{steps:,} steps take {steps * best.step.seconds / 3600:.1f} hours. "
+        text += f"{steps:,} steps take {steps * best.step.seconds / 3600:.1f} hours"
+        if job.reference == "precomputed":
+            hours = steps * job.accumulate * scoring_seconds(job, setting) / 3600
+            text += f", and the reference's scores beforehand at most {hours:.1f}"
+        text += ". "
     return textwrap.fill(text + _how(job, setting), 110, break_on_hyphens=False)
 
 
@@ -122,7 +127,7 @@ def _how(job: Job, setting: Setting) -> str:
     options += " --share-prefixes" if setting.shared else ""
     options += f" --lora --lora-rank {job.model.lora.rank}" if job.model.lora else ""
     if setting.name == "one GPU":
-        return f"Options of fastdpop train: {options}."
+        return f"Start it with: fastdpop train {options} ..."
     if setting.deepspeed:
         stage = setting.name.removeprefix("ZeRO-")
         how = f"--use_deepspeed --zero_stage {stage} --mixed_precision bf16"
@@ -133,14 +138,13 @@ def _how(job: Job, setting: Setting) -> str:
             "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
             f"--fsdp_reshard_after_forward {str(setting.reshard).lower()} --mixed_precision bf16"
         )
-    text = f"With accelerate: {launch} {how}; options of fastdpop train: {options}."
     if setting.tp > 1 or setting.name == "HSDP":
-        mesh = (
-            f"tp_size={setting.tp}, dp_shard_size={setting.shards}, "
-            f"dp_replicate_size={setting.replicas}"
+        how += (
+            f" --use_parallelism_config --parallelism_config_tp_size {setting.tp}"
+            f" --parallelism_config_dp_shard_size {setting.shards}"
+            f" --parallelism_config_dp_replicate_size {setting.replicas}"
         )
-        text += f" The mesh is accelerate's ParallelismConfig({mesh})."
-    return text
+    return f"Start it with: {launch} {how} -m fastdpop train {options} ..."
 
 
 def numbers(

@@ -52,7 +52,7 @@ def settings_of(job: Job) -> Iterator[Setting]:
     if nodes > 1:
         yield Setting("HSDP", "weights", PER_NODE, nodes)
     for tp in (2, 4, 8):
-        if tp <= job.cluster.in_node and gpus % tp == 0 and not job.model.why_not_split(tp):
+        if tp <= job.cluster.in_node and gpus % tp == 0:
             name = f"TP {tp} x FSDP2" if gpus > tp else f"TP {tp}"
             yield Setting(name, "weights", gpus // tp, tp=tp)
 
@@ -102,6 +102,10 @@ def compare(job: Job, checkpointing: bool | None = None) -> tuple[list[Estimate]
     found, left_out = [], {}
     ways = (False, True) if checkpointing is None else (checkpointing,)
     for base in settings_of(job):
+        why = job.model.why_not_split(base.tp) if base.tp > 1 else None
+        if why is not None:
+            left_out[base.name] = why
+            continue
         try:
             for shared in (False, True) if job.tree is not None else (False,):
                 each = (

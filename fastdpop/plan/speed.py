@@ -127,6 +127,15 @@ def step_of(job: Job, setting: Setting) -> Step:
     )
 
 
+def scoring_seconds(job: Job, setting: Setting) -> float:
+    """Of one forward pass's pairs under the reference, once, beforehand, without what waits for other
+    GPUs.
+    """
+    traced, rows, peak = job.traced(setting), job.rows(setting), job.cluster.gpu.peak
+    layers = traced.forward_flop / (LAYER_RATE * peak) + job.model.depth * LAUNCHES
+    return layers + FORWARD_START + 2 * rows.scored * rows.weights / (FORWARD_RATE * peak)
+
+
 def traffic_of(job: Job, setting: Setting) -> tuple[Traffic, Traffic]:
     """What a rank sends in one optimizer step: beside products, and while they wait."""
     cluster, counts = job.cluster, job.model.counts(setting.tp)
@@ -146,8 +155,9 @@ def traffic_of(job: Job, setting: Setting) -> tuple[Traffic, Traffic]:
         hidden += gradients
         exposed += gather(cluster, size.weight * counts.trained, setting.shards, inside)
     if setting.replicas > 1:
-        # An all-reduction is a reduction and a gathering.
-        own = size.gradient * counts.trained / setting.shards
+        # An all-reduction is a reduction and a gathering; FSDP2 reduces in 16 bits.
+        each = 2.0 if setting.sharded == "weights" else size.gradient
+        own = each * counts.trained / setting.shards
         per_node = max(1, cluster.in_node // (setting.tp * inside))
         per_node = min(per_node, setting.replicas)
         hidden += gather(cluster, own, setting.replicas, per_node) * 2

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -126,18 +127,22 @@ class _Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Operators that do not know a type say so in the log, and in the exception once more."""
+    """Operators that do not know a type say so in the log, and in the exception once more; libraries
+    warn each other of names that change.
+    """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel("CRITICAL")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         log.setLevel(level)
 
 
 def trace(
-    trunk: nn.Module,
+    trunk: Any,
     sequences: int,
     length: int,
     *,
