@@ -46,14 +46,14 @@ def heading(job: Job) -> list[str]:
 def _row(title: str, found: Estimate) -> str:
     step = found.step
     return (
-        f"{title:46}{found.memory.total / GIB:>8.1f}{'yes' if found.fits else 'no':>6}"
+        f"{title:50}{found.memory.total / GIB:>8.1f}{'yes' if found.fits else 'no':>6}"
         f"{found.most_pairs:>6}{step.seconds:>9.2f}{step.exposed / step.seconds:>7.0%}"
         f"{found.pairs_per_second:>9.2f}{found.tokens_per_second:>11,.0f}{found.use:>6.0%}"
     )
 
 
 _HEADER = (
-    f"{'':46}{'GiB':>8}{'fits':>6}{'most':>6}{'s/step':>9}{'wait':>7}{'pairs/s':>9}{'tokens/s':>11}"
+    f"{'':50}{'GiB':>8}{'fits':>6}{'most':>6}{'s/step':>9}{'wait':>7}{'pairs/s':>9}{'tokens/s':>11}"
     f"{'peak':>6}"
 )
 
@@ -67,7 +67,7 @@ def table(job: Job, found: Sequence[Estimate], left_out: dict[str, str]) -> str:
         lines += ["", "Too large, and the largest part at the fullest moment:"]
         for each in too_large:
             size = each.memory.parts[each.memory.largest] / GIB
-            lines.append(f"  {title_of(each.setting):44}  {each.memory.largest} {size:,.1f} GiB")
+            lines.append(f"  {title_of(each.setting):50}{each.memory.largest} {size:,.1f} GiB")
     lines += [f"Not estimated: {name}: {why}" for name, why in left_out.items()]
     lines += [
         "",
