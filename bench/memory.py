@@ -100,9 +100,17 @@ def peak_extra_bytes(call: Callable[[], Result], device: str) -> tuple[int, Resu
         result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, result
-    torch_events = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with torch_events as profiled, _MallocWatch() as malloc:
+    with _MallocWatch() as malloc:
+        peak, result = allocator_peak(call)
+    return max(peak, malloc.peak), result
+
+
+def allocator_peak(call: Callable[[], Result]) -> tuple[int, Result]:
+    """The first of the two figures alone, on a CPU: tensors, and nothing of Python's; and the call's
+    result.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
-    return max(max(accumulate(e.nbytes() for e in events), default=0), malloc.peak), result
+    return max(accumulate(e.nbytes() for e in events), default=0), result

@@ -17,12 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpop.demo import BLUE, GREY, ORANGE
 from fastdpop.prefix.stats import PairStatistics, Work, pair_statistics
-from fastdpop.train.model import load_tokenizer, model_source, trusts
-from fastdpop.train.parse import parse
+from fastdpop.train.model import Source, load_tokenizer, model_source, trusts
+from fastdpop.train.parse import Asked, parse
 from fastdpop.train.run import read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Ids = list[list[int]]
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
 PICTURES = (".png", ".svg", ".pdf")
@@ -54,22 +56,34 @@ def report(
     """
     if picture is not None:
         _check(picture)
-    # Nothing is written there, and nothing computed.
-    asked = parse([*options, "--output", ".", "--device", "cpu"])
-    source = model_source(asked)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        pairs, _ = read(asked, load_tokenizer(asked, source), source)
+        asked, source, pairs = read_pairs(options)
     revision = {} if source.adapter else {"revision": asked.model.model_revision}
     work, why = model_work(source.base, trust_remote_code=trusts(asked), **revision)
-    columns = (list(pairs[side]) for side in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    prompts, chosen, rejected = columns
-    statistics = pair_statistics(prompts, chosen, rejected, batch_pairs, work)
+    statistics = pair_statistics(*pairs, batch_pairs, work)
     numbers = summary(statistics, batch_pairs, why)
     print(json.dumps(numbers, indent=1) if as_json else "\n" + table(numbers))
     if picture is not None:
         draw(statistics, numbers, name, picture)
         if not as_json:
             print(f"Picture: {picture}")
+
+
+def read_pairs(options: Sequence[str]) -> tuple[Asked, Source, tuple[Ids, Ids, Ids]]:
+    """What was asked for, whose tokens are meant, and the pairs' own: prompts, chosen and rejected
+    completions.
+
+    Raises:
+        ValueError, OSError, ImportError: with a message for the user.
+    """
+    # Nothing is written there, and nothing computed.
+    asked = parse([*options, "--output", ".", "--device", "cpu"])
+    source = model_source(asked)
+    pairs, _ = read(asked, load_tokenizer(asked, source), source)
+    prompts, chosen, rejected = (
+        list(pairs[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")
+    )
+    return asked, source, (prompts, chosen, rejected)
 
 
 def _check(picture: Path) -> None:

@@ -219,3 +219,17 @@ def test_table_without_an_estimate(model: Path, capsys: pytest.CaptureFixture[st
     assert "no estimate of a step's speed-up: mamba has layers" in said
     assert "tokens, padded / in the tree" in said
     assert "speed-up of a step, estimate" not in said
+
+
+def test_a_plan_from_pairs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lengths and the tree's share are those that ``pairs stats`` counts."""
+    file = write(model.parent / "pairs.jsonl", PAIRS)
+    assert stats(model, PAIRS, "--batch-pairs", "3", "--json") == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    options = ["--pairs", str(file), "--pairs-per-gpu", "3", "--gpus", "H100", "--json"]
+    assert main(["plan", "--model", str(model), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == tokens["padded"] / 6
+    assert found["tree_share"] == pytest.approx(tokens["tree"] / tokens["padded"])
+    assert found["real_share"] == pytest.approx(tokens["real"] / tokens["padded"])
+    assert found["completion_tokens"] == 4  # 3 x "yes" and "no", "not", "nope", each with its end

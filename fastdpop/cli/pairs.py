@@ -70,10 +70,27 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--picture", type=Path, metavar="FILE", help="draw histograms (PNG, SVG, PDF)"
     )
     stats.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    reading = stats.add_argument_group("reading, as in fastdpop train")
+    add_reading(stats)
+    stats.set_defaults(action=_stats)
+
+
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """The options that say what is read, and how."""
+    reading = command.add_argument_group("reading, as in fastdpop train")
     for name, options in READING.items():
         reading.add_argument("--" + name.replace("_", "-"), **options)  # type: ignore[arg-type]
-    stats.set_defaults(action=_stats)
+
+
+def reading_options(args: argparse.Namespace) -> list[str]:
+    """Those that were given, as a command line of ``fastdpop train``."""
+    options = []
+    for name in READING:
+        value = getattr(args, name)
+        if value is True:
+            options += [f"--{name}"]
+        elif value:
+            options += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    return options
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,12 +101,6 @@ def run(args: argparse.Namespace) -> int:
 def _stats(args: argparse.Namespace) -> int:
     from fastdpop.pair_stats import report
 
-    options = ["--pairs", args.pairs, "--model", args.model]
-    for name in READING:
-        value = getattr(args, name)
-        if value is True:
-            options += [f"--{name}"]
-        elif value:
-            options += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    options = ["--pairs", args.pairs, "--model", args.model, *reading_options(args)]
     report(options, args.pairs, args.batch_pairs, picture=args.picture, as_json=args.json)
     return 0
