@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from fastdpop.integrations.trl import FastDPOTrainer
+from fastdpop.integrations.trl import FastDPOTrainer, batch
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint
 from fastdpop.train.report import MetricsFile, Progress
@@ -23,7 +23,8 @@ from fastdpop.train.report import MetricsFile, Progress
 class PairTrainer(FastDPOTrainer):
     """A :class:`~fastdpop.integrations.trl.FastDPOTrainer` for data that are tokenised already.
 
-    - A step's loss is the mean over its pairs, also where its last batch has fewer.
+    - A step's loss is the mean over its pairs, also where its last batch has fewer; with `global_batch` over those of
+      all processes, each once.
     - A loss or a gradient's norm that is not finite ends the run.
     - Checkpoints are sealed (:mod:`fastdpop.train.checkpoint`), if `identity` is given.
     - Metrics go to ``metrics.jsonl`` in the output folder, if `write_metrics` is set.
@@ -89,7 +90,11 @@ class PairTrainer(FastDPOTrainer):
     def get_batch_samples(self, *args: Any) -> Any:
         """The batches of a step, counted."""
         batches, items = super().get_batch_samples(*args)
-        self._of_step = (len(batches), sum(_pairs(batch) for batch in batches))
+        pairs = [batch.count(inputs) for inputs in batches]
+        if self._fastdpop.global_batch:
+            last = len(batches) - 1
+            pairs = [batch.total(self, one, final=at == last) for at, one in enumerate(pairs)]
+        self._of_step = (len(batches), sum(pairs))
         return batches, items
 
     def compute_loss(
@@ -102,7 +107,10 @@ class PairTrainer(FastDPOTrainer):
         """TRL's, weighted such that the mean over a step's batches is the mean over its pairs."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batches, pairs = self._of_step
-        share = _pairs(inputs) * batches
+        own = batch.count(inputs)
+        if self._fastdpop.global_batch:
+            own = batch.total(self, own)
+        share = own * batches
         if not self.model.training or share == pairs:
             return result
         loss, *outputs = result if return_outputs else (result,)
@@ -216,7 +224,3 @@ class _GoOn(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_save:
             control.should_log = True
-
-
-def _pairs(batch: Mapping[str, Any]) -> int:
-    return len(batch["input_ids"]) // 2
