@@ -35,7 +35,7 @@ def main() -> None:
     for step, batch in enumerate(itertools.islice(endless, options.steps)):
         with torch.no_grad(), accelerator.unwrap_model(model).disable_adapter():
             ref_logps = model(**batch, return_logps=True).logps
-        out = model(**batch, preference=dpop, ref_logps=ref_logps)
+        out = model(**batch, preference=dpop, ref_logps=fastdpop.exact(ref_logps))
         accelerator.backward(out.loss)
         optimizer.step()
         optimizer.zero_grad()

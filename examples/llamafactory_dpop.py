@@ -50,7 +50,7 @@ class FusedDPOPTrainer(trainer.CustomDPOTrainer):
             reference, switched_off = model, self.accelerator.unwrap_model(model).disable_adapter()
         with torch.no_grad(), switched_off:
             ref_logps = reference(**batch, return_logps=True).logps
-        out = model(**batch, preference=self.dpop, ref_logps=ref_logps)
+        out = model(**batch, preference=self.dpop, ref_logps=fastdpop.exact(ref_logps))
         values = {
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,

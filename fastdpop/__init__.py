@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpop import engines, losses
 from fastdpop.api import fused_dpop_loss, fused_logps, fused_preference_loss
+from fastdpop.exact import exact
 from fastdpop.output import PreferenceOutput
 from fastdpop.version import VERSION
 
@@ -30,6 +31,7 @@ __all__ = [
     "attach",
     "detach",
     "engines",
+    "exact",
     "fused_dpop_loss",
     "fused_logps",
     "fused_preference_loss",

@@ -30,9 +30,14 @@ def _device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, expected {device}, where hidden is")
 
 
-def _floats(name: str, value: Tensor) -> None:
+def _unrounded(name: str, value: Tensor) -> None:
     if not value.is_floating_point():
         raise ValueError(f"{name} has dtype {value.dtype}, expected floating point")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} has dtype {value.dtype}, in which it is rounded, expected torch.float32 or torch.float64. "
+            "Mixed precision of FSDP casts what forward is given: wrap it in fastdpop.exact"
+        )
 
 
 def flag(name: str, value: object) -> None:
@@ -142,12 +147,42 @@ def _dims(name: str, value: Tensor, dims: int) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {dims} dimensions")
 
 
+def _whole(name: str, value: Tensor) -> None:
+    """No DTensor, whose gradient would not be reduced as its mesh asks, or not at all."""
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} is a DTensor {tuple(value.shape)}, expected a plain tensor. Where FSDP shards it, compute the "
+            "loss inside the model's forward (fastdpop.attach does): its full_tensor() would get no reduced gradient. "
+            f"Where it is tensor parallel, pass {name}.to_local() and tp_group="
+        )
+
+
+def storage(name: str, value: Tensor) -> None:
+    """The numbers of a tensor are there; engines would read what is not theirs."""
+    if value.numel() == 0:
+        return
+    strides = zip(value.shape, value.stride(), strict=True)
+    last = value.storage_offset() + sum((size - 1) * stride for size, stride in strides)
+    if value.untyped_storage().nbytes() < (last + 1) * value.element_size():
+        raise RuntimeError(
+            f"{name} {tuple(value.shape)} has no storage any more: FSDP has resharded its module. Read and use the "
+            "parameter inside that module's forward (fastdpop.attach does), or unshard() the module until the loss is "
+            "computed"
+        )
+
+
 def projection(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", empty: bool = False
 ) -> None:
     """Weight and bias fit the hidden states; of a vocabulary that is split, one process may have none (`empty`)."""
     name = f"{prefix}weight"
     _tensor(name, weight)
+    given = {f"{prefix}hidden": hidden, name: weight, f"{prefix}bias": bias}
+    for each, value in given.items():
+        if isinstance(value, Tensor):
+            _whole(each, value)
+            if not torch.compiler.is_compiling():
+                storage(each, value)
     if (
         weight.dim() != 2
         or weight.shape[1] != hidden.shape[-1]
@@ -320,8 +355,8 @@ def reference(
 
 
 def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: bool) -> Tensor:
-    """Reference log-probs as ``(2, P)`` float64, or float32 if they were anything narrower;
-    arbitrary where a side is absent.
+    """Reference log-probs as ``(2, P)`` float64, or float32 if a side is; arbitrary where a side is
+    absent.
 
     `weighed_by_pair`: a sequence's log-prob depends on its partner (LD-DPO), and sides may share
     sequences.
@@ -332,7 +367,7 @@ def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: boo
             "ref_logps", value, (sequences,), "one value per sequence, or pass (chosen, rejected)"
         )
         _device("ref_logps", value, device)
-        _floats("ref_logps", value)
+        _unrounded("ref_logps", value)
         if weighed_by_pair:
             present = pairs[pairs >= 0].tolist()
             if len(set(present)) < len(present):
@@ -340,7 +375,7 @@ def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: boo
                     "ref_logps has one value per sequence, expected (chosen, rejected) by pair: with "
                     "ld_alpha a sequence that serves several pairs has a log-prob for each"
                 )
-        return _at_least_float32(value.detach()[pairs.clamp_min(0)].T.contiguous())
+        return value.detach()[pairs.clamp_min(0)].T.contiguous()
     if not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(
             f"ref_logps is {type(value).__name__}, expected a tensor ({sequences},) or a pair of tensors ({count},)"
@@ -348,16 +383,12 @@ def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: boo
     for name, side in zip(("ref_logps[0]", "ref_logps[1]"), value, strict=True):
         _shape(name, _tensor(name, side), (count,), "one value per pair")
         _device(name, side, device)
-        _floats(name, side)
-    chosen, rejected = (_at_least_float32(side.detach()) for side in value)
+        _unrounded(name, side)
+    chosen, rejected = (side.detach() for side in value)
     if chosen.dtype != rejected.dtype:
         # Both as exact as the less exact one: they are compared with values rounded alike.
         chosen, rejected = chosen.float(), rejected.float()
     return torch.stack([chosen, rejected])
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def kl(value: object, used: bool, device: torch.device) -> None:
@@ -367,7 +398,7 @@ def kl(value: object, used: bool, device: torch.device) -> None:
     tensor = _tensor("kl", value)
     _shape("kl", tensor, (), "a 0-d tensor")
     _device("kl", tensor, device)
-    _floats("kl", tensor)
+    _unrounded("kl", tensor)
 
 
 def weighting(
@@ -390,7 +421,7 @@ def weighting(
             "one weight per label",
         )
         _device("token_weights", token_weights, labels.device)
-        _floats("token_weights", token_weights)
+        _unrounded("token_weights", token_weights)
     if ld_alpha is not None:
         number = isinstance(ld_alpha, (int, float)) and not isinstance(ld_alpha, bool)
         if not number or not 0.0 <= ld_alpha <= 1.0:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fastdpop import engines, losses
+from fastdpop import checks, engines, losses
 from fastdpop.engines.base import Engine, EngineOutput, Gradients, GroupLoss, NeedsGrad, Problem
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, wide_dtype
@@ -84,6 +84,9 @@ def _problem(
     groups: list[int],
     spec: Spec,
 ) -> Problem:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            checks.storage(name, tensor)  # in backward, too
     return Problem(
         hidden=hidden.contiguous(),
         weight=weight,

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from fastdpop import checks
 from fastdpop.api import fused_logps, fused_preference_loss
+from fastdpop.exact import Exact, opened
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.self_check import random_state, set_random_state
+from fastdpop.hf.sharded import HeadKeptWhole, spread
 from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
@@ -65,15 +67,18 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         self: nn.Module,
         *args: Any,
         preference: Preference | None = None,
-        ref_logps: RefLogps | None = None,
+        ref_logps: RefLogps | Exact | None = None,
         return_logps: bool = False,
         preference_options: Mapping[str, Any] | None = None,
         router_loss_weight: float | None = None,
         prefix_tree: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        options = preference_options
+        if isinstance(options, Mapping):
+            options = {name: opened(value) for name, value in options.items()}
         asked = _Asked(
-            preference, ref_logps, return_logps, preference_options, router_loss_weight, prefix_tree
+            preference, opened(ref_logps), return_logps, options, router_loss_weight, prefix_tree
         )
         asked.check()
         if preference is None and not return_logps:
@@ -171,18 +176,24 @@ def _answer(
     asked.check_options()
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     run = functools.partial(_run, original, model)
-    call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
-    random = None if batch is None else random_state(batch.device)
-    try:
-        outputs = run(call, batch)
-    except Unshareable as error:  # met by a layer
-        if batch is None or random is None:
-            raise
-        warn_once(model, str(error))
-        set_random_state(random)  # what layers before that one have dropped out
-        call, batch = call if asked.prefix_tree is None else padded(batch, call), None
-        outputs = run(call, batch)
-    output = _fused(model, outputs, labels, asked, settings, batch)
+    with HeadKeptWhole(output_head(model)) as whole:
+        call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
+        random = None if batch is None else random_state(batch.device)
+        try:
+            outputs = run(call, batch)
+        except Unshareable as error:  # met by a layer
+            if batch is None or random is None:
+                raise
+            if spread(model):  # where no process may run it once more by itself
+                raise RuntimeError(
+                    f"share_prefixes: {error}, which the check of the model has not shown: leave out share_prefixes"
+                ) from error
+            warn_once(model, str(error))
+            set_random_state(random)  # what layers before that one have dropped out
+            call, batch = call if asked.prefix_tree is None else padded(batch, call), None
+            outputs = run(call, batch)
+        output = _fused(model, outputs, labels, asked, settings, batch)
+        whole.for_backward(output)
     return output if as_dict else output.to_tuple()
 
 
@@ -234,10 +245,13 @@ def _laid_out(
             raise Unshareable("ref_hidden is given, whose states are those of the padded batch")
         if batch is None and options.get("cu_seqlens") is not None:
             raise Unshareable("cu_seqlens is given (fastdpop.pack packs sequences that share)")
+        ask = functools.partial(verdict, model, logps, "position_ids" in signature.parameters)
+        if spread(model):
+            ask(labels.device)  # in every process, whatever its batch
         if batch is None:
             batch = shared_batch(call, labels, shift=shift)
         check_model(model, len(batch.tree.input_ids))
-        found = verdict(model, batch, logps, "position_ids" in signature.parameters)
+        found = ask(batch.device, batch.tree)
         if found.mode == "packed" and not laid_out:
             warn_once(model, found.reason, packed=True)
             return call, shared_batch(call, labels, packed=True)

@@ -22,6 +22,13 @@ def output_head(model: Any) -> Any:
     weight = getattr(head, "weight", None)
     if "forward" in vars(head):
         advice = "its forward is replaced (offloading?): keep it on one device, without hooks"
+    elif hasattr(head, "_fsdp_wrapped_module"):
+        advice = (
+            "it is an FSDP unit of its own, whose weight is gone before the loss can read it: leave it in the root's "
+            "(an auto_wrap_policy of the layers), or shard with FSDP2, fully_shard"
+        )
+    elif isinstance(weight, Tensor) and weight.dim() == 1:
+        advice = "its weight is a piece of FSDP's flat parameter: attach before wrapping"
     elif not isinstance(weight, Tensor) or weight.dim() != 2:
         advice = (
             "expected a module with a weight (vocabulary, width), or call fastdpop.fused_preference_loss "

@@ -96,7 +96,8 @@ class LazyLogits(Tensor):
     """A tensor without storage: the shape and dtype of logits, and the :class:`Product` they stand for.
 
     Casts, slices, a positive scale, a factor for each token, a sum of two and one tanh give lazy logits again; shape
-    and dtype can be read. Everything else raises a RuntimeError that names the operation and the model.
+    and dtype can be read, and ``requires_grad`` is False: the loss is what has a graph. Everything else raises a
+    RuntimeError that names the operation and the model.
     """
 
     product: Product
@@ -141,7 +142,7 @@ class LazyLogits(Tensor):
 
 
 _METADATA = {"shape", "size", "dim", "ndim", "numel", "__len__", "dtype", "device", "layout"}
-_METADATA |= {"is_cuda", "is_floating_point"}
+_METADATA |= {"is_cuda", "is_floating_point", "requires_grad"}
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"}
 _TIMES = {"mul", "multiply", "__mul__", "__rmul__"}
 _OVER = {"div", "divide", "true_divide", "__truediv__"}

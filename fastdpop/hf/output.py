@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
+
+
+class _Source:
+    """Which output one is a copy of. Casts pass it on as it is; a pickle does not know."""
+
+    __slots__ = ("find",)
+
+    def __init__(self, output: PreferenceModelOutput | None = None) -> None:
+        self.find = (lambda: None) if output is None else weakref.ref(output)
+
+    def __reduce__(self) -> Any:
+        return _Source, ()
 
 
 @dataclass
@@ -21,6 +36,9 @@ class PreferenceModelOutput(ModelOutput):
         hidden_states, attentions: the model's, if asked for.
 
     The others are those of :class:`~fastdpop.PreferenceOutput`; all are None without ``preference=``.
+
+    FSDP2 copies the outputs of a module with their tensors cast, if its mixed precision has an ``output_dtype``
+    (accelerate's has). Where such a copy would have a tensor in 16 bits, it keeps the one that was to be rounded.
     """
 
     loss: Tensor | None = None
@@ -40,3 +58,31 @@ class PreferenceModelOutput(ModelOutput):
     aux_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    _source: _Source | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        source = None if self._source is None else self._source.find()
+        self._source = None  # no item of the mapping
+        super().__post_init__()
+        if source is not None:
+            for name, own in list(self.items()):
+                if _rounded(own, vars(source)[name]):
+                    self[name] = vars(source)[name]
+        self._source = _Source(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_source":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def _rounded(value: Any, source: Any) -> bool:
+    """Whether one tensor is the other in 16 bits."""
+    return (
+        isinstance(value, Tensor)
+        and isinstance(source, Tensor)
+        and value.dtype in (torch.bfloat16, torch.float16)
+        and source.dtype in (torch.float32, torch.float64)
+        and value.shape == source.shape
+    )

@@ -1,7 +1,9 @@
 """Whether a model computes over a tree what it computes over separate sequences.
 
 A layer that does not read the tree's mask, or that carries a state along the row, computes something else without a
-sign. So the first shared call of a model compares the two on a few short sequences of its batch.
+sign. So the first shared call of a model compares the two on a few short sequences of its batch. Where parameters are
+spread over processes the first call that asks for sharing does, in all of them and on the same sequences: a process
+whose batch shares nothing must gather parameters for those whose batches do.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.hf.self_check import undisturbed
+from fastdpop.hf.sharded import spread
 from fastdpop.hf.sharing import SharedBatch, shared_batch
 from fastdpop.hf.tree_attention import Unshareable, configs, install, installed, original, uninstall
 from fastdpop.prefix.tree import PrefixTree
@@ -63,11 +66,20 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Verdict]] = weakref.WeakK
 _lock = threading.RLock()
 
 
-def verdict(model: nn.Module, batch: SharedBatch, logps: Logps, positions: bool) -> Verdict:
-    """What a model can do in calls such as this one; found out once, on tokens of the `batch`.
+def verdict(
+    model: nn.Module,
+    logps: Logps,
+    positions: bool,
+    device: torch.device,
+    tree: PrefixTree | None = None,
+) -> Verdict:
+    """What a model can do in calls such as this one; found out once.
 
     Args:
         positions: its forward takes ``position_ids``.
+        device: of the batch.
+        tree: of the batch, on whose tokens it is found out. None: on tokens that no batch decides on, for processes
+            that must go through the model as often as all others, and in training mode too if that is how it is called.
 
     Raises:
         RuntimeError: log-probs over a tree differ from the model's own, and nothing tells why.
@@ -75,12 +87,14 @@ def verdict(model: nn.Module, batch: SharedBatch, logps: Logps, positions: bool)
     """
     names = tuple(original(c._attn_implementation or "") for c in configs(model))
     kinds = tuple(type(module) for module in model.modules())
-    key = names, kinds, batch.device.type, _dtype(model, batch.device.type)
+    key = names, kinds, device.type, _dtype(model, device.type), spread(model) and model.training
     with _lock:
         known = _known.setdefault(model, {})
         if key not in known:
             try:
-                known[key] = _find_out(model, batch, logps, key[-1], positions)
+                sample = _sample(_arbitrary(model) if tree is None else _sequences(tree), device)
+                trial = _Trial(model, logps, key[3], *sample)
+                known[key] = _find_out(trial, positions, in_training=key[-1])
             finally:
                 if key not in known or known[key].mode == "padded":
                     uninstall(model)
@@ -127,12 +141,11 @@ def _dtype(model: nn.Module, device: str) -> torch.dtype:
     return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.bfloat16)
 
 
-def _find_out(
-    model: nn.Module, batch: SharedBatch, logps: Logps, dtype: torch.dtype, positions: bool
-) -> Verdict:
-    trial = _Trial(model, logps, dtype, *_sample(batch))
+def _find_out(trial: _Trial, positions: bool, in_training: bool) -> Verdict:
+    model = trial.model
+    training = [module for module in model.modules() if module.training] if in_training else []
     with (
-        undisturbed(model, batch.device),
+        undisturbed(model, trial.labels.device),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
@@ -146,6 +159,10 @@ def _find_out(
                 f"{type(model).__name__} takes no position_ids, and a token's place in a tree is not its position",
             )
         reason = trial.fault()
+        if reason is None and training:
+            for module in training:
+                module.training = True
+            reason = trial.refusal()
         return Verdict("shared" if reason is None else "padded", reason or "")
 
 
@@ -195,6 +212,14 @@ class _Trial:
             )
         return reason or "sequences side by side do not stay apart"
 
+    def refusal(self) -> str | None:
+        """What a layer refuses to do over a tree, in the model's present mode: to drop out attention, for one."""
+        try:
+            self.logps(self.call, self.labels, shared_batch(self.call, self.labels, least=1))
+        except Unshareable as error:
+            return str(error)
+        return None
+
     def _difference(self, found: Tensor, batch: SharedBatch) -> tuple[float, float]:
         """The median over the tokens behind the first branch, and what rounding may do.
 
@@ -241,9 +266,15 @@ def _first_leaf(tree: PrefixTree) -> int:
     return int((tree.end == torch.arange(1, len(tree.end) + 1)).nonzero()[0])
 
 
-def _sample(batch: SharedBatch) -> tuple[dict[str, Any], Tensor]:
+def _arbitrary(model: Any) -> list[list[int]]:
+    """Two sequences of tokens that the model knows."""
+    tokens = len(model.get_input_embeddings().weight)
+    return [[(3 + i) % tokens for i in range(_LENGTH)], [(5 + i) % tokens for i in range(_LENGTH)]]
+
+
+def _sample(sequences: list[list[int]], device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """A padded call on a few short sequences that branch, and labels that score all their tokens."""
-    sequences = [row for row in _sequences(batch.tree) if row]
+    sequences = [row for row in sequences if row]
     length = min(_LENGTH, max(_SHORTEST, *map(len, sequences)))
     one = sequences[0]
     other = next((row for row in sequences if row != one), one)
@@ -259,7 +290,7 @@ def _sample(batch: SharedBatch) -> tuple[dict[str, Any], Tensor]:
         turned[half] = next(t for t in (*other, *last, 0, 1) if t != one[half])
     # Of one length, so that nothing depends on padding.
     rows = [one, other, turned, last, (turned[: half + 1] + one)[:length]]
-    ids = torch.tensor(rows, device=batch.device)
+    ids = torch.tensor(rows, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
 
 

@@ -199,6 +199,16 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "ref_logps[0] has dtype torch.bool",
         {"ref_logps": (torch.zeros(2) > 0, torch.zeros(2))},
     ),
+    (
+        ValueError,
+        "ref_logps has dtype torch.bfloat16, in which it is rounded, expected torch.float32",
+        {"ref_logps": torch.zeros(S).bfloat16()},
+    ),
+    (
+        ValueError,
+        "ref_logps[1] has dtype torch.float16, in which it is rounded",
+        {"ref_logps": (torch.zeros(2), torch.zeros(2).half())},
+    ),
     (ValueError, "ref_logps is on meta", {"ref_logps": torch.zeros(S, device=META)}),
     (
         ValueError,
@@ -246,6 +256,11 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "kl has shape (2,), expected (): a 0-d tensor", {**KTO, "kl": torch.zeros(2)}),
     (ValueError, "kl is on meta, expected cpu", {**KTO, "kl": torch.zeros((), device=META)}),
     (ValueError, "kl has dtype torch.int64", {**KTO, "kl": torch.tensor(1)}),
+    (
+        ValueError,
+        "kl has dtype torch.float16, in which it is rounded",
+        {**KTO, "kl": torch.tensor(0.1).half()},
+    ),
     # pairs
     (
         ValueError,

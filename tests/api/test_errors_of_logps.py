@@ -26,6 +26,11 @@ from tests.api.test_errors import META, H, S, T, V, good, labels
             {"token_weights": torch.ones(S)},
         ),
         (TypeError, "token_weights is list, expected a torch.Tensor", {"token_weights": [1.0]}),
+        (
+            ValueError,
+            "token_weights has dtype torch.bfloat16, in which it is rounded",
+            {"token_weights": torch.ones(S, T).bfloat16()},
+        ),
         (ValueError, "token_weights is on meta", {"token_weights": torch.ones(S, T, device=META)}),
         (
             ValueError,

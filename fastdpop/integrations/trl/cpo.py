@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop import losses
+from fastdpop.exact import exact
 from fastdpop.losses.base import PreferenceLoss
 
 
@@ -56,9 +57,8 @@ def step(
         **({"output_router_logits": True} if routes else {}),
         labels=labels,
         preference=preference(trainer),
-        ref_logps=torch.zeros(
-            len(labels), device=labels.device
-        ),  # no reference: log-ratios are log-probs
+        # No reference: log-ratios are log-probs.
+        ref_logps=exact(torch.zeros(len(labels), device=labels.device)),
         preference_options={
             "statistics": ("mean_logits",),
             "share_prefixes": trainer._fastdpop.share_prefixes,

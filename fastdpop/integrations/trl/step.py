@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastdpop.api import LOGGED
+from fastdpop.exact import exact
 from fastdpop.integrations.trl import batch, metrics
 from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
@@ -44,7 +45,7 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         **({"output_router_logits": True} if routes else {}),
         labels=labels,
         preference=preference(trainer),
-        ref_logps=ref_logps,
+        ref_logps=exact(ref_logps),
         preference_options={
             "statistics": LOGGED,
             "share_prefixes": _shares(trainer),
