@@ -19,22 +19,20 @@ STYLES = {
     "TRL, scored rows": (GREEN, "^"),
     "Liger": (PINK, "D"),
 }
+HEADS = {"gsm8k-like": "V 49,152, H 576", "Llama-3-8B, 8,192 rows": "V 128,256, H 4,096"}
+"""The workloads that everybody gets, on CPUs and on GPUs, and what their titles say of the head."""
 
 
 def time_against_floor(rows: list[Row], machine: str, path: Path) -> bool:
-    """Bars for everybody on the GSM8K-like batch in bf16, one panel for each of the modes; whether
-    there was anything to draw.
+    """Bars for everybody on the workload of `HEADS` that was measured, in bf16, one panel for
+    each of the modes; whether there was anything to draw.
     """
-    chosen = [
-        [
-            r
-            for r in rows
-            if r["kind"] == "step"
-            and (r["workload"], r["dtype"], r["mode"]) == ("gsm8k-like", "bf16", mode)
-            and r["loss"]
-        ]
-        for mode in MODES
+    of_everybody = [
+        r
+        for r in rows
+        if r["kind"] == "step" and r["workload"] in HEADS and r["dtype"] == "bf16" and r["loss"]
     ]
+    chosen = [[row for row in of_everybody if row["mode"] == mode] for mode in MODES]
     if not all(chosen):
         return False
     tallest = max(map(len, chosen))
@@ -50,11 +48,12 @@ def time_against_floor(rows: list[Row], machine: str, path: Path) -> bool:
             label.set_fontweight("bold" if own else "normal")
         axis.axvline(1.0, color="black", linewidth=1, linestyle="--")
         axis.set_xlim(0, 1.12 * max(*values, 1.0))
+        axis.set_ylim(len(names) - 0.4 - tallest, len(names) - 0.4)
         axis.set_title(mode)
-        axis.set_xlabel("time / time of the bare matrix products")
+        axis.set_xlabel("time / time of the bare matrix products", loc="right")
         axis.spines[["top", "right"]].set_visible(False)
-    count = chosen[0][0]["scored_rows"]
-    title = f"Forward and backward, {count:,} scored tokens, V 49,152, H 576, bf16 (less is better)"
+    count, head = chosen[0][0]["scored_rows"], HEADS[chosen[0][0]["workload"]]
+    title = f"Forward and backward, {count:,} scored tokens, {head}, bf16 (less is better)"
     _save(figure, title, machine, path)
     return True
 
@@ -110,6 +109,7 @@ def _lines(axis: Axes, rows: list[Row], what: str) -> None:
 
 def _save(figure: Any, title: str, machine: str, path: Path) -> None:
     figure.suptitle(f"{title}\n", fontsize=13)
-    figure.text(0.5, 0.955, machine, ha="center", va="top", fontsize=8, color="#444444")
+    below_title = 1 - 0.34 / figure.get_figheight()
+    figure.text(0.5, below_title, machine, ha="center", va="top", fontsize=8, color="#444444")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -13,7 +13,8 @@
 # (both whole after every case, so that a run which is cut off keeps what it has), tests.json, log.txt and
 # sanitizer.txt; the first two can go to bench/results as they are. `rest` with another OUT:
 # `python -m bench.chip --report` puts the two together. The last lines printed are a short table and a verdict. The exit code is 0 when every part
-# passed; a part that fails does not keep the next one from running.
+# passed. A part that fails does not keep the next one from running, except that the run ends where most of the smoke
+# test fails: nothing else would mean anything.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

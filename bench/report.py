@@ -2,6 +2,7 @@
 
 python bench/report.py build/bench.json         # pytest-benchmark's JSON; writes bench/results/
 python bench/report.py --bars bench/results/cpu.json
+python bench/report.py --chart h200-time.png h200.json   # of what bench/h100.sh has measured
 """
 
 from __future__ import annotations
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="JSON of pytest-benchmark, or of this script")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--bars", action="store_true", help="print what was to be reached instead")
+    parser.add_argument("--chart", type=Path, help="draw the times to this file instead")
     options = parser.parse_args()
     # Run as a script, Python looks for modules beside it only.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -233,6 +235,11 @@ def main() -> None:
     if options.bars:
         print(machine_line(results))
         print(bars.text(results))
+    elif options.chart:
+        from bench import charts
+
+        if not charts.time_against_floor(results["rows"], machine_line(results), options.chart):
+            raise SystemExit(f"{options.results} has no times of a workload that everybody gets")
     else:
         for path in write(results, options.output):
             print(path)

@@ -155,6 +155,7 @@ void finish_panel(const Problem& p, int64_t panel, const float* part) {
     if (p.token_accuracy) p.token_accuracy[row] = target >= field(kLargest) ? 1.0f : 0.0f;
     if (p.aligned_logps)
       p.aligned_logps[row] = float(logp - (std::log(field(kSquares)) - 2.0 * log_sum));
+    if (p.max_logit) p.max_logit[row] = float(field(kLargest));
     if (directed) finish_direction(p, row, logp, float(target), sum, part + kFields * ROWS + lane);
   }
 }

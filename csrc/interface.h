@@ -33,6 +33,7 @@ struct Problem {
   float* mean_logits;     // (rows)
   float* token_accuracy;  // (rows)
   float* aligned_logps;   // (rows)
+  float* max_logit;       // (rows)
   float* dlogp_dhidden;   // (rows, width): d logp / d hidden
   uint16_t* kept;         // exp(z - kept_max) in float16, (tiles, panels, tile, panel rows)
   float* kept_max;        // (tiles, panels * panel rows)

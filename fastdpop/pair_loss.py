@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import losses
-from fastdpop.engines.base import PairLossPlan
+from fastdpop.engines.base import PairLossPlan, RowValues
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.rows import Rows, wide_dtype
 
@@ -107,16 +107,17 @@ class PairLoss:
         """The loss of the batch, 0-d."""
         return self.losses(sequence_logps, statistics).sum() * self.share
 
-    def dlogp(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
-        """The derivatives of the loss with respect to the log-probs ``(n,)`` of the rows of groups
+    def dlogp(self, first: int, last: int, values: RowValues) -> Tensor:
+        """The derivatives of the loss with respect to the log-probs of the n rows of groups
         ``first`` to ``last - 1``; ``(n,)`` float64. See
         :class:`~fastdpop.engines.base.GroupLoss`.
         """
         part = self.rows.part(first, last)
         own = self.rows.order[self.rows.groups[2, first] : self.rows.groups[2, last]]
         ref_logps = None if self.ref_logps is None else self.ref_logps[:, own]
-        sums = part.sum_per_sequence(logps).requires_grad_()
-        total = self.of_pairs(self._pairs(part, sums, statistics, ref_logps)).sum() * self.share
+        sums = part.sum_per_sequence(values.logps).requires_grad_()
+        pairs = self._pairs(part, sums, values.statistics, ref_logps)
+        total = self.of_pairs(pairs).sum() * self.share
         # A loss may ignore the policy altogether.
         found = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
         return part.sum_per_row(found.detach())

@@ -6,6 +6,7 @@ With other processes, all make sure first that each of them will come as far as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from fastdpop.distributed.parallel import Parallel, Shard
 from fastdpop.output import PreferenceOutput
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, default_pairs
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of an object in its repr: it differs between processes."""
 
 
 class Given(NamedTuple):
@@ -154,7 +158,11 @@ def _coupled(options: Options, reference: Reference) -> bool:
 
 def _settings(call: Call, options: Options) -> str:
     """What ranks must have in common, in words."""
-    return f"loss {options.loss!r}, reduction {options.reduction!r}, statistics {options.names}, {_of_call(call)}"
+    loss = _ADDRESS.sub("", repr(options.loss))
+    return (
+        f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, "
+        f"{_of_call(call)}"
+    )
 
 
 def _of_call(call: Call) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 def checked_bounds(name: str, bounds: Tensor, count: int, what: str) -> list[int]:
     values: list[int] = bounds.tolist()
     ordered = all(a <= b for a, b in itertools.pairwise(values))
-    if len(values) < 2 or values[0] != 0 or values[-1] != count or not ordered:
+    if not values or values[0] != 0 or values[-1] != count or not ordered:
         raise ValueError(
             f"{name} is {reprlib.repr(values)}, expected non-decreasing bounds from 0 to the "
             f"number of {what}, {count}"

@@ -124,6 +124,22 @@ def test_report_as_a_script(results: dict[str, Any], tmp_path: Path) -> None:
     assert (tmp_path / "cpu-default-malloc-time.png").stat().st_size > 10_000
 
 
+def test_a_chart_of_a_gpus_results(tmp_path: Path) -> None:
+    """What bench/h100.sh measured; and nothing is drawn, nor said to be, where there are no times."""
+    pytest.importorskip("matplotlib")
+    source, picture = Path(report.__file__).parent / "results" / "h200.json", tmp_path / "time.png"
+    script = [sys.executable, report.__file__, "--chart", str(picture)]
+    subprocess.run([*script, str(source)], check=True)
+    assert picture.stat().st_size > 10_000
+    picture.unlink()
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text(json.dumps(json.loads(source.read_text()) | {"rows": []}))
+    done = subprocess.run([*script, str(nothing)], capture_output=True, text=True)
+    expected = f"{nothing} has no times of a workload that everybody gets\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+    assert not picture.exists()
+
+
 def test_a_workspace_in_a_name(batch: Batch) -> None:
     batch.start(MODES[0])
     logps = contender("fastdpop eager in 1024 MiB").run(batch, MODES[0], LOSSES["dpop"])

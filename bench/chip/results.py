@@ -175,7 +175,8 @@ def _table(rows: list[Row], names: dict[str, str]) -> str:
             return f"{value / 2**20:,.0f}"
         if name.startswith("tokens") or name.endswith("tokens"):
             return f"{value:,.0f}"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        # Kernels of torch have names of a thousand letters; the JSON has them whole.
+        return f"{value:.4g}" if isinstance(value, float) else f"{value!s:.80}"
 
     body = [[cell(row.get(name), name) for name in names] for row in rows]
     return report.table(list(names.values()), body)

@@ -25,6 +25,7 @@ from fastdpop.engines.base import (
     NeedsGrad,
     PairLossPlan,
     Problem,
+    RowValues,
     default_workspace,
 )
 from fastdpop.engines.cpu import CPUEngine
@@ -43,6 +44,7 @@ __all__ = [
     "NeedsGrad",
     "PairLossPlan",
     "Problem",
+    "RowValues",
     "available",
     "choose",
     "default_workspace",

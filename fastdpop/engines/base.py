@@ -25,14 +25,15 @@ from torch import Tensor
 
 from fastdpop.transform import LogitTransform
 
-STATISTICS = ("entropy", "mean_logits", "token_accuracy", "aligned_logps")
+STATISTICS = ("entropy", "mean_logits", "token_accuracy", "aligned_logps", "max_logit")
 """Row statistics of the softmax that an engine computes beside the log-prob, in the same pass:
 
 - ``entropy``: ``-sum_v p_v log p_v``, in nats;
 - ``mean_logits``: the mean of the row's logits over the vocabulary;
 - ``token_accuracy``: 1 where no token is likelier than the target, else 0;
 - ``aligned_logps``: ``logp - log sum_v p_v**2``, the token weight of WPO (arXiv:2406.11827, Eq. 2),
-  in nats.
+  in nats;
+- ``max_logit``: the largest of the row's logits, by which parts of a vocabulary are compared.
 """
 
 DEFAULT_WORKSPACE_BYTES = 512 * 2**20
@@ -150,6 +151,18 @@ class EngineOutput:
     sequence_logps: Tensor | None = None
 
 
+class RowValues(NamedTuple):
+    """What is known of n consecutive rows once their logits have gone by; see :class:`EngineOutput`.
+
+    Attributes:
+        logps, lse: ``(n,)``; statistics: ``(K, n)``.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    statistics: Tensor
+
+
 @dataclass(frozen=True)
 class PairLossPlan:
     """A loss in plain numbers, where it is simple: group i is pair i, the rows of its chosen
@@ -179,14 +192,14 @@ class GroupLoss:
     """A loss, as far as an engine needs to know it.
 
     Attributes:
-        dlogp: ``(first, last, logps, statistics) -> (n,)``: the derivatives of the loss with respect
-            to the log-probs of the n rows of groups ``first`` to ``last - 1``, from those log-probs
-            ``(n,)`` and row statistics ``(K, n)``. They may come in another dtype, float64 as a rule.
+        dlogp: ``(first, last, values) -> (n,)``: the derivatives of the loss with respect to the
+            log-probs of the n rows of groups ``first`` to ``last - 1``, from what is known of
+            these rows. They may come in another dtype, float64 as a rule.
         plan: the same in plain numbers, or None. An engine that knows the loss may use this instead
             of calling back; it then gives `losses` and `sequence_logps`.
     """
 
-    dlogp: Callable[[int, int, Tensor, Tensor], Tensor]
+    dlogp: Callable[[int, int, RowValues], Tensor]
     plan: PairLossPlan | None = None
 
 

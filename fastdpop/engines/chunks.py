@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastdpop.engines.base import EngineOutput, Gradients, GroupLoss, Problem
+from fastdpop.engines.base import EngineOutput, Gradients, GroupLoss, Problem, RowValues
 
 Kept = TypeVar("Kept")
 
@@ -115,8 +115,8 @@ class Pass(ABC, Generic[Kept]):
     def dlogp(self, loss: GroupLoss, chunk: Chunk) -> Tensor:
         """The derivatives ``(n,)`` of the loss with respect to the log-probs of a chunk."""
         rows = chunk.rows
-        found = loss.dlogp(chunk.first, chunk.last, self.logps[rows], self.statistics[:, rows])
-        return found.to(self.logps.dtype)
+        values = RowValues(self.logps[rows], self.lse[rows], self.statistics[:, rows])
+        return loss.dlogp(chunk.first, chunk.last, values).to(self.logps.dtype)
 
     def one_pass(self, loss: GroupLoss) -> None:
         """Log-probs, and gradients of a loss that is known once a group's log-probs are."""

@@ -36,6 +36,7 @@ class CProblem(ctypes.Structure):
                 "mean_logits",
                 "token_accuracy",
                 "aligned_logps",
+                "max_logit",
                 "dlogp_dhidden",
                 "kept",
                 "kept_max",

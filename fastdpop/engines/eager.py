@@ -178,7 +178,8 @@ class EagerPass(Pass[Tensor | None]):
         logits = self.logits(rows)
         lowest = torch.finfo(self.dtype).min
         # A row that is -inf throughout a tile (masked vocabulary) must not turn into inf - inf.
-        top = logits.amax(dim=1).clamp_min_(lowest)
+        largest = logits.amax(dim=1)
+        top = largest.clamp_min(lowest)
         norm, moments = self._moments(logits, top)
         lse = norm.log() + top
         target = logits.gather(1, self.problem.targets[rows, None]).squeeze(1)
@@ -191,6 +192,8 @@ class EagerPass(Pass[Tensor | None]):
                 line[rows] = moments["mean_logits"] / logits.shape[1]
             elif name == "aligned_logps":
                 line[rows] = target - lse - (moments["aligned_logps"].log() - 2.0 * norm.log())
+            elif name == "max_logit":
+                line[rows] = largest
             else:
                 line[rows] = (target >= top).to(self.dtype)
         return logits

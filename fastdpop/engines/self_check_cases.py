@@ -217,6 +217,7 @@ class RowsCase:
             (self.logits.mean(1), error),
             ((lead >= 0).double(), (lead.abs() < 2 * error).double()),
             (self.logp - (2 * log_p).logsumexp(1), 4 * error),
+            (self.logits.amax(1), error),
         )
         return dict(zip(STATISTICS, lines, strict=True))
 

@@ -16,6 +16,7 @@ from fastdpop.engines.base import (
     NeedsGrad,
     PairLossPlan,
     Problem,
+    RowValues,
 )
 from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
 from fastdpop.kernels import combine as combining
@@ -404,11 +405,10 @@ class PairLossKernel:
         """The loss as a pass takes it: group i is pair i."""
         return GroupLoss(self._dlogp)
 
-    def _dlogp(self, first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
+    def _dlogp(self, first: int, last: int, values: RowValues) -> Tensor:
         """Of the rows of pairs ``first`` to ``last - 1``; without rows, pairs still have a loss."""
-        del statistics
         return pair_loss.pair_loss(
-            logps,
+            values.logps,
             self.pairs,
             self.run.problem.groups[first],
             first,

@@ -46,7 +46,7 @@ class Softmax:
         logps, lse: ``(n,)``, in nats.
         rest: ``(n,)`` sum of E over all tokens but the target.
         row_scale: ``(n,)``: what was kept, times this, is a probability; 1 / sumexp where nothing was.
-        statistics: ``(4, n)``, the lines of :data:`fastdpop.engines.STATISTICS`, or None.
+        statistics: ``(5, n)``, the lines of :data:`fastdpop.engines.STATISTICS`, or None.
     """
 
     logps: Tensor
@@ -76,7 +76,7 @@ def combine_kernel(
     lse,  # (n,)
     rest,  # (n,)
     row_scale,  # (n,)
-    statistics,  # (4, n) or None
+    statistics,  # (5, n) or None
     rows,
     tile_count,
     vocabulary,
@@ -96,6 +96,7 @@ def combine_kernel(
         mean     = scale * ln 2 * sum t / V
         accuracy = t[y] >= max t
         aligned  = logp - ln(4**x + sum E**2) + 2 ln sumexp
+        largest  = scale * ln 2 * max t
     """
     r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = r < rows
@@ -167,6 +168,8 @@ def combine_kernel(
         tl.store(statistics + rows + r, mean.to(tl.float32), inside)
         tl.store(statistics + 2 * rows + r, (t >= highest).to(tl.float32), inside)
         tl.store(statistics + 3 * rows + r, (logp - collision + 2.0 * log_s).to(tl.float32), inside)
+        largest = tl.maximum(highest, t).to(tl.float64) * (scale * LN2)
+        tl.store(statistics + 4 * rows + r, largest.to(tl.float32), inside)
 
 
 def combine(
@@ -186,7 +189,7 @@ def combine(
     result = again
     if result is None:
         new = done.shift.new_empty
-        found = None if done.statistics is None else new((4, rows))
+        found = None if done.statistics is None else new((5, rows))
         result = Softmax(new(rows), new(rows), new(rows), new(rows), found)
     if rows == 0:
         return result
@@ -246,6 +249,7 @@ def combine_naive(done: Forward, targets: Tensor, transform: Transform, vocabula
                 plain.sum(0) * transform.scale * ln2 / vocabulary,
                 (t >= highest.amax(0)).double(),
                 logp - collision.log() + 2 * s.log(),
+                torch.maximum(highest.amax(0), t) * transform.scale * ln2,
             ]
         ).float()
     return Softmax(

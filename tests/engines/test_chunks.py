@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdpop.engines import Engine, GroupLoss, NeedsGrad, Problem
+from fastdpop.engines import Engine, GroupLoss, NeedsGrad, Problem, RowValues
 from fastdpop.engines.chunks import pieces_of, plan, rows_that_fit
 from fastdpop.engines.cpu import CPUEngine, instruction_sets
 from fastdpop.engines.cpu_library import Library
@@ -79,7 +79,7 @@ def chunks_of(engine: Engine, p: Problem, c: Tensor) -> tuple[list[tuple[int, in
     """The groups of every chunk in which the engine asked for derivatives, and its gradients."""
     asked: list[tuple[int, int]] = []
 
-    def dlogp(first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
+    def dlogp(first: int, last: int, values: RowValues) -> Tensor:
         asked.append((first, last))
         return c[p.groups[first] : p.groups[last]]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpop import naive
-from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem
+from fastdpop.engines import STATISTICS, Engine, GroupLoss, NeedsGrad, Problem, RowValues
 from fastdpop.engines.cpu import CPUEngine, instruction_sets
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.engines.triton import TritonEngine
@@ -115,8 +115,9 @@ def compare(engine: Engine, p: Problem) -> None:
         torch_gradients = rounded_gradients(p, c, by_hidden=isinstance(engine, TritonEngine))
     own_c = c.to(p.result_dtype)
 
-    def coefficients(first: int, last: int, logps: Tensor, statistics: Tensor) -> Tensor:
-        assert logps.isfinite().all()
+    def coefficients(first: int, last: int, values: RowValues) -> Tensor:
+        assert values.logps.isfinite().all()
+        assert torch.equal(values.lse, result.lse[p.groups[first] : p.groups[last]])
         return own_c[p.groups[first] : p.groups[last]]
 
     result = engine.logps(p, ())
@@ -212,6 +213,7 @@ def test_statistics(engine: Engine, workspace: int) -> None:
         "mean_logits": z.mean(1),
         "token_accuracy": (z.argmax(1) == p.targets).double(),
         "aligned_logps": logp.gather(1, p.targets[:, None]).squeeze(1) - (2 * logp).logsumexp(1),
+        "max_logit": z.amax(1),
     }
     assert set(want) == set(STATISTICS)
     found = engine.logps(p, STATISTICS).statistics
@@ -309,7 +311,7 @@ def test_cost_in_matrix_products(engine: Engine) -> None:
     beyond = dataclasses.replace(fits, workspace_bytes=TINY)
     c = torch.ones(30)
 
-    def of_chunk(first: int, last: int, *_: Tensor) -> Tensor:
+    def of_chunk(first: int, last: int, values: RowValues) -> Tensor:
         return c[fits.groups[first] : fits.groups[last]]
 
     lse = engine.logps(fits, ()).lse
@@ -335,7 +337,7 @@ def test_cost_in_matrix_products(engine: Engine) -> None:
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_does_not_matter(engine: Engine, default: torch.dtype) -> None:
-    p, loss = problem(), GroupLoss(lambda first, last, logps, statistics: torch.ones_like(logps))
+    p, loss = problem(), GroupLoss(lambda first, last, values: torch.ones_like(values.logps))
 
     def run() -> list[Tensor]:
         found = engine.logps_and_gradients(p, STATISTICS, loss, ALL)

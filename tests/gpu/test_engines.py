@@ -188,6 +188,7 @@ def exact_statistics(p: Problem) -> dict[str, torch.Tensor]:
         "mean_logits": z.mean(1),
         "token_accuracy": (z.argmax(1) == p.targets).double(),
         "aligned_logps": logp.gather(1, p.targets[:, None])[:, 0] - (2 * logp).logsumexp(1),
+        "max_logit": z.amax(1),
     }
 
 
