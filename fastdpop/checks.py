@@ -297,10 +297,14 @@ def workspace(value: int | None, default: int) -> int:
 
 
 def pairs(
-    value: object, sequences: int, accepts_unpaired: bool, device: torch.device
+    value: object,
+    sequences: int,
+    accepts_unpaired: bool,
+    device: torch.device,
+    empty: bool = False,
 ) -> Tensor | None:
-    """``(P, 2)`` sequence indices, or None for the default, which needs an even number of
-    sequences.
+    """``(P, 2)`` sequence indices, or None for the default, which needs an even number of sequences; where others have
+    pairs, there may be none (`empty`).
     """
     if value is None:
         if sequences % 2:
@@ -316,12 +320,14 @@ def pairs(
     if (
         table.dim() != 2
         or table.shape[1] != 2
-        or table.shape[0] == 0
+        or len(table) < (0 if empty else 1)
         or table.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8)
     ):
         raise ValueError(
             f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers with P >= 1"
         )
+    if len(table) == 0:
+        return table.to(device=device, dtype=torch.int64)
     low, high = int(table.min()), int(table.max())
     if low < -1 or high >= sequences:
         raise ValueError(

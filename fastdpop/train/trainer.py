@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,15 +161,22 @@ class PairTrainer(FastDPOTrainer):
             self.args.save_total_limit = keep
 
     def save_at_the_end(self) -> None:
-        """The model and its tokenizer into the output folder, without the reference's adapter."""
+        """The whole model and its tokenizer into the output folder, without the reference's adapter.
+
+        Where parameters are sharded, the first process gathers them in its main memory.
+        """
         peft_config = getattr(self.model, "peft_config", {})
         if "ref" in peft_config and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.model.delete_adapter("ref")
         folder = Path(str(self.args.output_dir))
+        if self.is_fsdp_enabled:  # else nothing is saved where checkpoints are sharded
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         with self._writing(folder):
             self.save_model()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if (folder / "ref" / "adapter_config.json").exists():
+                    shutil.rmtree(folder / "ref")
                 checkpoint.end(folder)
 
     @contextmanager
@@ -177,6 +185,7 @@ class PairTrainer(FastDPOTrainer):
         try:
             if self.args.should_save:
                 checkpoint.begin(folder)
+            self.accelerator.wait_for_everyone()  # no process writes before the mark is there
             yield
         except torch.OutOfMemoryError:
             raise

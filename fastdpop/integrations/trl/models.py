@@ -18,6 +18,7 @@ from fastdpop.hf.wrappers import wrapped
 from fastdpop.integrations.trl import batch, cpo, online
 from fastdpop.integrations.trl.config import shares_prefixes, takes_global_batch
 from fastdpop.integrations.trl.loss import check_given, preference
+from fastdpop.integrations.trl.process import sharding_asked
 from fastdpop.losses.base import PreferenceLoss, check_loss
 
 
@@ -227,9 +228,18 @@ def _check_devices(trainer: Any) -> None:
             f"{trainer.args.n_gpu} GPUs in one process would be served by DataParallel, expected one process per GPU: "
             "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
         )
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
+    asked = "FSDP" if trainer.args.fsdp else sharding_asked()
+    if asked and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        found = trainer.accelerator.distributed_type.value
         raise ValueError(
-            "zero_stage is 3, expected 1 or 2: ZeRO-3 takes the head's weight away before the loss has read it. "
-            "FSDP with the head in the root group also works"
+            f"{asked} is asked for, and accelerate chose {found}, in which each process has a copy of the model: it "
+            "shards over GPUs alone. On CPUs `fastdpop train` and `fastdpop trl dpo` do, without --use_cpu"
         )
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("cp", "sp"):
+        size = getattr(layout, f"{name}_size", None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{name}_size is {size}, expected 1: a trainer's loss needs whole sequences. In a loop of your own "
+                "fused_preference_loss(cp_group=...) takes parts of them"
+            )
