@@ -177,8 +177,7 @@ def projection(
     """Weight and bias fit the hidden states; of a vocabulary that is split, one process may have none (`empty`)."""
     name = f"{prefix}weight"
     _tensor(name, weight)
-    given = {f"{prefix}hidden": hidden, name: weight, f"{prefix}bias": bias}
-    for each, value in given.items():
+    for each, value in ((f"{prefix}hidden", hidden), (name, weight), (f"{prefix}bias", bias)):
         if isinstance(value, Tensor):
             _whole(each, value)
             if not torch.compiler.is_compiling():
