@@ -17,7 +17,7 @@ ARGS ?=
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
 # Tests are single-threaded, so they share the cores; a part of them is not worth the start of other processes.
 # Processes that wait for one another fail after ten minutes.
-PARALLEL = $(if $(ARGS),,-n auto --maxprocesses 4) --timeout 600
+PARALLEL = $(if $(ARGS),,-n auto --maxprocesses 4 --dist loadgroup) --timeout 600
 INTERPRETED := tests/kernels tests/engines/test_conformance.py tests/gpu
 
 BIN := $(VENV)/bin

@@ -94,13 +94,18 @@ def compile_one(compiled: Any) -> float:
 
     kernel, signature, constants, attrs, options = compiled.source
     source = GluonASTSource if kernel.is_gluon() else ASTSource
-    start = time.perf_counter()
+    start = _cpu_seconds()
     compile_(
         source(kernel, signature, constants, attrs),
         target=GPUTarget("cuda", 90, 32),
         options=options,
     )
-    return time.perf_counter() - start
+    return _cpu_seconds() - start
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its assemblers: a busy machine does not make a compiler slower."""
+    return math.fsum(os.times()[:4])
 
 
 def key(compiled: Any) -> str:

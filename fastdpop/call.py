@@ -147,8 +147,8 @@ class Call:
     @staticmethod
     def of(hidden: Tensor, head: LMHead, prefix: str = "") -> Call:
         weight, bias = head.weight, head.bias
-        checks.projection(hidden, weight, bias, prefix, empty=head.shard is not None)
         checks.no_transform(hidden, weight, bias)
+        checks.projection(hidden, weight, bias, prefix, empty=head.shard is not None)
         compute_dtype = checks.compute_dtype(hidden, weight, bias, prefix)
         needs_grad = NO_GRAD
         if torch.is_grad_enabled():

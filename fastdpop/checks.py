@@ -70,7 +70,7 @@ def no_transform(*tensors: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return  # an operator without a rule stops the compiler
-    given = [tensor for tensor in tensors if tensor is not None]
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if torch._C._functorch.peek_interpreter_stack() is not None or any(
         torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given
     ):

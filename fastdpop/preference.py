@@ -82,7 +82,8 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
         with meeting(parallel, device_of(batch.hidden)) as brought:
             prepared = _prepared(batch, head, reference, options, parallel)
             brought.settings = _settings(prepared.call, options)
-            brought.layout = _layout(batch, prepared.rows, parallel)
+            brought.layout = _layout(batch, prepared.rows)
+            brought.tokens = _tokens(prepared.rows, parallel)
             brought.totals = _counted(prepared.rows)
         whole = _Whole(parallel, brought.totals, brought.pairs_of)
         if whole.count == 0:
@@ -177,15 +178,19 @@ def _of_call(call: Call) -> str:
     )
 
 
-def _layout(batch: Batch, rows: Rows, parallel: Parallel) -> str:
-    """What ranks that share sequences must have in common; with a split lm_head, the tokens too."""
+def _layout(batch: Batch, rows: Rows) -> str:
+    """What ranks that share sequences must have in common."""
     inputs = rows.inputs[rows.pairs.clamp_min(0)].where(rows.pairs >= 0, -1).tolist()
-    said = f"{batch.sequences} sequences in pairs {inputs}"
-    if parallel.tensor is not None:
-        place = torch.arange(1, len(rows.index) + 1, device=rows.index.device)
-        mark = int(((rows.index * 1_000_003 + rows.targets) * place).sum())
-        said += f", {len(rows.index)} scored tokens with the checksum {mark}"
-    return said
+    return f"{batch.sequences} sequences in pairs {inputs}"
+
+
+def _tokens(rows: Rows, parallel: Parallel) -> str:
+    """What ranks that share tokens must have in common."""
+    if parallel.tensor is None:
+        return ""
+    place = torch.arange(1, len(rows.index) + 1, device=rows.index.device)
+    mark = int(((rows.index * 1_000_003 + rows.targets) * place).sum())
+    return f", {len(rows.index)} scored tokens with the checksum {mark}"
 
 
 def _counted(rows: Rows) -> tuple[int, int, int]:
@@ -281,7 +286,7 @@ def logps(
         with meeting(parallel, device_of(batch.hidden)) as brought:
             call, rows = _scored(batch, head, weighting, reduction, parallel)
             brought.settings = f"reduction {reduction!r}, {_of_call(call)}"
-            brought.layout = _layout(batch, rows, parallel)
+            brought.layout, brought.tokens = _layout(batch, rows), _tokens(rows, parallel)
     row_logps, _ = call.row_logps(rows, ())
     if reduction == "token":
         values = row_logps[rows.members].to(torch.promote_types(row_logps.dtype, dtype))

@@ -229,6 +229,7 @@ def rows_from_labels(
         weights=None if token_weights is None else token_weights.detach().reshape(-1)[position],
         keep_unpaired=keep_unpaired,
         ld_alpha=ld_alpha,
+        apart=hidden_index is None,
     )
 
 
@@ -243,6 +244,7 @@ def rows_from_members(
     weights: Tensor | None = None,
     keep_unpaired: bool = False,
     ld_alpha: float | None = None,
+    apart: bool = False,
 ) -> Rows:
     """The rows of sequences that are given token by token, in any positions: what sequences have in
     common, the same position and the same target, becomes one row.
@@ -259,6 +261,7 @@ def rows_from_members(
         keep_unpaired: sequences that no pair uses are scored too, each in a group of its own.
         ld_alpha: LD-DPO's weight of tokens past the shorter completion's length; each side of a
             pair is then a sequence of its own.
+        apart: no position comes twice, so nothing is in common and need not be looked for.
 
     Raises:
         ValueError: a target outside the vocabulary, bounds that do not fit the tokens, or a pair of
@@ -275,9 +278,12 @@ def rows_from_members(
     lengths = [b - a for a, b in itertools.pairwise(starts)]
     sides = _checked_sides(pairs, len(lengths))
     # Which tokens are the same row.
-    key = index * vocab_size + targets
-    distinct, row_of = torch.unique(key, return_inverse=True)
-    links = [] if len(distinct) == len(key) else _shared_by(row_of, offsets)
+    count, links = len(index), []
+    row_of = torch.arange(count, device=device)
+    if not apart:
+        distinct, row_of = torch.unique(index * vocab_size + targets, return_inverse=True)
+        if len(distinct) < count:
+            count, links = len(distinct), _shared_by(row_of, offsets)
     groups = _groups(sides, links, len(lengths), keep_unpaired)
     order = [p for _, of in groups for p in of]
 
@@ -295,18 +301,25 @@ def rows_from_members(
     # The tokens in the order of the layout, and their rows by first appearance.
     counts = [lengths[s] for s in layout]
     tokens = ranges([starts[s] for s in layout], counts, device)
-    members, first = _by_first_appearance(row_of[tokens], len(distinct))
+    # Only where a sequence comes twice do its tokens.
+    once = apart and ld_alpha is None
+    members = torch.arange(len(tokens), device=device)
+    first = members
+    if not once:
+        members, first = _by_first_appearance(row_of[tokens], count)
     of_weights = None if weights is None else weights.double()[tokens]
     if ld_alpha is not None:
         tail = _ld_weights(ld_alpha, sides, order, lengths, counts, device)
         of_weights = tail if of_weights is None else tail * of_weights
     of_sequences = bounds_of(per_group, host)
-    seen = torch.cat([members.new_zeros(1), members + 1]).cummax(0).values.to(host)
-    of_rows = seen[bounds_of(counts, host)[of_sequences]]
+    of_rows = bounds_of(counts, host)[of_sequences]
+    if not once:
+        seen = torch.cat([members.new_zeros(1), members + 1]).cummax(0).values.to(host)
+        of_rows = seen[of_rows]
     of_pairs = bounds_of([len(of) for _, of in groups], host)
     return Rows(
-        index=index[tokens][first],
-        targets=targets[tokens][first],
+        index=index[tokens if once else tokens[first]],
+        targets=targets[tokens if once else tokens[first]],
         members=members,
         offsets=bounds_of(counts, device),
         label_index=tokens if label_index is None else label_index[tokens],

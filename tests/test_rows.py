@@ -77,6 +77,22 @@ def test_packed_and_padded_batches_have_the_same_rows(
         assert torch.equal(a, b)
 
 
+@given(layouts(), st.one_of(st.none(), st.floats(0.0, 1.0)))
+def test_positions_that_come_once_need_no_search(
+    case: tuple[Tensor, Tensor, bool], alpha: float | None
+) -> None:
+    """Without `hidden_index` nothing is in common, and the rows are those that the search finds."""
+    labels, pairs, shift = case
+    places = torch.arange(labels.numel()).view(labels.shape)
+    found, searched = (
+        rows_from_labels(
+            labels, 11, pairs, shift=shift, keep_unpaired=True, ld_alpha=alpha, **options
+        )
+        for options in ({}, {"hidden_index": places, "positions": labels.numel()})
+    )
+    assert all(map(torch.equal, found.tensors(), searched.tensors()))
+
+
 @given(layouts(), st.floats(0.0, 1.0))
 def test_ld_alpha_weighs_what_lies_past_the_partner(
     case: tuple[Tensor, Tensor, bool], alpha: float

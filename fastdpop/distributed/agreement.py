@@ -24,7 +24,7 @@ class Brought:
 
     Attributes:
         settings: what must be the same everywhere.
-        layout: what must be the same where processes share sequences, or tokens of them.
+        layout: what must be the same where processes share sequences; tokens: where they share all of their tokens.
         rows: tokens of the vocabulary that are here.
         totals: numbers that are summed over the processes that have pairs of their own: pairs, sides, tokens.
         rows_of: `rows` of each process of the tensor-parallel group.
@@ -33,6 +33,7 @@ class Brought:
 
     settings: str = ""
     layout: str = ""
+    tokens: str = ""
     rows: int = 0
     totals: tuple[int, int, int] = (0, 0, 0)
     rows_of: list[int] = field(default_factory=list)
@@ -66,6 +67,7 @@ def _exchange(parallel: Parallel, brought: Brought, near: torch.device, failed: 
     groups = parallel.groups()
     for name, group in groups:
         layout = "" if name == "group" else brought.layout
+        layout += brought.tokens if name == "tp_group" else ""
         own = [int(bad), _digest(brought.settings), _digest(layout), brought.rows, *brought.totals]
         found = collectives.every(own, group, near)
         problem = problem or _failed(name, [numbers[0] for numbers in found])

@@ -90,9 +90,11 @@ class VocabularyParallel(Engine):
         """What computes, and among how many."""
         return f"{self.inner.describe()}, the vocabulary split over {self.group.size} processes"
 
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """The least of all processes, who have to ask together."""
-        return _Shard(self, problem, ()).agree("chunk_rows", needs_grad)
+        return _Shard(self, problem, statistics).agree("chunk_rows", needs_grad)
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
         """Log-probs alone: 1 matrix product."""
@@ -226,7 +228,7 @@ class _Shard:
         """
         p, of = self.problem, self.of
         # Whether the lm_head is trained decides; a gradient of its size need not be made to tell.
-        limit = self.engine.chunk_rows(p, NeedsGrad(bias=needs_grad.lm_head))
+        limit = self.engine.chunk_rows(p, self.names, NeedsGrad(bias=needs_grad.lm_head))
         limit = min(limit, p.chunk_rows or _ANY_NUMBER)
         same = zlib.crc32(repr((asked, self.statistics, p.groups, p.transform)).encode())
         own = [limit, len(p.weight), of.start, of.vocabulary, len(p.targets), same]
@@ -394,9 +396,11 @@ class _NoToken(Engine):
         """What it computes with."""
         return "nothing"
 
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """Any number."""
-        del problem, needs_grad
+        del problem, statistics, needs_grad
         return _ANY_NUMBER
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:

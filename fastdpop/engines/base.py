@@ -222,7 +222,9 @@ class Engine(ABC):
         """What it computes with, in a few words; asked only where it is available."""
 
     @abstractmethod
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """The most rows of whole groups that :meth:`logps_and_gradients` takes through at once; a
         larger group goes through by itself, in pieces.
         """

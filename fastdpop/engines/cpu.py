@@ -81,9 +81,11 @@ class CPUEngine(Engine):
     ) -> CPUPass:
         return CPUPass(problem, statistics, needs_grad, self._loaded())
 
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """As many as the softmax is kept of; where none is, as many as the caches hold."""
-        return self._begin(problem, (), needs_grad).row_limit
+        return self._begin(problem, statistics, needs_grad).row_limit
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
         """Log-probs alone: 1 matrix product."""

@@ -52,9 +52,11 @@ class EagerEngine(Engine):
         """What it computes with."""
         return "plain torch, chunked"
 
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """As many as the workspace holds logits for."""
-        return EagerPass(problem, (), needs_grad).row_limit
+        return EagerPass(problem, statistics, needs_grad).row_limit
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
         """Log-probs alone: 1 matrix product."""

@@ -111,13 +111,15 @@ class TritonEngine(Engine):
         how = " in the interpreter" if _interpreted() else ""
         return f"Triton {importlib.metadata.version('triton')} kernels{how}"
 
-    def chunk_rows(self, problem: Problem, needs_grad: NeedsGrad) -> int:
+    def chunk_rows(
+        self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
+    ) -> int:
         """As many as the softmax is kept of; in float16, where none is, as the workspace holds
         partial sums for.
         """
         from fastdpop.engines.triton_pass import TritonPass
 
-        return TritonPass(problem, (), needs_grad, self.products, self.forward).row_limit
+        return TritonPass(problem, statistics, needs_grad, self.products, self.forward).row_limit
 
     def logps(self, problem: Problem, statistics: tuple[str, ...]) -> EngineOutput:
         """Log-probs alone: 1 matrix product."""

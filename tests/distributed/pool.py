@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 """Seconds after which a case is given up."""
 
 

@@ -93,7 +93,7 @@ def test_processes_can_agree_on_their_chunks(engine: Engine, agreed: int) -> Non
     """Whatever an engine would choose: so all of them go through as many."""
     p = problem([0, 5, 11, 11, 30, 41])
     c = torch.randn(41)
-    assert engine.chunk_rows(p, TRAINED) > 0
+    assert engine.chunk_rows(p, (), TRAINED) > 0
     together = dataclasses.replace(p, chunk_rows=agreed)
     asked, found = chunks_of(engine, together, c)
     assert asked == [(chunk.first, chunk.last) for chunk in plan(p.groups, agreed)]

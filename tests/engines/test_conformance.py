@@ -200,6 +200,19 @@ def test_masked_vocabulary(engine: Engine) -> None:
     assert torch.equal(found.weight[20:], torch.zeros(33, 24))
 
 
+@pytest.mark.parametrize("statistics", [(), STATISTICS])
+def test_its_own_number_of_rows_fits(engine: Engine, statistics: tuple[str, ...]) -> None:
+    """Processes agree on the least of what their engines say of the same call."""
+    p = problem(torch.bfloat16, groups=(*range(61),), workspace=30_000)
+    rows = engine.chunk_rows(p, statistics, ALL)
+    agreed, c = dataclasses.replace(p, chunk_rows=rows), torch.randn(60)
+    loss = GroupLoss(lambda first, last, values: c[first:last])
+    want = engine.logps_and_gradients(p, statistics, loss, ALL)
+    found = engine.logps_and_gradients(agreed, statistics, loss, ALL)
+    assert torch.equal(found.logps, want.logps)
+    assert torch.equal(found.statistics, want.statistics)
+
+
 @pytest.mark.parametrize("workspace", [TINY, 1 << 20])
 def test_statistics(engine: Engine, workspace: int) -> None:
     p = problem(head=HEADS["all"], workspace=workspace)

@@ -91,10 +91,10 @@ def test_a_larger_workspace_keeps_larger_groups(
     p, c = problem(300, torch.bfloat16), torch.randn(300)
     kept = one_pass(engine, p, c)
     monkeypatch.setattr("fastdpop.engines.cpu._KEPT_BYTES", 0)
-    assert 0 < engine.chunk_rows(p, ALL) < 100, "smaller than the first group"
+    assert 0 < engine.chunk_rows(p, (), ALL) < 100, "smaller than the first group"
     again = one_pass(engine, p, c)
     larger = dataclasses.replace(p, workspace_bytes=1 << 30)
-    assert engine.chunk_rows(larger, ALL) == 300, "all of them"
+    assert engine.chunk_rows(larger, (), ALL) == 300, "all of them"
     for a, b, other in zip(kept[3:], one_pass(engine, larger, c)[3:], again[3:], strict=True):
         assert torch.equal(a, b)
         assert (a - other).abs().max() > 1e-5 * a.abs().max()

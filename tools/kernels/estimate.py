@@ -67,7 +67,7 @@ def plan(rows: int, vocabulary: int, width: int, workspace: int) -> int:
         workspace_bytes=workspace,
     )
     with config.assumed("sm_90a", PROCESSORS):
-        return TritonEngine().chunk_rows(problem, NeedsGrad(hidden=True, weight=True))
+        return TritonEngine().chunk_rows(problem, (), NeedsGrad(hidden=True, weight=True))
 
 
 PRODUCTS = ("cublas", "kernels")
