@@ -15,6 +15,7 @@ from fastdpop.hf.head import output_head
 from fastdpop.hf.interception import unwatch, watch
 from fastdpop.hf.tree_attention import uninstall
 from fastdpop.hf.wrappers import innermost, wrapped
+from fastdpop.hf.zero import PartitionedHead
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +70,8 @@ def attach(
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
-    head = output_head(target)
+    with PartitionedHead(target):
+        head = output_head(target)
     if check and head.weight.is_meta:
         raise ValueError("check is True, expected False for a model on the meta device")
     checks.flag("share_prefixes", share_prefixes)

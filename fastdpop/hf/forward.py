@@ -24,6 +24,7 @@ from fastdpop.hf.sharded import HeadKeptWhole, spread
 from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
+from fastdpop.hf.zero import PartitionedHead, with_whole_head
 from fastdpop.losses.base import PairLogps, PreferenceLoss
 from fastdpop.output import PreferenceOutput
 from fastdpop.rows import IGNORE, default_pairs
@@ -176,7 +177,7 @@ def _answer(
     asked.check_options()
     call, labels, as_dict = _arguments(model, signature, args, kwargs)
     run = functools.partial(_run, original, model)
-    with HeadKeptWhole(output_head(model)) as whole:
+    with PartitionedHead(model), HeadKeptWhole(output_head(model)) as whole:
         call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
         random = None if batch is None else random_state(batch.device)
         try:
@@ -228,7 +229,7 @@ def _laid_out(
     def logps(sample: dict[str, Any], labels: Tensor, batch: SharedBatch | None) -> Tensor:
         plain = {name: value for name, value in call.items() if isinstance(value, (bool, int))}
         inputs = _inputs(model, run({**plain, **sample}, batch), labels, {}, batch)
-        return fused_logps(**inputs, **own, reduction="token")
+        return with_whole_head(fused_logps, {**inputs, **own, "reduction": "token"})
 
     batch, shift = None, options.get("shift_labels", True)
     if asked.prefix_tree is not None:
@@ -279,10 +280,11 @@ def _fused(
     if batch is not None and passed_on["hidden_states"] is not None:
         passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
     if asked.preference is None:
-        logps = fused_logps(**inputs)
+        logps = with_whole_head(fused_logps, inputs)
         shape = labels.shape if options.get("reduction") == "token" else logps.shape
         return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
-    result = fused_preference_loss(**inputs, loss=asked.preference, ref_logps=asked.ref_logps)
+    inputs |= {"loss": asked.preference, "ref_logps": asked.ref_logps}
+    result = with_whole_head(fused_preference_loss, inputs)
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     values["loss"] = _with_router_loss(
         model, result.loss, passed_on["aux_loss"], asked.router_loss_weight

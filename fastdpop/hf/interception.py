@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdpop.hf import hooks
 from fastdpop.hf.lazy_logits import LazyLogits, Product
+from fastdpop.hf.zero import Partitioned, refuse_plain_call, torch_linear
 
 
 class _LinearMaps(TorchFunctionMode):
@@ -49,7 +50,7 @@ class _LinearMaps(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if len(weight) != self.vocabulary:
             return nn.functional.linear(input, weight, bias)
-        if type(weight) not in (Tensor, nn.Parameter):
+        if type(weight) not in (Tensor, nn.Parameter, Partitioned):
             raise RuntimeError(
                 f"the weight of {self.owner}'s head is a {type(weight).__name__} during forward, "
                 "expected a plain tensor: keep the head unsharded and unquantised"
@@ -69,7 +70,7 @@ class _Interception:
     # Contexts are copied, into tasks and into other threads, and outlive the call.
     thread: int = field(default_factory=threading.get_ident)
     over: bool = False
-    noting: _LinearMaps | None = None  # while the head runs
+    noting: contextlib.ExitStack | None = None  # while the head runs
 
     @property
     def owner(self) -> str:
@@ -83,13 +84,14 @@ class _Interception:
 
     def begin(self) -> None:
         self.end()  # of a run that failed, if the model goes on after that
-        self.noting = _LinearMaps(len(self.head.weight), self.owner)
-        self.noting.__enter__()
+        self.noting = contextlib.ExitStack()
+        self.noting.enter_context(torch_linear())
+        self.noting.enter_context(_LinearMaps(len(self.head.weight), self.owner))
 
     def end(self) -> None:
         """Also after an error inside the head, whose second hook then does not run."""
         if self.noting is not None:
-            self.noting.__exit__(None, None, None)
+            self.noting.close()
             self.noting = None
 
     def checked(self, logits: Any) -> LazyLogits:
@@ -153,6 +155,7 @@ def real_logits_for(model: Any) -> Iterator[None]:
     if len(others) == len(calls):
         yield
         return
+    refuse_plain_call(model)
     token = _UNDER_WAY.set(others)
     try:
         yield

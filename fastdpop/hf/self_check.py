@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpop.hf.zero import gathering, whole_shape
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Allowed difference of log-probs, over 1 + the largest logit, by the logits' coarsest dtype."""
 
@@ -21,13 +23,14 @@ def check(model: Any, head: Any) -> None:
         RuntimeError: the model does not run on token ids alone, or the log-probs differ.
     """
     owner, device = type(model).__name__, head.weight.device
-    vocabulary = min(len(head.weight), len(model.get_input_embeddings().weight))
+    embeddings = model.get_input_embeddings()
+    vocabulary = min(whole_shape(module.weight)[0] for module in (head, embeddings))
     ids = (torch.arange(3, 13, device=device) % vocabulary).view(2, 5)
     cacheless = (
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
     dtypes: list[torch.dtype] = []
-    with undisturbed(model, device), torch.no_grad():
+    with undisturbed(model, device), torch.no_grad(), gathering(model):
         watch = head.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
         try:
             logits = model(input_ids=ids, return_dict=True, **cacheless).logits
