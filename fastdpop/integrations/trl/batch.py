@@ -98,15 +98,28 @@ def total(trainer: Any, pairs: int, final: bool | None = None) -> int:
     """How many pairs the batches of all processes have, without repetitions, if each has `pairs` with them.
 
     Args:
-        final: whether they are the last of an optimizer's step; None for those that are being computed.
+        final: whether they are the last of an optimizer's step in training, for batches that nobody computes yet.
     """
     state = trainer.accelerator.gradient_state
+    training = trainer.model.training or final is not None
     if final is None:
-        final = not trainer.model.training or state.sync_gradients
+        final = not training or state.sync_gradients
     batches = trainer.accelerator.num_processes // _copies(trainer)
     # Trainer fetches all batches of a step before the first of them is computed: the last of them is the epoch's.
-    repeated = state.end_of_dataloader and final and state.remainder > 0 and batches > 1
-    return state.remainder if repeated else batches * pairs
+    if state.end_of_dataloader and final and batches > 1:
+        remainder = _remainder(trainer, batches * pairs, training)
+        return remainder if remainder > 0 else batches * pairs
+    return batches * pairs
+
+
+def _remainder(trainer: Any, whole: int, training: bool) -> int:
+    """How many pairs the last batches of an epoch have, where all others have `whole`; 0 or below if they are full."""
+    remainder: int = trainer.accelerator.gradient_state.remainder
+    data = trainer.train_dataset
+    if remainder < 0 and training and hasattr(data, "__len__"):
+        # accelerate's loader of the rest of an epoch, in which a run goes on, does not know it.
+        return 0 if trainer.args.dataloader_drop_last else len(data) % whole
+    return remainder
 
 
 def _copies(trainer: Any) -> int:
