@@ -95,10 +95,12 @@ def test_each_process_by_itself_on_request(files: Files, two: Pool, tmp_path: Pa
     "more",
     [
         pytest.param((), id="full"),
-        pytest.param(("--lora", "--reference", "online"), id="lora", marks=pytest.mark.slow),
+        pytest.param(("--lora", "--reference", "online"), id="lora", marks=SLOW),
     ],
 )
-@pytest.mark.parametrize("form", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize(
+    "form", ["SHARDED_STATE_DICT", pytest.param("FULL_STATE_DICT", marks=SLOW)]
+)
 def test_a_sharded_run_goes_on_bit_for_bit(
     files: Files, two: Pool, tmp_path: Path, more: tuple[str, ...], form: str
 ) -> None:
