@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastdpop.integrations.trl.process import keep_process_groups
-from fastdpop.train import run
+from fastdpop.train import processes, run
 from fastdpop.train.trainer import PairTrainer
 
 FSDP2 = {
@@ -26,6 +26,12 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 """What ``accelerate launch --config_file examples/fsdp2.yaml`` says to the processes."""
+FSDP1 = FSDP2 | {
+    "FSDP_VERSION": "1",
+    "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_USE_ORIG_PARAMS": "true",
+}
 Steps = list[dict[str, Tensor]]
 
 
@@ -95,3 +101,18 @@ def largest_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> floa
         size = value.abs().max().item() or 1.0
         errors.append((found[name] - value).abs().max().item() / size)
     return max(errors)
+
+
+def without_saving(rank: int, argv: list[str], environment: dict[str, str]) -> str:
+    """How FSDP1 has wrapped the model of a run that saves none at its end, as it cannot on CPUs."""
+    kinds = []
+
+    def note(trainer: Any) -> None:
+        kinds.append(type(trainer.model_wrapped).__name__)
+
+    with (
+        mock.patch.object(processes, "check"),
+        mock.patch.object(PairTrainer, "save_at_the_end", note),
+    ):
+        in_process(rank, argv, environment)
+    return kinds[0]

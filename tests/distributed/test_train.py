@@ -13,7 +13,15 @@ import torch
 pytest.importorskip("trl")
 
 from tests.distributed.pool import Pool
-from tests.distributed.runs import FSDP2, failure, gradients, in_process, largest_error
+from tests.distributed.runs import (
+    FSDP1,
+    FSDP2,
+    failure,
+    gradients,
+    in_process,
+    largest_error,
+    without_saving,
+)
 from tests.train.files import WARNINGS, Files, rows, write
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -124,6 +132,20 @@ def test_a_sharded_run_goes_on_bit_for_bit(
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     for found in two.run(failure, [files.argv(*always, "--resume", out=cut)] * 2, layout):
         assert f"{damaged} is damaged: its checksum has changed" in found
+
+
+def test_fsdp1_trains_alike_and_is_refused_where_it_cannot_save(
+    files: Files, two: Pool, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "two"
+    always = (*MIX, "--steps", "3", "--save-every", "0")
+    assert files.run(*always, "--batch-pairs", "4", out=one) == 0
+    argv = files.argv(*always, out=other)
+    for found in two.run(failure, [argv, argv], FSDP1):
+        assert "fsdp_version is 1, expected 2 on CPUs" in found
+    for wrapped in two.run(without_saving, argv, FSDP1):
+        assert wrapped == "FullyShardedDataParallel"
+    assert files.losses(other) == pytest.approx(files.losses(one), rel=1e-4)
 
 
 def test_other_settings_or_data_are_an_error_in_every_process(
