@@ -296,11 +296,7 @@ def workspace(value: int | None, default: int) -> int:
 
 
 def pairs(
-    value: object,
-    sequences: int,
-    accepts_unpaired: bool,
-    device: torch.device,
-    empty: bool = False,
+    value: object, sequences: int, accepts_unpaired: bool, device: torch.device, empty: bool = False
 ) -> Tensor | None:
     """``(P, 2)`` sequence indices, or None for the default, which needs an even number of sequences; where others have
     pairs, there may be none (`empty`).
@@ -325,9 +321,7 @@ def pairs(
         raise ValueError(
             f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers with P >= 1"
         )
-    if len(table) == 0:
-        return table.to(device=device, dtype=torch.int64)
-    low, high = int(table.min()), int(table.max())
+    low, high = (int(table.min()), int(table.max())) if len(table) else (0, -1)
     if low < -1 or high >= sequences:
         raise ValueError(
             f"pairs contains {low if low < -1 else high}, expected sequence indices in [0, {sequences}) or -1"

@@ -51,7 +51,7 @@ def layout(config: Any) -> str:
     if config.deepspeed or asked == "DEEPSPEED":
         return f"DeepSpeed's, over {config.world_size} processes"
     if config.fsdp or asked == "FSDP":
-        plugin = FullyShardedDataParallelPlugin(**(config.fsdp_plugin_args or {}))
+        plugin = FullyShardedDataParallelPlugin(**(getattr(config, "fsdp_plugin_args", None) or {}))
         return f"FSDP{plugin.fsdp_version}'s, {plugin.state_dict_type.name}"
     return "whole in each process"
 
