@@ -295,10 +295,10 @@ def workspace(value: int | None, default: int) -> int:
 
 
 def pairs(
-    value: object, sequences: int, accepts_unpaired: bool, device: torch.device
+    value: object, sequences: int, accepts_unpaired: bool, device: torch.device, empty: bool = False
 ) -> Tensor | None:
-    """``(P, 2)`` sequence indices, or None for the default, which needs an even number of
-    sequences.
+    """``(P, 2)`` sequence indices, or None for the default, which needs an even number of sequences; where others have
+    pairs, there may be none (`empty`).
     """
     if value is None:
         if sequences % 2:
@@ -314,13 +314,13 @@ def pairs(
     if (
         table.dim() != 2
         or table.shape[1] != 2
-        or table.shape[0] == 0
+        or len(table) < (0 if empty else 1)
         or table.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8)
     ):
         raise ValueError(
             f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers with P >= 1"
         )
-    low, high = int(table.min()), int(table.max())
+    low, high = (int(table.min()), int(table.max())) if len(table) else (0, -1)
     if low < -1 or high >= sequences:
         raise ValueError(
             f"pairs contains {low if low < -1 else high}, expected sequence indices in [0, {sequences}) or -1"

@@ -120,7 +120,9 @@ def _prepared(
     batch.check(empty=parallel.data is not None)
     count, device = batch.sequences, batch.hidden.device
     call = Call.of(batch.hidden, head)
-    pairs = checks.pairs(options.pairs, count, traits.accepts_unpaired, device)
+    pairs = checks.pairs(
+        options.pairs, count, traits.accepts_unpaired, device, empty=parallel.data is not None
+    )
     if pairs is None:
         pairs = default_pairs(count, device)
     reference.check(traits.needs_reference)

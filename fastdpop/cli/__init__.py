@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,24 +39,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for their users
         warnings.showwarning = _plain_warning
+        if not torch.distributed.is_torchelastic_launched():
+            return _code(run)
         try:
-            code: int = run()
-        except KeyboardInterrupt as stop:
-            print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
-            return 130
-        except _MISTAKES as error:
-            return _failed(str(error))
-        except (RuntimeError, MemoryError) as error:
-            # Any other RuntimeError is a fault of the program: those of a user's mistake have
-            # become a ValueError where it is known what was asked for.
-            if not _is_out_of_memory(error):
-                raise
-            return _failed(
-                f"there is not enough memory: {error}\nLower --batch-pairs (and raise --accumulate as "
-                "much), set --gradient-checkpointing or --lora, or drop long pairs with --max-length "
-                "and --too-long drop"
-            )
+            code = _code(run)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    if code and torch.distributed.is_initialized():
+        from fastdpop.integrations.trl.process import end_process
+
+        end_process(code)
     return code
+
+
+def _code(run: Callable[[], int]) -> int:
+    """The exit code of a command, whose user's mistakes are said in one line."""
+    try:
+        return run()
+    except KeyboardInterrupt as stop:
+        print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except _MISTAKES as error:
+        return _failed(str(error))
+    except (RuntimeError, MemoryError) as error:
+        # Any other RuntimeError is a fault of the program: those of a user's mistake have
+        # become a ValueError where it is known what was asked for.
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(
+            f"there is not enough memory: {error}\nLower --batch-pairs (and raise --accumulate as "
+            "much), set --gradient-checkpointing or --lora, or drop long pairs with --max-length "
+            "and --too-long drop"
+        )
 
 
 def parser() -> argparse.ArgumentParser:

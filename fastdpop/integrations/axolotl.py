@@ -54,6 +54,7 @@ class FastDpopPlugin(BasePlugin):
             engine=cfg.fastdpop_engine or "auto",
             workspace_bytes=cfg.fastdpop_workspace_bytes,
             share_prefixes=bool(cfg.fastdpop_share_prefixes),
+            global_batch=bool(cfg.fastdpop_global_batch),
         )
         FastDpopPlugin._patched = True
 

@@ -21,7 +21,7 @@ TRAINERS = ("dpo", "ipo")
 _PLUGIN = "fastdpop.integrations.axolotl.FastDpopPlugin"
 _OPTIONS = (
     *("dpop_lambda", "fastdpop_engine", "fastdpop_workspace_bytes"),
-    "fastdpop_share_prefixes",
+    *("fastdpop_share_prefixes", "fastdpop_global_batch"),
 )
 _SHARDED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 
@@ -32,7 +32,8 @@ class FastDpopArgs(BaseModel):
     Attributes:
         fastdpop: compute the losses of ``rl: dpo`` with fastdpop.
         dpop_lambda: DPOP's lambda, 0 or above, for ``dpo_loss_type: ["dpop"]``; the default is the paper's 50.
-        fastdpop_engine, fastdpop_workspace_bytes, fastdpop_share_prefixes: as in :func:`fastdpop.patch_trl`.
+        fastdpop_engine, fastdpop_workspace_bytes, fastdpop_share_prefixes, fastdpop_global_batch: as in
+            :func:`fastdpop.patch_trl`.
     """
 
     fastdpop: StrictBool | None = Field(
@@ -59,6 +60,13 @@ class FastDpopArgs(BaseModel):
         json_schema_extra={
             "description": "Compute what sequences of a batch begin with in common once, and no padding, through the "
             "whole model. The default is what dpo_padding_free is."
+        },
+    )
+    fastdpop_global_batch: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "On several GPUs, take the loss of all their pairs, as one with all of them would. The "
+            "default is false: each takes that of its own."
         },
     )
 
@@ -134,7 +142,7 @@ def _check_on(data: Mapping[str, Any]) -> None:
         if degree != 1:
             raise ValueError(
                 f"{key} is {degree!r}, expected 1 with fastdpop: true, which needs whole sequences and the whole head "
-                "on each GPU: shard weights with FSDP or ZeRO instead"
+                "on each GPU: shard weights with FSDP or DeepSpeed instead"
             )
 
 

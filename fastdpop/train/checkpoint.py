@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "fastdpop.json"
@@ -45,10 +46,7 @@ def seal(folder: Path, identity: Identity) -> None:
         for path in folder.rglob("*")
         if path.is_file() and path.name not in (MANIFEST, _INCOMPLETE)
     )
-    manifest = {
-        "identity": dict(identity),
-        "files": {name: _checksum(folder / name) for name in names},
-    }
+    manifest = {"identity": dict(identity), "files": _checksums(folder, names)}
     partial = folder / (MANIFEST + ".partial")
     partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
@@ -137,11 +135,21 @@ def verify(folder: Path, identity: Identity) -> None:
         raise ValueError(
             f"{folder} holds no state of an optimizer (--save_only_model): nothing can go on from it"
         )
-    for name, expected in files.items():
+    for name in files:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing. {other}")
-        if _checksum(folder / name) != expected:
+    for name, found in _checksums(folder, files).items():
+        if found != files[name]:
             raise ValueError(f"{folder / name} is damaged: its checksum has changed. {other}")
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """By name. Those of a sharded checkpoint are many and large: several at a time."""
+    names = list(names)
+    with ThreadPoolExecutor(8) as threads:
+        return dict(
+            zip(names, threads.map(lambda name: _checksum(folder / name), names), strict=True)
+        )
 
 
 def _checksum(path: Path) -> str:

@@ -79,6 +79,10 @@ TRL_SHOWN = {
     "bf16": ("", "autocast to bfloat16; weights that are trained stay in their own type"),
     "gradient_checkpointing": ("", "less memory for more time"),
     "share_prefixes": ("", "compute what pairs begin with in common once, and no padding"),
+    "global_batch": (
+        "{true,false}",
+        "losses over the pairs of all processes, not of each; gradients are those of one process",
+    ),
     "report_to": ("NAME", "tensorboard, wandb, trackio, ..."),
     "lora_alpha": ("A", "of a new adapter"),
     "lora_dropout": ("P", "of a new adapter"),
@@ -104,12 +108,13 @@ DEFAULTS: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 2,
     "logging_nan_inf_filter": False,
+    "global_batch": True,
     "dtype": None,
     "lora_dropout": 0.0,
     "lora_target_modules": ["all-linear"],
 }
 """Where ``fastdpop train`` differs from TRL: the loss, beta and lambda of the DPOP paper (arXiv:2402.13228, Section 6),
-and nothing that cuts or hides."""
+nothing that cuts or hides, and numbers that do not depend on how many processes compute them."""
 
 
 def _help(text: str, metavar: str = "", **more: Any) -> dict[str, Any]:
@@ -192,7 +197,7 @@ _GROUPS = {
     ),
     "loss": ("beta", "dpop_lambda", "loss", "loss_option", "reference"),
     "optimisation (AdamW)": (
-        "epochs", "steps", "batch_pairs", "accumulate", "learning_rate", "warmup", "schedule",
+        "epochs", "steps", "batch_pairs", "accumulate", "global_batch", "learning_rate", "warmup", "schedule",
         "weight_decay", "max_grad_norm", "seed",
     ),
     "evaluation and checkpoints": ("eval_every", "save_every", "resume", "report_to"),

@@ -22,6 +22,7 @@ from fastdpop import losses
 from fastdpop.integrations.trl import FastDPOConfig
 from fastdpop.integrations.trl.config import shares_prefixes
 from fastdpop.integrations.trl.loss import check_config
+from fastdpop.integrations.trl.process import shard_on_cpus, sharding_asked
 from fastdpop.losses import PreferenceLoss
 from fastdpop.train.consistency import check, evaluates, missing
 from fastdpop.train.options import DEFAULTS, SHORT, PairArguments, under_trl_names
@@ -74,11 +75,15 @@ def parse(argv: Sequence[str]) -> Asked:
         if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
             action.nargs, action.const = "?", True  # `--bf16` alone is `--bf16 true`
     on_cpu = device.type == "cpu"
+    options = {"fsdp", "deepspeed"}
+    shards = sharding_asked() or any(o in given or _in_yaml(arguments, o) for o in options)
+    if on_cpu and shards:
+        shard_on_cpus()
     parser.set_defaults_with_config(
         **DEFAULTS,
         bf16=not (on_cpu or "fp16" in given or _in_yaml(arguments, "fp16")),
         gradient_checkpointing=not on_cpu,
-        use_cpu=on_cpu,
+        use_cpu=on_cpu and not shards,
     )
     parser.given = given
     try:

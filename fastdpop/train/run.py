@@ -19,7 +19,7 @@ from fastdpop.integrations.trl.models import UnfitModel
 from fastdpop.integrations.trl.order import prompts
 from fastdpop.integrations.trl.references import hash_of_tokens
 from fastdpop.prefix.sampler import PromptSampler
-from fastdpop.train import checkpoint
+from fastdpop.train import checkpoint, processes
 from fastdpop.train.consistency import evaluates
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
@@ -51,13 +51,15 @@ def run(argv: Sequence[str]) -> int:
     if asked.own.threads:
         torch.set_num_threads(asked.own.threads)
     config, say = asked.config, PartialState().print
+    processes.agree(processes.settings(asked))
     output = Path(str(config.output_dir))
     source = model_source(asked)
     tokenizer = load_tokenizer(asked, source)
     train, held_out = read(asked, tokenizer, source)
     # Once: what is scored together beforehand is trained on together, see PairTrainer.
     train = _mixed(train, config)
-    identity = _identity(asked, train, held_out)
+    identity = _identity(asked, source, train, held_out)
+    processes.agree(identity)
     start = _open(output, asked, identity)
     if start is not None and config.sync_ref_model:
         raise ValueError(
@@ -90,6 +92,7 @@ def run(argv: Sequence[str]) -> int:
         if "install" not in str(error):  # a logger's package, say
             raise
         raise ImportError(str(error)) from error
+    processes.check(trainer)
     if asked.data.ignore_bias_buffers:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
@@ -187,7 +190,7 @@ def _mixed(train: Any, config: Any) -> Any:
     return train.select(list(PromptSampler(prompts(train), seed=seed)))
 
 
-def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
+def _identity(asked: Asked, source: Source, train: Any, held_out: Any) -> dict[str, str]:
     """What a checkpoint must agree on with the run that goes on from it."""
     config = asked.config
     constant = config.lr_scheduler_type in ("constant", "constant_with_warmup")
@@ -202,7 +205,12 @@ def _identity(asked: Asked, train: Any, held_out: Any) -> dict[str, str]:
     path = Path(str(asked.model.model_name_or_path))
     if path.exists():  # however it is spelt
         own["model: model_name_or_path"] = str(path.resolve())
-    own["world_size"], own["merge_adapter"] = str(config.world_size), str(asked.own.merge_adapter)
+    # More processes with fewer pairs each compute the same.
+    each = int(own.pop("per_device_train_batch_size"))
+    own["pairs of a forward pass in all processes"] = str(each * config.world_size)
+    own["parameters"] = processes.layout(config)
+    own["merge_adapter"] = str(asked.own.merge_adapter)
+    own["model"] = f"{source.vocab_size} tokens, context {source.context}"
     own["loss"] = repr(asked.loss)
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
     own["training pairs"] = hash_of_tokens(train)

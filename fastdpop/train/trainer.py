@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from fastdpop.integrations.trl import FastDPOTrainer
+from fastdpop.integrations.trl import FastDPOTrainer, batch
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint
 from fastdpop.train.report import MetricsFile, Progress
@@ -23,7 +24,8 @@ from fastdpop.train.report import MetricsFile, Progress
 class PairTrainer(FastDPOTrainer):
     """A :class:`~fastdpop.integrations.trl.FastDPOTrainer` for data that are tokenised already.
 
-    - A step's loss is the mean over its pairs, also where its last batch has fewer.
+    - A step's loss is the mean over its pairs, also where its last batch has fewer; with `global_batch` over those of
+      all processes, each once.
     - A loss or a gradient's norm that is not finite ends the run.
     - Checkpoints are sealed (:mod:`fastdpop.train.checkpoint`), if `identity` is given.
     - Metrics go to ``metrics.jsonl`` in the output folder, if `write_metrics` is set.
@@ -89,7 +91,11 @@ class PairTrainer(FastDPOTrainer):
     def get_batch_samples(self, *args: Any) -> Any:
         """The batches of a step, counted."""
         batches, items = super().get_batch_samples(*args)
-        self._of_step = (len(batches), sum(_pairs(batch) for batch in batches))
+        pairs = [batch.count(inputs) for inputs in batches]
+        if self._fastdpop.global_batch:
+            last = len(batches) - 1
+            pairs = [batch.total(self, one, final=at == last) for at, one in enumerate(pairs)]
+        self._of_step = (len(batches), sum(pairs))
         return batches, items
 
     def compute_loss(
@@ -102,7 +108,10 @@ class PairTrainer(FastDPOTrainer):
         """TRL's, weighted such that the mean over a step's batches is the mean over its pairs."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batches, pairs = self._of_step
-        share = _pairs(inputs) * batches
+        own = batch.count(inputs)
+        if self._fastdpop.global_batch:
+            own = batch.total(self, own)
+        share = own * batches
         if not self.model.training or share == pairs:
             return result
         loss, *outputs = result if return_outputs else (result,)
@@ -152,15 +161,22 @@ class PairTrainer(FastDPOTrainer):
             self.args.save_total_limit = keep
 
     def save_at_the_end(self) -> None:
-        """The model and its tokenizer into the output folder, without the reference's adapter."""
+        """The whole model and its tokenizer into the output folder, without the reference's adapter.
+
+        Where parameters are sharded, the first process gathers them in its main memory.
+        """
         peft_config = getattr(self.model, "peft_config", {})
         if "ref" in peft_config and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.model.delete_adapter("ref")
         folder = Path(str(self.args.output_dir))
+        if self.is_fsdp_enabled:  # else nothing is saved where checkpoints are sharded
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         with self._writing(folder):
             self.save_model()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                if (folder / "ref" / "adapter_config.json").exists():
+                    shutil.rmtree(folder / "ref")
                 checkpoint.end(folder)
 
     @contextmanager
@@ -169,6 +185,7 @@ class PairTrainer(FastDPOTrainer):
         try:
             if self.args.should_save:
                 checkpoint.begin(folder)
+            self.accelerator.wait_for_everyone()  # no process writes before the mark is there
             yield
         except torch.OutOfMemoryError:
             raise
@@ -216,7 +233,3 @@ class _GoOn(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_save:
             control.should_log = True
-
-
-def _pairs(batch: Mapping[str, Any]) -> int:
-    return len(batch["input_ids"]) // 2

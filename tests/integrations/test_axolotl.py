@@ -132,6 +132,12 @@ def test_prefixes(
     assert of._fastdpop.share_prefixes is shares
 
 
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_the_batch_of_all_processes(module: Any, asked: bool | None, tmp_path: Path) -> None:
+    module.FastDpopPlugin().pre_model_load(Settings(fastdpop=True, fastdpop_global_batch=asked))
+    assert trainer(DPOTrainer, tmp_path)._fastdpop.global_batch is bool(asked)
+
+
 def test_the_entry_point_is_the_plugin(module: Any) -> None:
     tomllib = pytest.importorskip("tomllib")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]

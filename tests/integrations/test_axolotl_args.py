@@ -108,6 +108,7 @@ def test_every_loss_type(name: str) -> None:
         ({"fastdpop_engine": "gpu"}, "engine is 'gpu', expected 'auto' or one of"),
         ({"fastdpop_workspace_bytes": 0}, r"fastdpop_workspace_bytes\n.*greater than 0"),
         ({"fastdpop_workspace_bytes": 1.5}, r"fastdpop_workspace_bytes\n.*valid integer"),
+        ({"fastdpop_global_batch": 1}, r"fastdpop_global_batch\n.*valid boolean"),
         ({"fastdpop_share_prefixes": "on"}, r"fastdpop_share_prefixes\n.*valid boolean"),
         (
             {"fastdpop_share_prefixes": False, "dpo_padding_free": True},
@@ -132,6 +133,7 @@ def test_settings_that_do_not(change: dict[str, Any], message: str) -> None:
         ({"fastdpop_engine": "cpu"}, "fastdpop_engine is 'cpu', expected none without"),
         ({"fastdpop_workspace_bytes": 1}, "fastdpop_workspace_bytes is 1, expected none without"),
         ({"fastdpop_share_prefixes": True}, "fastdpop_share_prefixes is True, expected none"),
+        ({"fastdpop_global_batch": True}, "fastdpop_global_batch is True, expected none"),
         (
             {"rl": "dpo", "dpo_loss_type": ["sft", "dpop"]},
             r"dpo_loss_type is \['sft', 'dpop'\], expected TRL's own losses without fastdpop: true",

@@ -408,7 +408,8 @@ def test_annotations_that_are_made_when_asked_for(monkeypatch: pytest.MonkeyPatc
     assert "__annotations__" not in vars(Config)
     monkeypatch.setattr(patching, "DPOConfig", Config)
     patching._patch_config()
-    added = {"dpop_lambda": float, "share_prefixes": bool | None}
+    flags = {"share_prefixes": bool | None, "global_batch": bool | None}
+    added = {"dpop_lambda": float, **flags}
     assert Config.__annotations__ == {"beta": float} | added
     while patching._undo:
         patching._undo.pop()()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.resources import files
 
+import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,7 +20,12 @@ from trl.cli import main as run_trl
 from trl.cli.commands import training
 
 from fastdpop.integrations.trl.patching import patch_trl, unpatch_trl
-from fastdpop.integrations.trl.process import end_process, keep_process_groups
+from fastdpop.integrations.trl.process import (
+    end_process,
+    keep_process_groups,
+    shard_on_cpus,
+    sharding_asked,
+)
 
 _MODULE = "fastdpop.integrations.trl.command"
 _LAUNCHER = "launch_training_script"
@@ -71,6 +77,8 @@ def _train() -> int:
     """TRL's training script, in a process of its own."""
     patch_trl()
     keep_process_groups()
+    if sharding_asked() and not torch.accelerator.is_available():
+        shard_on_cpus()
     script = files("trl.scripts").joinpath("dpo.py")
     try:
         runpy.run_path(str(script), run_name="__main__")

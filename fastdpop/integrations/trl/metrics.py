@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpop.integrations.trl import batch
 from fastdpop.rows import wide_dtype
 
 _WITH_ERROR = ("logratios/chosen", "logratios/rejected")
@@ -48,12 +49,14 @@ def note(
     """Keep what a step measured, for :func:`fill`. One exchange between processes, which no process waits for.
 
     Args:
-        outputs: the policy's, with the loss of every pair.
+        inputs: the process's batch, repeated pairs too.
+        outputs: the policy's, with the loss of every pair that was computed.
         ref_logps: the reference's log-probs ``(2B,)``, chosen before rejected, in nats.
         beta: the factor of rewards.
     """
     mode = "train" if trainer.model.training else "eval"
-    own = _own_pairs(trainer, len(outputs.losses), mode)
+    pairs = batch.count(inputs)
+    own = batch.counted(trainer, pairs)
     dtype = wide_dtype(ref_logps.device)
     by_pair, by_token = _by_pair(outputs, ref_logps, beta), _by_token(outputs, own, dtype)
     if getattr(trainer, "aux_loss_enabled", False):
@@ -64,7 +67,9 @@ def note(
     values = torch.stack(list(by_pair.values())).detach()[:, :own].to(dtype)
     sums = values.sum(1)
     squares = (values - sums[:, None] / max(own, 1)).square().sum(1)
-    seen = inputs["attention_mask"].sum().to(dtype)
+    # Of every process with these pairs: `fill` divides.
+    seen = inputs["attention_mask"].view(2, pairs, -1)[:, : batch.kept(trainer, pairs)]
+    seen = seen.sum().to(dtype)
     nothing = torch.zeros_like(seen)
     columns = [
         torch.stack([sums, torch.full_like(sums, own), squares]),
@@ -116,20 +121,6 @@ def _by_token(outputs: Any, own: int, dtype: torch.dtype) -> dict[str, tuple[Ten
         "logits/rejected": (logits[1], tokens[1]),
         "mean_token_accuracy": (correct[0], tokens[0]),
     }
-
-
-def _own_pairs(trainer: Any, count: int, mode: str) -> int:
-    """How many pairs of this process's batch, from its start, no process has counted."""
-    groups = getattr(trainer, "_tp_size", 1)
-    group, place = divmod(trainer.accelerator.process_index, groups)
-    if place > 0:  # of processes with the same batch the first counts
-        return 0
-    state = trainer.accelerator.gradient_state
-    # Trainer fetches all batches of an optimizer's step before the first of them is computed.
-    last = state.end_of_dataloader and (mode == "eval" or state.sync_gradients)
-    if not last or state.remainder <= 0 or trainer.accelerator.num_processes == groups:
-        return count
-    return min(max(state.remainder - group * count, 0), count)
 
 
 def fill(trainer: Any, mode: str) -> None:

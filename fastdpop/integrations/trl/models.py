@@ -15,9 +15,10 @@ from fastdpop import checks, engines
 from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
-from fastdpop.integrations.trl import cpo, online
-from fastdpop.integrations.trl.config import shares_prefixes
+from fastdpop.integrations.trl import batch, cpo, online
+from fastdpop.integrations.trl.config import shares_prefixes, takes_global_batch
 from fastdpop.integrations.trl.loss import check_given, preference
+from fastdpop.integrations.trl.process import sharding_asked
 from fastdpop.losses.base import PreferenceLoss, check_loss
 
 
@@ -29,12 +30,14 @@ class Settings:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
         loss: in the place of the config's; None: the config's.
         share_prefixes: as in :func:`fastdpop.attach`; until a trainer has its model, if its arguments do not say.
+        global_batch: losses are those of all processes' pairs; likewise.
     """
 
     engine: str = "auto"
     workspace_bytes: int | None = None
     loss: PreferenceLoss | None = None
     share_prefixes: bool = False
+    global_batch: bool = False
 
 
 def checked_settings(
@@ -42,11 +45,12 @@ def checked_settings(
     workspace_bytes: int | None,
     loss: PreferenceLoss | None = None,
     share_prefixes: bool = False,
+    global_batch: bool = False,
 ) -> Settings:
     """
     Raises:
         ValueError, TypeError: there is no such engine, the workspace is not a positive int, the loss is none, or
-            `share_prefixes` is neither True nor False.
+            `share_prefixes` or `global_batch` is neither True nor False.
     """
     if loss is not None:
         check_loss(loss)
@@ -54,7 +58,8 @@ def checked_settings(
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
     checks.flag("share_prefixes", share_prefixes)
-    return Settings(engine, workspace_bytes, loss, share_prefixes)
+    checks.flag("global_batch", global_batch)
+    return Settings(engine, workspace_bytes, loss, share_prefixes, global_batch)
 
 
 def on_fastdpop(trainer: Any) -> bool:
@@ -118,6 +123,9 @@ def _take(trainer: Any, model: Any) -> None:
     if trainer._fastdpop.loss is not None:
         check_given(trainer._fastdpop.loss, trainer.args)
     preference(trainer)
+    wide = takes_global_batch(trainer.args, trainer._fastdpop.global_batch)
+    trainer._fastdpop = replace(trainer._fastdpop, global_batch=wide)
+    batch.check(trainer)
     _attach(trainer, model)
 
 
@@ -220,3 +228,18 @@ def _check_devices(trainer: Any) -> None:
             f"{trainer.args.n_gpu} GPUs in one process would be served by DataParallel, expected one process per GPU: "
             "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES"
         )
+    asked = "FSDP" if trainer.args.fsdp else sharding_asked()
+    if asked and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        found = trainer.accelerator.distributed_type.value
+        raise ValueError(
+            f"{asked} is asked for, and accelerate chose {found}, in which each process has a copy of the model: it "
+            "shards over GPUs alone. On CPUs `fastdpop train` and `fastdpop trl dpo` do, without --use_cpu"
+        )
+    layout = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("cp", "sp"):
+        size = getattr(layout, f"{name}_size", None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{name}_size is {size}, expected 1: a trainer's loss needs whole sequences. In a loop of your own "
+                "fused_preference_loss(cp_group=...) takes parts of them"
+            )

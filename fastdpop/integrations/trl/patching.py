@@ -36,7 +36,11 @@ _running: list[tuple[Any, str]] = []
 
 
 def patch_trl(
-    *, engine: str = "auto", workspace_bytes: int | None = None, share_prefixes: bool = False
+    *,
+    engine: str = "auto",
+    workspace_bytes: int | None = None,
+    share_prefixes: bool = False,
+    global_batch: bool = False,
 ) -> None:
     """Let TRL's ``DPOTrainer`` compute its losses with fastdpop, and ``DPOConfig`` know DPOP.
 
@@ -50,15 +54,19 @@ def patch_trl(
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
         share_prefixes: as in :func:`fastdpop.attach`, for trainers whose arguments do not say it themselves
             (``DPOConfig(share_prefixes=...)``); pairs of one prompt are then trained on side by side.
+        global_batch: as in :class:`FastDPOConfig`, for trainers whose arguments do not say it themselves
+            (``DPOConfig(global_batch=...)``); of ``DPOTrainer`` and its subclasses.
 
     Raises:
         ImportError: TRL is not installed, or of a version that is not served.
         RuntimeError: a trainer of a patched class is running.
-        ValueError, TypeError: there is no such engine, the workspace is not a positive int, or `share_prefixes` is
-            neither True nor False.
+        ValueError, TypeError: there is no such engine, the workspace is not a positive int, or `share_prefixes` or
+            `global_batch` is neither True nor False.
     """
     global _settings
-    settings = checked_settings(engine, workspace_bytes, share_prefixes=share_prefixes)
+    settings = checked_settings(
+        engine, workspace_bytes, share_prefixes=share_prefixes, global_batch=global_batch
+    )
     check_version(trl.__version__)
     _refuse_while_running("patch_trl")
     _settings = settings

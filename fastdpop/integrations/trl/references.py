@@ -172,7 +172,17 @@ def hash_of_tokens(dataset: Dataset) -> str:
 
 
 def _computed(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> Any:
-    """``(pairs, 2)``, in every process."""
+    """``(pairs, 2)``, in every process.
+
+    Raises:
+        ValueError: a process has no weights.
+    """
+    if trainer.ref_model is None and trainer.is_fsdp_enabled and _loaded_by_the_first():
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is true, expected false where the reference is the model without its "
+            "adapter, scored before training: processes but the first have no weights yet. Or score it in every step "
+            "(precompute_ref_log_probs=False, --reference online)"
+        )
     accelerator, args = trainer.accelerator, trainer.args
     loader = accelerator.prepare(
         DataLoader(
@@ -205,6 +215,11 @@ def _computed(trainer: Any, dataset: Dataset, name: str, batch_size: int) -> Any
             "expected finite ones"
         )
     return found
+
+
+def _loaded_by_the_first() -> bool:
+    """Whether a model that FSDP has not sharded yet has weights in one process only."""
+    return os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true")
 
 
 def _engine(trainer: Any) -> Any:

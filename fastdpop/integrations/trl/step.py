@@ -18,7 +18,7 @@ from trl.trainer.utils import use_adapter
 
 from fastdpop.api import LOGGED
 from fastdpop.exact import exact
-from fastdpop.integrations.trl import metrics
+from fastdpop.integrations.trl import batch, metrics
 from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
 
@@ -30,10 +30,11 @@ _IMAGES = ("pixel", "image", "video")
 
 def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
     """``DPOTrainer._compute_loss``: the loss; what is logged is noted in the trainer."""
-    call, labels = _call(trainer, inputs)
+    part = batch.part(trainer, inputs)
+    call, labels = _call(trainer, part.inputs)
     # Before the policy's pass: where a pair's loss is known at once, a trained head costs 3 matrix products, not 4.
     if trainer.precompute_ref_logps:
-        ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        ref_logps = torch.cat([part.inputs[f"ref_{side}_logps"] for side in ("chosen", "rejected")])
     else:
         # Unrounded: both sides of a log-ratio stay float64 until the loss.
         options = {"dtype": wide_dtype(labels.device)}
@@ -45,14 +46,18 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         labels=labels,
         preference=preference(trainer),
         ref_logps=exact(ref_logps),
-        preference_options={"statistics": LOGGED, "share_prefixes": _shares(trainer)},
+        preference_options={
+            "statistics": LOGGED,
+            "share_prefixes": _shares(trainer),
+            **part.options,
+        },
         router_loss_weight=float(trainer.router_aux_loss_coef) if routes else 0.0,
     )
     loss = outputs.loss
     with torch.no_grad():
         metrics.note(trainer, inputs, outputs, ref_logps, logged_beta(trainer))
         if return_outputs:  # the logits, of another pass, for those who ask for them
-            outputs = model(**call)
+            outputs = model(**_call(trainer, inputs)[0])
     return (loss, outputs) if return_outputs else loss
 
 

@@ -23,8 +23,8 @@ class FastDPOTrainer(DPOTrainer):
             config's ``loss_type``. The reference is scored for the metrics even if the loss reads none. ``ld_alpha``
             and ``use_weighting`` apply to it. Rewards are logged with its beta, or the config's if it has none.
 
-    ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`, of which the latter has `dpop_lambda` and
-    `share_prefixes`. Everything that ``DPOTrainer`` logs is logged, as means
+    ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`, of which the latter has `dpop_lambda`,
+    `share_prefixes` and `global_batch`. Everything that ``DPOTrainer`` logs is logged, as means
     over the pairs or tokens since the last time; in nats, ``logratios/chosen`` and ``logratios/rejected``, with their
     standard errors over pairs after an evaluation; and ``penalty``, DPOP's hinge in nats.
 
