@@ -148,6 +148,15 @@ def test_fsdp1_trains_alike_and_is_refused_where_it_cannot_save(
     assert files.losses(other) == pytest.approx(files.losses(one), rel=1e-4)
 
 
+def test_no_reference_is_scored_without_weights(files: Files, two: Pool, tmp_path: Path) -> None:
+    """Of pairs that no other test has scored."""
+    data = write(tmp_path / "train.jsonl", rows(5, offset=1234))
+    argv = files.argv("--pairs", str(data), "--lora", "--steps", "1", out=tmp_path / "run")
+    layout = FSDP2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    for found in two.run(failure, [argv, argv], layout):
+        assert "fsdp_cpu_ram_efficient_loading is true, expected false" in found
+
+
 def test_other_settings_or_data_are_an_error_in_every_process(
     files: Files, two: Pool, tmp_path: Path
 ) -> None:
