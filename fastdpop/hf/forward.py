@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.api import fused_logps, fused_preference_loss
+from fastdpop.distributed import Group
 from fastdpop.distributed.agreement import Approach, approach
 from fastdpop.distributed.parallel import Parallel
 from fastdpop.exact import Exact, opened
@@ -223,7 +224,9 @@ def _fused(
     """The loss or the log-probs from what the model returned; from here on the fused function tells other ranks."""
     options = {k: v for k, v in (asked.options or {}).items() if k != "share_prefixes"}
     function = fused_logps if asked.preference is None else fused_preference_loss
-    inputs = _with(settings, _inputs(model, outputs, labels, options, batch), function) | options
+    given = _inputs(model, outputs, labels, options, batch)
+    _check_split(model, given, options.get("tp_group", settings["tp_group"]))
+    inputs = _with(settings, given, function) | options
     passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
     if batch is not None and passed_on["hidden_states"] is not None:
         passed_on["hidden_states"] = tuple(map(batch.unshared, passed_on["hidden_states"]))
@@ -242,14 +245,31 @@ def _fused(
     return PreferenceModelOutput(**values, **passed_on)
 
 
+def _check_split(model: Any, inputs: Mapping[str, Any], tp_group: Any) -> None:
+    """
+    Raises:
+        ValueError: a `tp_group` is given, and the head's weight is not a part of the vocabulary, or knows its group.
+    """
+    if tp_group is None:
+        return
+    if inputs["tp_group"] is not None:
+        raise ValueError(
+            "tp_group is given, expected None for a head whose weight is a DTensor: that knows its group"
+        )
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "text_config", None) or config
+    vocabulary, rows = getattr(text_config, "vocab_size", None), len(inputs["weight"])
+    if Group.of("tp_group", tp_group) is not None and vocabulary and rows >= vocabulary:
+        raise ValueError(
+            f"tp_group is given, and the head of {type(model).__name__} has {rows} rows, expected this rank's part of "
+            f"the vocabulary of {vocabulary}"
+        )
+
+
 def _with(
     settings: Mapping[str, Any], inputs: Mapping[str, Any], function: Callable[..., Any]
 ) -> dict[str, Any]:
     """The inputs of a fused function, and the settings that it has arguments for."""
-    if inputs["tp_group"] is not None and settings["tp_group"] is not None:
-        raise ValueError(
-            "tp_group is given to attach, expected None for a head whose weight is a DTensor: that knows its group"
-        )
     known = inspect.signature(function).parameters
     own = {name: value for name, value in settings.items() if name in known}
     # A head of DTensors has a group of its own.
