@@ -106,7 +106,7 @@ def _answer(
     kwargs: dict[str, Any],
 ) -> PreferenceModelOutput | tuple[Any, ...]:
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
-    with _approach(model, settings, asked) as way:
+    with _approach(model, settings) as way:
         asked.check_options()
         asked.take_shifted(kwargs)
         call, labels, as_dict = _arguments(model, signature, args, kwargs)
@@ -133,12 +133,9 @@ def _answer(
 
 
 @torch.compiler.disable
-def _approach(
-    model: nn.Module, settings: Mapping[str, Any], asked: Asked
-) -> AbstractContextManager[Approach]:
+def _approach(model: nn.Module, settings: Mapping[str, Any]) -> AbstractContextManager[Approach]:
     """Other ranks wait for this one's part of a loss: they hear of it if that will not come."""
-    given = {**settings, **(asked.options if isinstance(asked.options, Mapping) else {})}
-    parallel = Parallel.of(given.get("group"), given.get("cp_group"), given.get("tp_group"))
+    parallel = Parallel.of(settings["group"], settings["cp_group"], settings["tp_group"])
     return approach(parallel, next(model.parameters()).device)
 
 
@@ -225,7 +222,7 @@ def _fused(
     options = {k: v for k, v in (asked.options or {}).items() if k != "share_prefixes"}
     function = fused_logps if asked.preference is None else fused_preference_loss
     given = _inputs(model, outputs, labels, options, batch)
-    _check_split(model, given, options.get("tp_group", settings["tp_group"]))
+    _check_split(model, given, settings["tp_group"])
     inputs = _with(settings, given, function) | options
     passed_on = {name: getattr(outputs, name, None) for name in _PASSED_ON}
     if batch is not None and passed_on["hidden_states"] is not None:
@@ -254,14 +251,14 @@ def _check_split(model: Any, inputs: Mapping[str, Any], tp_group: Any) -> None:
         return
     if inputs["tp_group"] is not None:
         raise ValueError(
-            "tp_group is given, expected None for a head whose weight is a DTensor: that knows its group"
+            "tp_group is given to attach, expected None for a head whose weight is a DTensor: that knows its group"
         )
     config = getattr(model, "config", None)
     text_config = getattr(config, "text_config", None) or config
     vocabulary, rows = getattr(text_config, "vocab_size", None), len(inputs["weight"])
     if Group.of("tp_group", tp_group) is not None and vocabulary and rows >= vocabulary:
         raise ValueError(
-            f"tp_group is given, and the head of {type(model).__name__} has {rows} rows, expected this rank's part of "
+            f"tp_group is given to attach, and the head of {type(model).__name__} has {rows} rows, expected this rank's part of "
             f"the vocabulary of {vocabulary}"
         )
 

@@ -39,11 +39,9 @@ def _one_of_them(rank: int) -> None:
 
 def _whole_head(rank: int) -> None:
     """Twice the vocabulary would be another loss, without a sign."""
-    for given in ({"tp_group": dist.group.WORLD}, {}):
-        model, inputs = attach(tiny("llama"), check=False, **given), batch()
-        options = {} if given else {"preference_options": {"tp_group": dist.group.WORLD}}
-        with pytest.raises(ValueError, match="expected this rank's part of the vocabulary"):
-            model(**inputs, preference="dpop", ref_logps=torch.zeros(4), **options)
+    model = attach(tiny("llama"), check=False, tp_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="expected this rank's part of the vocabulary"):
+        model(**batch(), preference="dpop", ref_logps=torch.zeros(4))
 
 
 def test_a_head_that_is_not_split(two: Pool) -> None:
