@@ -258,8 +258,8 @@ def _check_split(model: Any, inputs: Mapping[str, Any], tp_group: Any) -> None:
     vocabulary, rows = getattr(text_config, "vocab_size", None), len(inputs["weight"])
     if Group.of("tp_group", tp_group) is not None and vocabulary and rows >= vocabulary:
         raise ValueError(
-            f"tp_group is given to attach, and the head of {type(model).__name__} has {rows} rows, expected this rank's "
-            f"part of the vocabulary of {vocabulary}"
+            f"tp_group is given to attach, and the head of {type(model).__name__} has {rows} rows, expected this "
+            f"rank's part of the vocabulary of {vocabulary}"
         )
 
 
