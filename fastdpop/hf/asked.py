@@ -20,7 +20,6 @@ RefLogps = Tensor | Sequence[Tensor]
 _SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
 _SET_HERE |= {
     "hidden_index",
-    "group",
     "cp_group",
     "tp_group",
     "grad_reduction",

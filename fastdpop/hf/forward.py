@@ -106,7 +106,7 @@ def _answer(
     kwargs: dict[str, Any],
 ) -> PreferenceModelOutput | tuple[Any, ...]:
     """The model's own forward on lazy logits, and the fused function on what they stand for."""
-    with _approach(model, settings) as way:
+    with _approach(model, settings, asked.options) as way:
         asked.check_options()
         asked.take_shifted(kwargs)
         call, labels, as_dict = _arguments(model, signature, args, kwargs)
@@ -133,9 +133,13 @@ def _answer(
 
 
 @torch.compiler.disable
-def _approach(model: nn.Module, settings: Mapping[str, Any]) -> AbstractContextManager[Approach]:
+def _approach(
+    model: nn.Module, settings: Mapping[str, Any], options: Any
+) -> AbstractContextManager[Approach]:
     """Other ranks wait for this one's part of a loss: they hear of it if that will not come."""
-    parallel = Parallel.of(settings["group"], settings["cp_group"], settings["tp_group"])
+    own = options.get("group") if isinstance(options, Mapping) else None
+    group = settings["group"] if own is None else own
+    parallel = Parallel.of(group, settings["cp_group"], settings["tp_group"])
     return approach(parallel, next(model.parameters()).device)
 
 

@@ -17,10 +17,20 @@ from tests.tiny_models import batch, tiny
 
 
 def _one_of_them(rank: int) -> None:
-    model, inputs = attach(tiny("llama"), group=dist.group.WORLD), batch()
+    for given in ({"group": dist.group.WORLD}, {}):
+        model, options = (
+            attach(tiny("llama"), **given),
+            {} if given else {"group": dist.group.WORLD},
+        )
+        _errors(rank, model, options)
+
+
+def _errors(rank: int, model: Any, options: dict[str, Any]) -> None:
+    inputs = batch()
     call: dict[str, Any] = {**inputs, "preference": "dpop", "ref_logps": torch.zeros(4)}
+    call["preference_options"] = options
     wrong: dict[str, dict[str, Any]] = {
-        "preference_options contains 'nothing'": {"preference_options": {"nothing": 1}},
+        "preference_options contains 'nothing'": {"preference_options": {"nothing": 1, **options}},
         "labels is None": {"labels": None},
         "labels has shape": {"labels": inputs["labels"][:, :-1]},
         "logits_to_keep is 1": {"logits_to_keep": 1},
