@@ -146,6 +146,8 @@ class PairLoss:
 
     def of_pairs(self, pairs: PairLogps) -> Tensor:
         """The loss of each of these pairs, ``(P,)``; differentiable."""
+        if len(pairs.chosen) == 0:
+            return pairs.chosen  # a user's function need not know what to do without pairs
         values = self.function(pairs)
         if not values.is_floating_point():
             raise ValueError(

@@ -66,7 +66,7 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
     else:
         with meeting(parallel, device_of(batch.hidden)) as brought:
             prepared = _prepared(batch, head, reference, options, parallel)
-            brought.settings = _settings(prepared, options)
+            brought.settings = _settings(prepared, options, reference)
             brought.layout = _layout(batch, prepared.rows)
             brought.tokens = _tokens(prepared.rows, parallel)
             brought.totals = _counted(prepared.rows)
@@ -172,7 +172,7 @@ def _coupled(options: Options, reference: Reference) -> bool:
     return traits.couples_pairs or (traits.couples_pairs_without_kl and reference.kl is None)
 
 
-def _settings(prepared: _Prepared, options: Options) -> str:
+def _settings(prepared: _Prepared, options: Options, given: Reference) -> str:
     """What ranks must have in common, in words."""
     loss = _ADDRESS.sub("", repr(options.loss))
     reference = "none"
@@ -182,6 +182,7 @@ def _settings(prepared: _Prepared, options: Options) -> str:
         reference = f"hidden states through {_of_call(prepared.ref_call)}"
     return (
         f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, reference {reference}, "
+        f"kl {given.kl is not None}, check_finite {options.check_finite}, "
         f"{_of_call(prepared.call)}"
     )
 
@@ -232,7 +233,10 @@ def logps(
     else:
         with meeting(parallel, device_of(batch.hidden)) as brought:
             call, rows = _scored(batch, head, weighting, reduction, parallel)
-            brought.settings = f"reduction {reduction!r}, {_of_call(call)}"
+            brought.settings = (
+                f"reduction {reduction!r}, dtype {dtype}, ld_alpha {weighting.ld_alpha}, token_weights "
+                f"{weighting.token_weights is not None}, {_of_call(call)}"
+            )
             brought.layout, brought.tokens = _layout(batch, rows), _tokens(rows, parallel)
     row_logps, _ = call.row_logps(rows, ())
     if reduction == "token":
@@ -305,7 +309,8 @@ def _computed(
         # What ranks with parts of the same sequences compute of a loss, all of them do.
         total = collectives.scaled_back(total, parallel.equal_share)
     if data is not None and not none:
-        total = collectives.sum_over(total, data, parallel.factor(data))
+        # In float64: totals of ranks may nearly cancel.
+        total = collectives.sum_over(total.double(), data, parallel.factor(data))
     return total, values, sums, found
 
 

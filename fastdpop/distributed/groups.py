@@ -65,6 +65,8 @@ class Group:
         )
 
     def device(self, near: torch.device) -> torch.device:
-        """Where small numbers are exchanged: `near`, or the CPU if that is all that the group's backend knows."""
+        """Where small numbers are exchanged: `near`, or what the group's backend knows if that is another device."""
         backend = dist.get_backend(self.handle)
-        return torch.device("cpu") if backend == "gloo" and near.type != "cpu" else near
+        if backend == "gloo":
+            return torch.device("cpu")
+        return torch.device("cuda") if backend == "nccl" and near.type != "cuda" else near

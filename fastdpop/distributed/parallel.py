@@ -86,6 +86,11 @@ class Parallel:
             Group.of("tp_group", tp_group),
             grad_reduction,
         )
+        names = [one.name for _, one in found.groups()]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                "group, cp_group and tp_group are not all different, expected one purpose for each group"
+            )
         if found.alone:  # others would wait for this one: they have to hear of it first
             found.check()
         return found

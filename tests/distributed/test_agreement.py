@@ -26,6 +26,10 @@ def _different(rank: int) -> None:
     cases: dict[str, Any] = {
         "loss": lambda: world.run(losses.get("dpop", lam=5.0) if odd else "dpop", group=group),
         "reduction": lambda: world.run("dpop", group=group, reduction="sum" if odd else "mean"),
+        "kl True": lambda: world.run(
+            "kto", group=group, **({"kl": torch.tensor(0.5)} if odd else {})
+        ),
+        "check_finite": lambda: world.run("dpop", group=group, check_finite=odd),
         "gradients": lambda: world.run("dpop", group=group, trained=not odd),
         "statistics": lambda: world.run(
             "dpop", group=group, statistics=("entropy",) if odd else ()
@@ -138,6 +142,15 @@ def _failing_of_four(rank: int) -> None:
 
 def test_an_error_on_one_of_four(four: Pool) -> None:
     four.run(_failing_of_four)
+
+
+def _twice(rank: int) -> None:
+    with pytest.raises(ValueError, match="are not all different"):
+        World.of(2).run("dpop", group=dist.group.WORLD, cp_group=dist.group.WORLD)
+
+
+def test_one_group_for_two_purposes(two: Pool) -> None:
+    two.run(_twice)
 
 
 def _nobody(rank: int) -> None:

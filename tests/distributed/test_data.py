@@ -106,6 +106,42 @@ def test_a_rank_without_tokens(two: Pool) -> None:
     two.run(_masked)
 
 
+@losses.pairwise
+def needs_pairs(pairs: losses.PairLogps) -> torch.Tensor:
+    """A user's loss that knows nothing of ranks without pairs."""
+    assert pairs.chosen.detach().max() < torch.inf  # of none there is no largest
+    return (pairs.rejected - pairs.chosen) / pairs.chosen_lengths.clamp(min=1)
+
+
+def _without_pairs(rank: int) -> None:
+    world, own = World.of(2), _own((0, 0, 2), rank)
+    part, _ = world.pairs(own).run(needs_pairs, group=dist.group.WORLD)
+    assert_close(part.loss, world.run(needs_pairs)[0].loss, rank)
+
+
+def test_a_loss_that_needs_pairs(two: Pool) -> None:
+    two.run(_without_pairs)
+
+
+def _cancelling(rank: int) -> None:
+    """Totals of ranks that nearly cancel are added up in float64."""
+    world = World.of(2, dtype=torch.float64)
+    logps = world.run("sft")[0].chosen_logps.detach()
+    world.ref_logps = torch.cat([logps, logps])
+
+    @losses.pairwise
+    def loss(pairs: losses.PairLogps) -> torch.Tensor:
+        sign = torch.where(pairs.ref_chosen == logps[0], 1.0, -1.0)
+        return sign * (1e6 + pairs.chosen - pairs.chosen.detach())
+
+    part, _ = world.pairs([rank]).run(loss, group=dist.group.WORLD)
+    assert part.loss.item() == world.run(loss)[0].loss.item()
+
+
+def test_totals_that_cancel(two: Pool) -> None:
+    two.run(_cancelling)
+
+
 def _equal(rank: int) -> None:
     """A policy equal to its reference: log-ratios of exactly 0, DPOP's hinge off."""
     world = World.of(4).pairs(_own((0, 1, 4), rank))

@@ -1,7 +1,8 @@
-"""What goes wrong on one rank in an attached model, before the loss, is an error on all."""
+"""Attached models with groups: what goes wrong on one rank before the loss is an error on all, and one may have no pairs."""
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("transformers")
 
 from fastdpop.hf import attach
 from tests.distributed.pool import Pool
+from tests.distributed.worlds import assert_close, mean_over_ranks
 from tests.tiny_models import batch, tiny
 
 
@@ -60,3 +62,23 @@ def test_a_head_that_is_not_split(two: Pool) -> None:
 
 def test_an_error_on_one_rank(two: Pool) -> None:
     two.run(_one_of_them)
+
+
+def _without_pairs(rank: int) -> None:
+    """A process that has none left runs a batch of which nothing is scored."""
+    one = tiny("llama")
+    model = attach(copy.deepcopy(one), group=dist.group.WORLD)
+    attach(one)
+    inputs, given = batch(), {"preference": "dpop", "ref_logps": torch.full((4,), -40.0)}
+    one(**inputs, **given).loss.backward()
+    none = {"pairs": torch.empty(0, 2, dtype=torch.int64)}
+    found = model(**inputs, **given, preference_options=none if rank == 1 else {})
+    found.loss.backward()
+    want = dict(one.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_close(mean_over_ranks(parameter.grad), want[name].grad, name)
+    assert not found.logps.any() or rank == 0
+
+
+def test_a_process_without_pairs(two: Pool) -> None:
+    two.run(_without_pairs)
