@@ -1,4 +1,4 @@
-"""Attached models with groups: what goes wrong on one rank before the loss is an error on all, and one may have no pairs."""
+"""Attached models with groups: an error on one rank before the loss is one on all; a rank may have no pairs."""
 
 from __future__ import annotations
 
