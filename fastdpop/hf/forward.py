@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdpop.api import fused_logps, fused_preference_loss
 from fastdpop.distributed import Group
 from fastdpop.distributed.agreement import Approach, approach
-from fastdpop.distributed.parallel import Parallel
+from fastdpop.distributed.parallel import ALONE, Parallel
 from fastdpop.exact import Exact, opened
 from fastdpop.hf.asked import Asked, Preference, RefLogps
 from fastdpop.hf.head import adapter_columns, output_head
@@ -136,7 +136,11 @@ def _answer(
 def _approach(
     model: nn.Module, settings: Mapping[str, Any], options: Any
 ) -> AbstractContextManager[Approach]:
-    """Other ranks wait for this one's part of a loss: they hear of it if that will not come."""
+    """Other ranks wait for this one's part of a loss: they hear of it if that will not come. Those of a model that is
+    spread over processes wait in the middle of it, where nobody could tell them.
+    """
+    if spread(model):
+        return approach(ALONE, torch.device("cpu"))
     own = options.get("group") if isinstance(options, Mapping) else None
     group = settings["group"] if own is None else own
     parallel = Parallel.of(group, settings["cp_group"], settings["tp_group"])
