@@ -81,7 +81,13 @@ def read_config(name: str) -> Any:
             raise ValueError(
                 f"{name}: field 'model_type' is {kind!r}, expected a model of transformers"
             )
-        config = CONFIG_MAPPING[kind].from_dict(fields)
+        try:
+            config = CONFIG_MAPPING[kind].from_dict(fields)
+        except (
+            Exception
+        ) as error:  # a field of another type, say; a model's own code may raise anything
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ValueError(f"{name} is no configuration of {kind}: {first}") from error
     else:
         try:
             config = AutoConfig.from_pretrained(name)
@@ -91,6 +97,13 @@ def read_config(name: str) -> Any:
                 f"--model is {name!r}, expected a config.json, a folder with one, or a model of the "
                 f"Hub: {first}"
             ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--model is {name!r}, a quantised model, which is not estimated: give the configuration of the one that "
+            "was quantised"
+        )
+    if getattr(config, "num_hidden_layers", 1) == 0:
+        raise ValueError(f"{name}: field 'num_hidden_layers' is 0, expected at least one layer")
     return config.get_text_config()
 
 

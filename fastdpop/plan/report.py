@@ -121,11 +121,20 @@ def _how(job: Job, setting: Setting) -> str:
     cluster = job.cluster
     launch = f"accelerate launch --num_processes {cluster.gpus}"
     if cluster.nodes > 1:
-        launch += f" --num_machines {cluster.nodes}"
+        launch += f" --num_machines {cluster.nodes} --machine_rank N --main_process_ip HOST"
+    if setting.tp > 1 and setting.shards == 1:
+        return 'It needs a loop of your own, with from_pretrained(..., tp_plan="auto") and fastdpop.attach.'
     options = f"--batch-pairs {job.pairs} --accumulate {job.accumulate} --bf16"
     options += " --gradient-checkpointing" if setting.checkpointing else ""
     options += " --share-prefixes" if setting.shared else ""
-    options += f" --lora --lora-rank {job.model.lora.rank}" if job.model.lora else ""
+    if job.model.lora:
+        options += f" --lora --lora-rank {job.model.lora.rank}"
+        targets = job.model.lora.targets
+        if targets != ("all-linear",):
+            options += f" --lora_target_modules {' '.join(targets)}"
+    # What a reference is scored with before training knows nothing of a split head.
+    if job.reference != "precomputed" or setting.tp > 1:
+        options += " --reference online"
     if setting.name == "one GPU":
         return f"Start it with: fastdpop train {options} ..."
     if setting.deepspeed:

@@ -116,7 +116,9 @@ def test_trl(two: Pool, tmp_path: Path) -> None:
     assert want[0][0] == pytest.approx(0.6931, abs=1e-4)
     assert want[-1][0] != want[0][0]
     for case, found in runs.items():
-        assert found[0] == pytest.approx(want[0], rel=1e-6), case
+        # Precomputed in other batches, log-probs differ by rounding, which DPOP's hinge multiplies.
+        close = 1e-6 if case[1] == "live" else 1e-4
+        assert found[0] == pytest.approx(want[0], rel=close), case
         for step in range(1, STEPS):  # DPOP multiplies what rounding makes of the first
             assert found[step] == pytest.approx(want[step], rel=1e-4), case
     assert two.run(_resume, folder, output + "live")[0] == runs[3, "live"][-2:]

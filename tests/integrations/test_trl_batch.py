@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 import fastdpop
 from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, batch
+from fastdpop.integrations.trl.models import _check_devices
 from tests.integrations.trl_setup import WARNINGS, DPOTrainer, trainer
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -45,6 +46,14 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP is asked for, and accelerate chose NO"):
         made()
+
+
+def test_a_precomputed_reference_of_processes_that_share_pairs_is_refused() -> None:
+    layout = SimpleNamespace(tp_size=2)
+    args = SimpleNamespace(n_gpu=1, fsdp=None, precompute_ref_log_probs=True)
+    made = SimpleNamespace(args=args, accelerator=SimpleNamespace(parallelism_config=layout))
+    with pytest.raises(ValueError, match="tp_size is 2, expected 1 with a precomputed reference"):
+        _check_devices(made)
 
 
 def of_processes(

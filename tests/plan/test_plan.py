@@ -236,6 +236,9 @@ def test_mistakes(
         ("{", "which is no JSON"),
         ("{}", "field 'model_type' is 'None', expected a model of transformers"),
         ("[]", "field 'model_type' is 'none', expected a model of transformers"),
+        ('{"model_type": "llama", "hidden_size": "sixteen"}', "is no configuration of llama: "),
+        ('{"model_type": "llama", "num_hidden_layers": 0}', "'num_hidden_layers' is 0"),
+        ('{"model_type": "llama", "quantization_config": {}}', "a quantised model, which is not"),
     ],
 )
 def test_no_configuration(tmp_path: Path, content: str, message: str) -> None:
@@ -256,6 +259,14 @@ def test_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "TRL's chunks" in said
     assert "1,000 steps take" in said
     assert "Start it with: accelerate launch --num_processes 8" in said
+
+
+def test_how_to_start(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus", "16xH100", "--lora", "8", "--lora-targets", "q_proj,v_proj"]
+    assert main(["plan", "--model", str(config), *options, "--reference", "adapter"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--num_machines 2 --machine_rank N --main_process_ip HOST" in said
+    assert "--lora-rank 8 --lora_target_modules q_proj v_proj --reference online ..." in said
 
 
 def test_nothing_fits(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

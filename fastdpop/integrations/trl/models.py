@@ -236,6 +236,12 @@ def _check_devices(trainer: Any) -> None:
             "shards over GPUs alone. On CPUs `fastdpop train` and `fastdpop trl dpo` do, without --use_cpu"
         )
     layout = getattr(trainer.accelerator, "parallelism_config", None)
+    split = getattr(layout, "tp_size", None) or 1
+    if split > 1 and trainer.args.precompute_ref_log_probs:
+        raise ValueError(
+            f"tp_size is {split}, expected 1 with a precomputed reference, whose processes share the pairs: "
+            "score the reference in every step (fastdpop train --reference online)"
+        )
     for name in ("cp", "sp"):
         size = getattr(layout, f"{name}_size", None) or 1
         if size > 1:
