@@ -97,7 +97,8 @@ def test_the_compiler_that_builds_the_library(
     taken: str | None,
 ) -> None:
     name_compiler = runpy.run_path(str(ROOT / "setup.py"))["name_compiler"]
-    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("CXX", "")  # so that what is set here does not stay
+    monkeypatch.delenv("CXX")
     if named is not None:
         monkeypatch.setenv("CXX", named)
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: built_with)
