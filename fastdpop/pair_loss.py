@@ -42,6 +42,10 @@ class Totals(NamedTuple):
             chosen_tokens=chosen.sum().to(dtype),
         )
 
+    def numbers(self) -> tuple[int, int, int]:
+        """On the host, in the order of the fields; waits for the device."""
+        return int(self.pairs), int(self.sides), int(self.chosen_tokens)
+
     @staticmethod
     def given(numbers: Sequence[float], device: torch.device) -> Totals:
         """Of numbers that are known on the host, in the order of the fields."""

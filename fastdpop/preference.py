@@ -69,7 +69,7 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
             brought.settings = _settings(prepared, options, reference)
             brought.layout = _layout(batch, prepared.rows)
             brought.tokens = _tokens(prepared.rows, parallel)
-            brought.totals = _counted(prepared.rows)
+            brought.totals = Totals.of(prepared.rows).numbers()
         whole = _Whole(parallel, brought.totals, brought.pairs_of)
         if whole.count == 0:
             raise ValueError(
@@ -92,7 +92,7 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
         count=whole.count,
         summed=summed,
     )
-    total, values, sums, found = _computed(prepared.call, loss, options, whole, count)
+    total, values, sums, found = _computed(prepared.call, loss, options, whole)
     total = total.to(prepared.call.spec.result_dtype)
     with torch.no_grad():
         output = _output(total, values.detach(), sums.detach(), found, loss, options, count)
@@ -129,7 +129,7 @@ def _prepared(
     if kl is not None:
         checks.kl(kl, traits.uses_kl, device)
     checks.split_sequences(parallel.context is not None, batch.shift, traits.ld_alpha)
-    coupled = _coupled(options, reference)
+    coupled = _coupled(options, kl)
     if parallel.data is not None and coupled and options.reduction == "none":
         raise ValueError(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "
@@ -167,9 +167,9 @@ def _ref_call(reference: Reference, batch: Batch, head: LMHead) -> Call | None:
         return Call.of(reference.hidden, head, "ref_")
 
 
-def _coupled(options: Options, reference: Reference) -> bool:
+def _coupled(options: Options, kl: Tensor | None) -> bool:
     traits = options.loss.traits
-    return traits.couples_pairs or (traits.couples_pairs_without_kl and reference.kl is None)
+    return traits.couples_pairs or (traits.couples_pairs_without_kl and kl is None)
 
 
 def _settings(prepared: _Prepared, options: Options, given: Reference) -> str:
@@ -210,13 +210,6 @@ def _tokens(rows: Rows, parallel: Parallel) -> str:
     place = torch.arange(1, len(rows.index) + 1, device=rows.index.device)
     mark = int(((rows.index * 1_000_003 + rows.targets) * place).sum())
     return f", {len(rows.index)} scored tokens with the checksum {mark}"
-
-
-def _counted(rows: Rows) -> tuple[int, int, int]:
-    """Pairs, sides and chosen tokens of these rows."""
-    chosen = rows.pairs[:, 0]
-    tokens = torch.where(chosen >= 0, rows.lengths[chosen.clamp_min(0)], 0).sum()
-    return len(rows.pairs), int((rows.pairs >= 0).sum()), int(tokens)
 
 
 def logps(
@@ -283,11 +276,10 @@ def sequences_over(
 
 
 def _computed(
-    call: Call, loss: PairLoss, options: Options, whole: _Whole, sequences: int
+    call: Call, loss: PairLoss, options: Options, whole: _Whole
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, differentiable; losses of pairs ``(P,)``, log-probs of sequences ``(S,)`` and statistics ``(K, N)``."""
-    parallel, traits = whole.parallel, options.loss.traits
-    coupled = traits.couples_pairs or (traits.couples_pairs_without_kl and loss.kl is None)
+    parallel, coupled = whole.parallel, _coupled(options, loss.kl)
     none, data = options.reduction == "none", parallel.data
     one_pass = call.spec.needs_grad.lm_head and not (coupled or none or parallel.context)
     if one_pass:

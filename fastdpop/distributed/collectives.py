@@ -22,12 +22,6 @@ def sum_(tensor: Tensor, group: Group) -> Tensor:
     return tensor
 
 
-def max_(tensor: Tensor, group: Group) -> Tensor:
-    """The largest of the group, in place."""
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group.handle)
-    return tensor
-
-
 def every(numbers: Sequence[int], group: Group, near: torch.device) -> list[list[int]]:
     """As many numbers of each process, by rank; waits for all of them."""
     own = torch.tensor(numbers, dtype=torch.int64, device=group.device(near))
