@@ -2,9 +2,9 @@
 
     python conversations.py NAME:FILE [NAME:FILE ...] --out conversations.jsonl
 
-A source is a data set of the Hub, or a folder of its name here, and a file in it. Rows are told by their fields: those
-of MetaMathQA (`query`, `response`), of ORCA-Chat (`instruction`, `conversation` of `input` and `output`) and of ShareGPT
-(`conversations` of `from` and `value`). Each line of the result has the `messages` of one conversation.
+A source is a data set of the Hub, or a folder of its name here, and a file in it. Rows are told by their fields:
+those of MetaMathQA (`query`, `response`), of ORCA-Chat (`instruction`, `conversation` of `input` and `output`) and of
+ShareGPT (`conversations` of `from` and `value`). Each line of the result has the `messages` of one conversation.
 """
 
 from __future__ import annotations

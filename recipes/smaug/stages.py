@@ -4,7 +4,7 @@
 
 A stage that is finished is skipped, and one that was interrupted goes on from its newest checkpoint: after any
 interruption the same command goes on. All runs in the folder of --output, where the settings of a stage are STAGE.yaml,
-its result is STAGE/, and data are in data/. `--print` says what would run.
+its result is STAGE/, and data are in data/; paths in a recipe are relative to it. `--print` says what would run.
 
 A recipe is a YAML file of
 
@@ -17,8 +17,8 @@ A recipe is a YAML file of
 
 in which {here} stands for its own folder.
 
-With `--dry-run` every stage takes 2 steps on a CPU, from a random model with the architecture of the one named, on a few
-rows in the form of each data set. Of its options only sizes, steps and the device are others.
+With `--dry-run` every stage takes 2 steps on a CPU, from a random model with the architecture of the one named, on a
+few rows in the form of each data set. Of its options only sizes, steps and the device are others.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,12 @@ DRY = {
     "logging_steps": 1,
 }
 DRY_DEVICE = {"train": {"device": "cpu"}, "sft": {"use_cpu": True, "bf16": False}}
-TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 Execute = Callable[[list[str], Path], int]
 """Runs a command in a folder, and returns its exit code."""
@@ -104,9 +110,9 @@ class _Loader(yaml.SafeLoader):
     """YAML of which no key stands twice in one mapping."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [key.value for key, _ in node.value]
         for key in keys:
-            if not isinstance(node, yaml.MappingNode) or keys.count(key) > 1:
+            if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", node.start_mark
                 )
@@ -130,7 +136,10 @@ def read(path: Path, dry: bool = False) -> Recipe:
     if not isinstance(content, dict) or not {"model", "launch", "stages"} <= content.keys() <= KEYS:
         found = sorted(content) if isinstance(content, dict) else content
         raise ValueError(f"{path} has the keys {found}, expected {sorted(KEYS)}")
-    data = {name: _made(path, name, command) for name, command in (content.get("data") or {}).items()}
+    for key, kind in (("model", str), ("launch", str), ("data", dict), ("stages", dict)):
+        if not isinstance(content.setdefault(key, kind()), kind):
+            raise ValueError(f"{path}: {key} is {content[key]!r:.80}, expected a {kind.__name__}")
+    data = {name: _made(path, name, command) for name, command in content["data"].items()}
     stages: list[Stage] = []
     for name, given in content["stages"].items():
         if not isinstance(given, dict):
@@ -151,9 +160,9 @@ def read(path: Path, dry: bool = False) -> Recipe:
             options |= DRY | DRY_DEVICE[run]
             launch = [sys.executable]
         stages.append(Stage(name, run, tuple(launch), options))
-        for missing in sorted(stages[-1].data - data.keys()):
+        if missing := sorted(stages[-1].data - data.keys()):
             raise ValueError(
-                f"{path}: stage '{name}' reads data/{missing}.jsonl, expected one of data {[*data]}"
+                f"{path}: stage '{name}' reads data/{missing[0]}.jsonl, expected one of data {[*data]}"
             )
     return Recipe(content["model"], data, stages)
 
@@ -162,7 +171,9 @@ def _made(path: Path, name: str, command: str) -> list[str]:
     word, *others = shlex.split(command)
     programs = {"fastdpop": [sys.executable, "-m", "fastdpop"], "python": [sys.executable]}
     if word not in programs:
-        raise ValueError(f"{path}: data '{name}' is made by {word!r}, expected one of {[*programs]}")
+        raise ValueError(
+            f"{path}: data '{name}' is made by {word!r}, expected one of {[*programs]}"
+        )
     return [*programs[word], *others]
 
 
@@ -173,8 +184,9 @@ def check(recipe: Recipe) -> None:
         ValueError: of a stage; the message names it.
         SystemExit: the same, once the parser has said what is wrong.
     """
-    from fastdpop.train.parse import parse
     from trl.scripts import sft
+
+    from fastdpop.train.parse import parse
 
     with tempfile.TemporaryDirectory() as folder:
         for stage in recipe.stages:
@@ -269,7 +281,9 @@ def _do(what: str, command: list[str], folder: Path, execute: Execute) -> None:
     print(f"\n{what}, in {folder}:\n{shlex.join(command)}", flush=True)
     code = execute(command, folder)
     if code:
-        raise ValueError(f"{what} failed with exit code {code}; the same command goes on from there")
+        raise ValueError(
+            f"{what} failed with exit code {code}; the same command goes on from there"
+        )
 
 
 def plan(recipe: Recipe, stages: Sequence[Stage], output: Path) -> None:
@@ -311,9 +325,9 @@ def tiny(name: str, output: Path) -> None:
 
 
 def _subprocess(environment: dict[str, str]) -> Execute:
-    return lambda command, folder: subprocess.run(
-        command, cwd=folder, env=environment, check=False
-    ).returncode
+    return lambda command, folder: (
+        subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    )
 
 
 def main(argv: Sequence[str] | None = None, execute: Execute | None = None) -> int:
@@ -326,11 +340,14 @@ def main(argv: Sequence[str] | None = None, execute: Execute | None = None) -> i
     add("--output", type=Path, metavar="DIR", help="where all is kept (default: runs/RECIPE)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", metavar="STAGE", help="run this stage alone")
-    which.add_argument("--from", dest="first", metavar="STAGE", help="run this stage and those after")
+    which.add_argument(
+        "--from", dest="first", metavar="STAGE", help="run this stage and those after"
+    )
     add("--dry-run", action="store_true", help="2 steps a stage, tiny, on a CPU")
     add("--print", action="store_true", help="say what would run, and run nothing")
     args = parser.parse_args(argv)
     execute = execute or _subprocess(dict(os.environ))  # before libraries write into it
+    warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for their users
     try:
         recipe = read(args.recipe, args.dry_run)
         stages = chosen(recipe, args.only, args.first)
