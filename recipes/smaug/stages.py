@@ -331,7 +331,7 @@ def _subprocess(environment: dict[str, str]) -> Execute:
 
 
 def main(argv: Sequence[str] | None = None, execute: Execute | None = None) -> int:
-    """Read the command line, and run; the exit code is 1 for an error."""
+    """Read the command line, and run; the exit code is 1 for an error, 130 for an interruption."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -363,6 +363,9 @@ def main(argv: Sequence[str] | None = None, execute: Execute | None = None) -> i
     except (ValueError, OSError) as error:
         print(f"stages.py: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nstages.py: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
