@@ -128,9 +128,8 @@ def read(path: Path, dry: bool = False) -> Recipe:
     Raises:
         ValueError, OSError: it is none; the message names the key.
     """
-    text = path.read_text(encoding="utf-8").replace("{here}", str(path.resolve().parent))
     try:
-        content = yaml.load(text, _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict) or not {"model", "launch", "stages"} <= content.keys() <= KEYS:
@@ -139,14 +138,15 @@ def read(path: Path, dry: bool = False) -> Recipe:
     for key, kind in (("model", str), ("launch", str), ("data", dict), ("stages", dict)):
         if not isinstance(content.setdefault(key, kind()), kind):
             raise ValueError(f"{path}: {key} is {content[key]!r:.80}, expected a {kind.__name__}")
-    data = {name: _made(path, name, command) for name, command in content["data"].items()}
+    data = {str(name): _made(path, name, command) for name, command in content["data"].items()}
     stages: list[Stage] = []
     for name, given in content["stages"].items():
         if not isinstance(given, dict):
             raise ValueError(f"{path}: stage '{name}' is {given!r}, expected its options")
-        own = dict(given)
+        own = {k: _placed(v, path) if isinstance(v, str) else v for k, v in given.items()}
         run, start = own.pop("run", "train"), own.pop("start", None)
-        launch = shlex.split(own.pop("launch", content["launch"]))
+        own.pop("launch", None)
+        launch = _words(given.get("launch", content["launch"]), path)
         if run not in RUNS:
             raise ValueError(f"{path}: stage '{name}': run is {run!r}, expected one of {[*RUNS]}")
         if start not in (None, "model"):
@@ -155,11 +155,11 @@ def read(path: Path, dry: bool = False) -> Recipe:
             if key in own:
                 raise ValueError(f"{path}: stage '{name}': {key} is not for a stage to say")
         former = stages[-1].name if stages and start is None else content["model"]
-        options = {"model_name_or_path": former, "output_dir": name, **own}
+        options = {"model_name_or_path": former, "output_dir": str(name), **own}
         if dry:
             options |= DRY | DRY_DEVICE[run]
             launch = [sys.executable]
-        stages.append(Stage(name, run, tuple(launch), options))
+        stages.append(Stage(str(name), run, tuple(launch), options))
         if missing := sorted(stages[-1].data - data.keys()):
             raise ValueError(
                 f"{path}: stage '{name}' reads data/{missing[0]}.jsonl, expected one of data {[*data]}"
@@ -167,8 +167,20 @@ def read(path: Path, dry: bool = False) -> Recipe:
     return Recipe(content["model"], data, stages)
 
 
+def _placed(text: str, path: Path) -> str:
+    return text.replace("{here}", str(path.resolve().parent))
+
+
+def _words(command: Any, path: Path) -> list[str]:
+    """Of a command line, each placed by itself: a path may hold blanks."""
+    words = [_placed(word, path) for word in shlex.split(str(command))]
+    if not words:
+        raise ValueError(f"{path}: {command!r} is no command")
+    return words
+
+
 def _made(path: Path, name: str, command: str) -> list[str]:
-    word, *others = shlex.split(command)
+    word, *others = _words(command, path)
     programs = {"fastdpop": [sys.executable, "-m", "fastdpop"], "python": [sys.executable]}
     if word not in programs:
         raise ValueError(

@@ -132,6 +132,16 @@ def test_accelerate_takes_their_launches(size: str) -> None:
         assert given.fsdp_state_dict_type == ("FULL_STATE_DICT" if stage.run == "sft" else None)
 
 
+def test_a_recipe_in_a_folder_whose_name_has_a_blank(tmp_path: Path) -> None:
+    folder = tmp_path / "my recipes"
+    folder.mkdir()
+    (folder / "34b.yaml").write_text((RECIPES / "34b.yaml").read_text())
+    recipe = stages.read(folder / "34b.yaml")
+    assert recipe.data["conversations"][1] == str(folder / "conversations.py")
+    assert recipe.stages[0].launch[3] == f"{folder}/../../examples/fsdp2.yaml"
+    assert recipe.stages[0].options["chat_template_path"] == str(folder / "llama-2.jinja")
+
+
 # ------------------------------------------------------------------------------------------- dry runs
 
 
@@ -185,6 +195,7 @@ def small(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_an_interrupted_recipe_goes_on(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +222,7 @@ def test_an_interrupted_recipe_goes_on(
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_from_its_checkpoint(here: InProcess, tmp_path: Path) -> None:
     """TRL's own script, which has to be told from which."""
     assert dry_run(here, "34b", tmp_path, "--only", "sft") == 0
@@ -265,6 +277,7 @@ def test_what_is_finished_is_not_made_otherwise(
         ("learning_rate: 0.01}", "pairs: x}", "the key 'pairs' stands twice"),
         ("learning_rate: 0.01}", "run: sftt}", r"stage 'one': run is 'sftt', expected one of \['train', 'sft'\]"),
         ("learning_rate: 0.01}", "output: x}", "stage 'one': output is not for a stage to say"),
+        ("accelerate launch --num_processes 8", '""', r"small.yaml: '' is no command"),
         ("start: model", "start: one", "stage 'three': start is 'one', expected 'model'"),
         ("Intel/orca_dpo_pairs, l", "data/arcc.jsonl, l", r"stage 'two' reads data/arcc.jsonl, expected one of"),
         ("stages:", "data: {arc: make arc}\nstages:", r"data 'arc' is made by 'make', expected one of \['fast"),
