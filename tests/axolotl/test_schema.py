@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.axolotl.runs import EXAMPLE, PLAIN, settings
+from tests.axolotl.runs import EXAMPLE, PLAIN, ROOT, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what Axolotl imports
 
@@ -36,6 +36,19 @@ def test_the_example() -> None:
     ours = {"fastdpop", "dpop_lambda"}
     assert set(given) - ours <= set(AxolotlInputConfig.model_fields)
     assert ours == set(given) - set(AxolotlInputConfig.model_fields)
+
+
+@pytest.mark.parametrize("size", ["7b", "34b", "72b"])
+def test_the_recipes(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    monkeypatch.chdir(ROOT)  # where the chat template is
+    ours = {"fastdpop", "dpop_lambda", "fastdpop_global_batch"}
+    for file in sorted((ROOT / "recipes" / "smaug" / "axolotl" / size).iterdir()):
+        given = yaml.safe_load(file.read_text())
+        cfg = validated(given)
+        assert (cfg.rl_beta, cfg.dpop_lambda) == (given.get("rl_beta"), given.get("dpop_lambda"))
+        assert set(given) - ours <= set(AxolotlInputConfig.model_fields)
 
 
 def test_what_axolotl_asks_the_plugin_for(tmp_path: Path) -> None:
