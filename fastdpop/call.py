@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from fastdpop.transform import LogitTransform
 
 Pairs = Tensor | Sequence[Sequence[int]]
 RefLogps = Tensor | Sequence[Tensor]
+PairValues = Mapping[str, Tensor]
 Loss = str | PreferenceLoss | Callable[[PairLogps], Tensor]
 
 LOGGED = ("entropy", "mean_logits", "token_accuracy")
@@ -73,6 +74,7 @@ class Options(NamedTuple):
     reduction: str
     statistics: Sequence[str]
     check_finite: bool
+    pair_values: PairValues | None
 
     def check(self) -> None:
         """Values among those that exist."""
@@ -86,7 +88,7 @@ class Options(NamedTuple):
         return tuple(dict.fromkeys((*self.statistics, *self.loss.traits.statistics)))
 
 
-NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False)
+NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False, None)
 
 
 class Batch(NamedTuple):
@@ -203,6 +205,7 @@ class Call:
             statistics=loss.statistics,
             reduction="mean" if loss.mean else "sum",
             loss=losses.key_of(loss.function),
+            values=tuple(loss.values),
         )
         total, sums, found, *_ = ops.pair_loss(
             self.rows_hidden(loss.rows),
@@ -211,6 +214,7 @@ class Call:
             loss.rows.tensors(),
             loss.ref_logps,
             loss.kl,
+            torch.stack(list(loss.values.values())) if loss.values else None,
             totals,
             spec.text(),
         )

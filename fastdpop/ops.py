@@ -1,6 +1,6 @@
 """The operators: schemas, shapes and autograd, registered with torch.library once for all engines.
 
-``torch.compile`` and ``opcheck`` see five opaque operators; inside, the engine that the `spec` names
+``torch.compile`` and ``opcheck`` see opaque operators; inside, the engine that the `spec` names
 does the work.
 
     fastdpop::rows_from_labels    labels -> rows (sizes depend on the data)
@@ -313,6 +313,7 @@ def pair_loss(
     rows: Sequence[Tensor],
     ref_logps: Tensor | None,
     kl: Tensor | None,
+    values: Tensor | None,
     totals: Sequence[float] | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -323,6 +324,7 @@ def pair_loss(
         rows: what :func:`rows_from_labels` gave.
         ref_logps: ``(2, P)`` reference log-probs of chosen and rejected.
         kl: 0-d, KTO's reference point.
+        values: ``(K, P)`` float64, a line for each name of the spec's.
         totals: pairs, sides and chosen tokens of a batch of which these rows are a part; None where they are all
             of it.
 
@@ -343,6 +345,7 @@ def pair_loss(
         s.statistics,
         mean=s.reduction == "mean",
         count=None if totals is None else int(totals[0]),
+        values={} if values is None else dict(zip(s.values, values, strict=True)),
     )
     problem = _problem(hidden, weight, bias, layout.targets, layout.bounds, s)
     with _engine_context(hidden.device):
@@ -379,6 +382,7 @@ def _(
     rows: Sequence[Tensor],
     ref_logps: Tensor | None,
     kl: Tensor | None,
+    values: Tensor | None,
     totals: Sequence[float] | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -399,7 +403,7 @@ def _(
 
 
 def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, rows, _, _, _, ctx.spec = inputs
+    hidden, weight, bias, rows, _, _, _, _, ctx.spec = inputs
     ctx.row_tensors = len(rows)
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.set_materialize_grads(False)
@@ -408,7 +412,7 @@ def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _pair_loss_backward(ctx: Any, factor: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
     of_rows: list[None] = [None] * ctx.row_tensors
-    others = (None, None, None, None)  # ref_logps, kl, totals, spec
+    others = (None,) * 5  # ref_logps, kl, values, totals, spec
     if factor is None:
         return None, None, None, of_rows, *others
     needs_grad = Spec.parse(ctx.spec).needs_grad

@@ -7,7 +7,7 @@ With other processes, all make sure first that each of them will come as far as 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpop import checks
+from fastdpop import checks, pair_values
 from fastdpop.arguments import Given, Weighting, device_of
 from fastdpop.call import Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
@@ -37,6 +37,7 @@ class _Prepared(NamedTuple):
     rows: Rows
     ref_logps: Tensor | None
     ref_call: Call | None
+    values: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
         mean=options.reduction == "mean",
         count=whole.count,
         summed=summed,
+        values=prepared.values,
     )
     total, values, sums, found = _computed(prepared.call, loss, options, whole)
     total = total.to(prepared.call.spec.result_dtype)
     with torch.no_grad():
         output = _output(total, values.detach(), sums.detach(), found, loss, options, count)
     if options.check_finite:
-        checks.finite(
+        _check_finite(
             output.loss,
             hidden=batch.hidden,
             weight=head.weight,
@@ -135,11 +137,14 @@ def _prepared(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "
             "go to other ranks"
         )
+    values = pair_values.checked(
+        options.pair_values, options.loss, len(pairs), device, options.check_finite
+    )
     by_pair = traits.ld_alpha is not None and options.pairs is not None
     ref_logps = _given_logps(reference, batch, pairs, by_pair)
     ref_call = _ref_call(reference, batch, head)
     rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
-    return _Prepared(call, rows, ref_logps, ref_call)
+    return _Prepared(call, rows, ref_logps, ref_call, values)
 
 
 def _given_logps(reference: Reference, batch: Batch, pairs: Tensor, by_pair: bool) -> Tensor | None:
@@ -182,7 +187,7 @@ def _settings(prepared: _Prepared, options: Options, given: Reference) -> str:
         reference = f"hidden states through {_of_call(prepared.ref_call)}"
     return (
         f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, reference {reference}, "
-        f"kl {given.kl is not None}, check_finite {options.check_finite}, "
+        f"kl {given.kl is not None}, pair_values {list(prepared.values)}, check_finite {options.check_finite}, "
         f"{_of_call(prepared.call)}"
     )
 
@@ -361,3 +366,20 @@ def _output(
         lengths=lengths,
         **means,
     )
+
+
+def _check_finite(loss: Tensor, **inputs: Tensor | None) -> None:
+    """The loss is finite; if it is not, the message names the input that is not finite either."""
+    if bool(torch.isfinite(loss).all()):
+        return
+    wrong = [
+        name
+        for name, value in inputs.items()
+        if value is not None and not bool(torch.isfinite(value).all())
+    ]
+    cause = (
+        f"{' and '.join(wrong)} not finite"
+        if wrong
+        else "every input is finite, so the loss overflowed"
+    )
+    raise FloatingPointError(f"the loss is not finite: {cause}")

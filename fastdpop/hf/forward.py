@@ -75,11 +75,13 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         prefix_tree: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        options = preference_options
-        if isinstance(options, Mapping):
-            options = {name: opened(value) for name, value in options.items()}
         asked = Asked(
-            preference, opened(ref_logps), return_logps, options, router_loss_weight, prefix_tree
+            preference,
+            opened(ref_logps),
+            return_logps,
+            opened(preference_options),
+            router_loss_weight,
+            prefix_tree,
         )
         asked.check()
         if preference is None and not return_logps:
