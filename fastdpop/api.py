@@ -185,7 +185,8 @@ def fused_preference_loss(
         engine: ``"auto"`` or a name in :func:`fastdpop.engines.available`.
         workspace_bytes: bound on scratch memory, gradients and the copied rows ``(N, H)`` excluded; 512 MiB by default,
             on a GPU a sixteenth of its memory if that is more. A pair beyond it is computed in pieces, twice.
-        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass.
+        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass, and
+            ``"displacement"``: where log-probs of chosen completions fall, and the CHES score, as said there.
         check_finite: raise if the loss is not finite (waits for the device).
         group: processes that have pairs of their own, as a process group or a device mesh of one dimension. Totals,
             means and losses that couple pairs are over the pairs of all of them; so is `loss`. One may have none.
