@@ -79,12 +79,18 @@ class Options(NamedTuple):
     statistics: Sequence[str]
     check_finite: bool
     pair_values: PairValues | None
+    state_columns: int | None
 
-    def check(self) -> None:
-        """Values among those that exist."""
+    def check(self, width: int) -> None:
+        """Values among those that exist, and columns among the `width` that there are."""
         checks.choice("reduction", self.reduction, ("mean", "sum", "none"))
         checks.statistics(self.statistics, (*LOGGED, DISPLACEMENT))
         checks.flag("check_finite", self.check_finite)
+        columns = self.state_columns
+        if columns is not None and (type(columns) is not int or not 1 <= columns <= width):
+            raise ValueError(
+                f"state_columns is {columns!r}, expected a number from 1 to {width}, the width of hidden"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,7 +108,7 @@ class Options(NamedTuple):
         return DISPLACEMENT in self.statistics
 
 
-NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False, None)
+NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False, None, None)
 
 
 class Batch(NamedTuple):
@@ -235,7 +241,7 @@ class Call:
         )
         return total, sums.detach(), found.detach(), logps.detach()
 
-    def displacement(self, rows: Rows, logps: Tensor) -> Displacement:
-        """Of the pairs, from the log-probs ``(N,)`` of the rows."""
-        hidden, bound = self.hidden.detach(), self.spec.workspace_bytes
+    def displacement(self, rows: Rows, logps: Tensor, columns: int | None) -> Displacement:
+        """Of the pairs, from the log-probs ``(N,)`` of the rows and so many columns of hidden states."""
+        hidden, bound = self.hidden.detach()[:, :columns], self.spec.workspace_bytes
         return Displacement(*displacement(hidden, logps.detach(), rows.tensors(), bound))

@@ -132,8 +132,8 @@ def _prepared(
 ) -> _Prepared:
     """Checks, and the rows: all that can go wrong with arguments."""
     traits, kl = options.loss.traits, reference.kl
-    options.check()
     batch.check(empty=parallel.data is not None)
+    options.check(batch.hidden.shape[-1])
     count, device = batch.sequences, batch.hidden.device
     call = Call.of(batch.hidden, head)
     pairs = checks.pairs(
@@ -366,7 +366,7 @@ def _output(
         mean = (over if loss.summed is None else loss.summed(over)) / own_lengths.clamp_min(1)
         means[name] = line.new_zeros(sequences).index_put((rows.inputs,), mean.to(dtype))
     if options.displacement:
-        own = call.displacement(rows, logps)._asdict()
+        own = call.displacement(rows, logps, options.state_columns)._asdict()
         means |= {n: v if v.dtype == torch.bool else v.to(dtype) for n, v in own.items()}
     return PreferenceOutput(
         loss=total,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,15 +17,8 @@ from fastdpop import PreferenceOutput, engines, fused_preference_loss, losses
 from fastdpop.displacement import displacement, first_difference
 from fastdpop.rows import rows_from_members
 from tests.batches import HEADS, LOSSES, Batch, batch, fused, sides_of, token_logps
+from tests.displacing import NAMES, of_pairs
 
-NAMES = (
-    "first_logps",
-    "rejected_first_logps",
-    "after_logps",
-    "differs",
-    "ches",
-    "ches_normalised",
-)
 ASKED: dict[str, Any] = {"statistics": ("displacement",)}
 
 
@@ -44,43 +36,14 @@ def alike(pairs: int = 4, dtype: torch.dtype = torch.float64, **more: Any) -> Ba
     return example
 
 
-def tokens_of(example: Batch, sequence: int) -> list[tuple[int, int]]:
-    """Position and token of what is scored."""
-    labels = example.labels[sequence].tolist()
-    return [(t, token) for t, token in enumerate(labels) if t > 0 and token != -100]
-
-
 def by_loops(
     example: Batch, pairs: Sequence[Sequence[int]] | None = None, head: str = "plain"
 ) -> dict[str, Tensor]:
-    """One pair after another, one token after another; float64."""
+    """By the definitions, in float64."""
     wide = replace(example, hidden=example.hidden.detach(), weight=example.weight.detach())
     wide = wide.to(torch.float64)
     logps = token_logps(wide, HEADS[head]).detach()
-    found: dict[str, list[float]] = {name: [] for name in NAMES}
-    for chosen, rejected in sides_of(len(wide.labels), pairs):
-        values = dict.fromkeys(NAMES, 0.0)
-        if chosen >= 0 and rejected >= 0:
-            own, other = tokens_of(wide, chosen), tokens_of(wide, rejected)
-            place = 0
-            while place < min(len(own), len(other)) and own[place][1] == other[place][1]:
-                place += 1
-            if place < len(own):
-                values["differs"] = 1.0
-                values["first_logps"] = float(logps[chosen, own[place][0]])
-                after = [float(logps[chosen, t]) for t, _ in own[place + 1 :]]
-                values["after_logps"] = math.fsum(after) / max(len(after), 1)
-                if place < len(other):
-                    values["rejected_first_logps"] = float(logps[rejected, other[place][0]])
-            zero = torch.zeros(wide.hidden.shape[-1], dtype=torch.float64)
-            w = sum((wide.hidden[chosen, t - 1] for t, _ in own), zero)
-            l = sum((wide.hidden[rejected, t - 1] for t, _ in other), zero)  # noqa: E741
-            values["ches"] = float(w @ l - w @ w)
-            w, l = w / max(len(own), 1), l / max(len(other), 1)  # noqa: E741
-            values["ches_normalised"] = float(w @ l - w @ w)
-        for name, value in values.items():
-            found[name].append(value)
-    return {name: torch.tensor(line, dtype=torch.float64) for name, line in found.items()}
+    return of_pairs(wide.hidden, wide.labels, logps, sides_of(len(wide.labels), pairs))
 
 
 def assert_displacement(
@@ -313,3 +276,14 @@ def test_one_graph() -> None:
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), run(*inputs))
     torch._dynamo.reset()
+
+
+def test_what_adapters_of_a_head_computed_is_no_state() -> None:
+    example = alike()
+    hidden = torch.cat([example.hidden.detach(), torch.full((8, 12, 2), 7.0)], dim=-1)
+    weight = torch.cat([example.weight.detach(), torch.zeros(37, 2)], dim=-1)
+    wider = replace(example, hidden=hidden, weight=weight)
+    assert_displacement(fused(wider, "dpop", state_columns=16, **ASKED), by_loops(example))
+    for wrong in (0, 19, True, 3.0):
+        with pytest.raises(ValueError, match=r"state_columns is .*expected a number from 1 to 18"):
+            fused(wider, "dpop", state_columns=wrong)
