@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from fastdpop import naive
 from fastdpop.hf import PreferenceModelOutput, attach
+from tests.displacing import NAMES
 from tests.tiny_models import CONFIGS, DPOP, V, batch, gradients, own_logps, tiny
 
 # ---- the numbers --------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def test_every_value_of_the_loss_is_returned() -> None:
         **inputs,
         preference="dpop",
         ref_logps=(chosen, rejected),
-        preference_options={"statistics": names, "reduction": "none"},
+        preference_options={"statistics": (*names, "displacement"), "reduction": "none"},
         output_hidden_states=True,
     )
     assert isinstance(out, PreferenceModelOutput)
@@ -175,7 +176,7 @@ def test_every_value_of_the_loss_is_returned() -> None:
         name for name in inspect.signature(type(out)).parameters if getattr(out, name) is None
     }
     assert absent == {"aux_loss", "attentions"}
-    assert {out[name].shape for name in ("loss", "losses", "margins", "penalty")} == {(2,)}
+    assert {out[name].shape for name in ("loss", "losses", "margins", "penalty", *NAMES)} == {(2,)}
     assert {out[name].shape for name in ("logps", "lengths", *names)} == {(4,)}
     assert next(iter(out)) == "loss"
     assert next(x for x in tree_leaves(out) if isinstance(x, Tensor)) is out.loss

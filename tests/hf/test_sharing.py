@@ -142,7 +142,8 @@ def test_the_window_is_seen() -> None:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "statistics": {"statistics": ("entropy", "mean_logits", "token_accuracy")},
+    "statistics": {"statistics": ("entropy", "mean_logits", "token_accuracy", "displacement")},
+    "values of pairs": {"pair_values": {"weight": torch.tensor([0.25, 0.75])}},
     "pairs that share a sequence": {"pairs": [[0, 2], [0, 3], [1, 3]]},
     "a pair of one sequence": {"pairs": [[0, 0], [1, 3]]},
     "sum": {"reduction": "sum"},
