@@ -60,6 +60,15 @@ def test_every_loss_is_documented(name: str) -> None:
     assert cells[5].startswith("4" if loss.traits.couples_pairs else "3")
 
 
+def test_examples_that_stand_alone_run() -> None:
+    blocks = re.findall(r"^```python\n(import torch\n.*?)^```$", PAGE.read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block, names)
+        assert bool(torch.isfinite(names["out"].loss))  # type: ignore[attr-defined]
+
+
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="'DPPO', which is not a loss: did you mean 'dpo'"):
         losses.get("DPPO")

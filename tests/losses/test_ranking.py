@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from fastdpop import fused_preference_loss, losses
 from fastdpop.losses import PairLogps
-from fastdpop.losses.ranking import places
+from fastdpop.losses.ranking import placed, places
 from tests.batches import batch, fused, token_logps
 
 LISTS = [[6, 0, 3, 2], [7, 4], [1, 8, 5]]
@@ -211,3 +211,38 @@ def test_one_graph() -> None:
     with pytest.raises(ValueError, match="expected a chain"):
         compiled(*given, 0 * lists)
     torch._dynamo.reset()
+
+
+def test_weights_that_make_a_mean_over_lists() -> None:
+    """As docs/losses.md says."""
+    example = batch(5, dtype=torch.float64)
+    pairs, values = losses.ranked(LISTS)
+    rewards = 0.1 * (token_logps(example).sum(1) - example.ref_logps).detach()
+    want = torch.stack(by_definition(rewards, LISTS))
+    choices = torch.tensor([len(of) - 1 for of in LISTS])
+    of_pair = choices[values["list"]]
+    for weight, mean in (
+        (torch.full((6,), 6 / 3), want.mean()),
+        (6 / (3 * of_pair), (want / choices).mean()),
+    ):
+        given = {**values, "weight": weight.double()}
+        out = fused(example, "plackett_luce", pairs=pairs, pair_values=given)
+        torch.testing.assert_close(out.loss, mean)
+
+
+def test_lists_of_other_processes_are_other_lists() -> None:
+    """Where a loss beside it brings the pairs of all processes together."""
+    pairs, values = losses.ranked([[0, 1, 2]])
+    of_both = [placed(pairs, {"list": values["list"].double()}, process) for process in (0, 1)]
+    joined = {name: torch.cat([of[name] for of in of_both]) for name in of_both[0]}
+    ones = torch.ones(4, dtype=torch.float64)
+    chosen = torch.tensor([1.0, 0.0, -2.0, 3.0], dtype=torch.float64)
+    rejected = torch.tensor([0.0, -1.0, 3.0, 0.5], dtype=torch.float64)
+    logps = PairLogps(
+        chosen, rejected, ones, ones, 0 * ones, 0 * ones, None, None, ones > 0, ones > 0, None,
+        ones.sum(), 2 * ones.sum(), ones.sum(), joined,
+    )  # fmt: skip
+    together = losses.get("plackett_luce", beta=1.0)(logps)
+    rewards = torch.tensor([[1.0, 0.0, -1.0], [-2.0, 3.0, 0.5]], dtype=torch.float64)
+    want = [by_definition(of, [[0, 1, 2]])[0] for of in rewards]
+    torch.testing.assert_close(together.view(2, 2).sum(1), torch.stack(want))
