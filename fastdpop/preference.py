@@ -22,6 +22,7 @@ from fastdpop.distributed import collectives
 from fastdpop.distributed.agreement import meeting
 from fastdpop.distributed.pairs import joined_pairs, whole_sequences
 from fastdpop.distributed.parallel import Parallel
+from fastdpop.losses import ranking
 from fastdpop.output import PreferenceOutput
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, default_pairs
@@ -159,6 +160,8 @@ def _prepared(
     values = pair_values.checked(
         options.pair_values, options.loss, len(pairs), device, options.check_finite
     )
+    if ranking.LIST in traits.needs:
+        values = ranking.placed(pairs, values, parallel.data.rank if parallel.data else 0)
     by_pair = traits.ld_alpha is not None and options.pairs is not None
     ref_logps = _given_logps(reference, batch, pairs, by_pair)
     ref_call = _ref_call(reference, batch, head)

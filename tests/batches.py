@@ -249,18 +249,34 @@ def losses_by_definition(
             batch_pairs=zero + len(sides),
             batch_sides=zero + present[0].sum() + present[1].sum(),
             batch_chosen_tokens=lengths(0).sum(),
+            values={n: value.to(logps.dtype) for n, value in needed_values(len(sides)).items()},
         )
     )
+
+
+def needed_values(count: int) -> dict[str, Tensor]:
+    """What some losses cannot do without, for so many pairs: each pair is a list of its own, and rewards
+    differ from pair to pair.
+    """
+    number = torch.arange(count, dtype=torch.float64)
+    return {"list": number, "chosen_score": number.cos(), "rejected_score": -number.sin()}
 
 
 def fused(
     example: Batch, loss: Loss, head: LogitTransform | None = None, **options: object
 ) -> PreferenceOutput:
-    """The function under test on a batch, with the reference only where the loss reads it."""
+    """The function under test on a batch, with the reference only where the loss reads it, and what it
+    needs of each pair.
+    """
     head = head or LogitTransform()
-    needed = losses.as_loss(loss).traits.needs_reference
-    if needed and "ref_hidden" not in options:
+    function = losses.as_loss(loss)
+    if function.traits.needs_reference and "ref_hidden" not in options:
         options.setdefault("ref_logps", example.ref_logps)
+    if function.traits.needs:
+        sides = sides_of(len(example.labels), options.get("pairs"))  # type: ignore[arg-type]
+        made_up = needed_values(len(sides))
+        needed = {n: value for n, value in made_up.items() if n in function.traits.needs}
+        options.setdefault("pair_values", needed)
     return fused_preference_loss(
         example.hidden,
         example.weight,

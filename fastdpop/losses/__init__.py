@@ -7,14 +7,15 @@
     pairwise(lambda pairs: ...)                      a loss of your own
 
 Losses of one pair are in :mod:`.dpop` and :mod:`.ratio`, those that compare pairs in :mod:`.batch`,
-those without a reference in :mod:`.free`.
+those without a reference in :mod:`.free`, those of given rewards in :mod:`.rewarded`, that of rankings
+in :mod:`.ranking`, and sums that have a name in :mod:`.presets`.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +33,10 @@ from .base import (
 from .batch import AOT, BCO, KTO, AOTUnpaired
 from .divergence import DivergenceLoss
 from .dpop import DPOP
-from .free import AFT, CPO, ORPO, SFT, SimPO
+from .free import AFT, CPO, ORPO, SFT, AlphaPO, SimPO
 from .keys import by_key, key_of
+from .presets import mpo, rpo
+from .ranking import PlackettLuce, ranked
 from .ratio import (
     DPO,
     EXO,
@@ -42,11 +45,14 @@ from .ratio import (
     SPPO,
     APODown,
     APOZero,
+    CalDPO,
     DiscoPOP,
+    DPOShift,
     Hinge,
     LengthNormalisedDPO,
     RobustDPO,
 )
+from .rewarded import RPOBackwardKL, RPOForwardKL, RPOSquared
 from .wpo import WPOWeighted, wpo_weighted
 
 __all__ = [
@@ -66,6 +72,9 @@ __all__ = [
     "AOTUnpaired",
     "APODown",
     "APOZero",
+    "AlphaPO",
+    "CalDPO",
+    "DPOShift",
     "DiscoPOP",
     "DivergenceLoss",
     "FunctionLoss",
@@ -73,7 +82,11 @@ __all__ = [
     "LengthDesensitised",
     "LengthNormalisedDPO",
     "PairLogps",
+    "PlackettLuce",
     "PreferenceLoss",
+    "RPOBackwardKL",
+    "RPOForwardKL",
+    "RPOSquared",
     "RobustDPO",
     "SimPO",
     "Traits",
@@ -86,10 +99,11 @@ __all__ = [
     "key_of",
     "length_desensitised",
     "pairwise",
+    "ranked",
     "wpo_weighted",
 ]
 
-_LOSSES: dict[str, type[PreferenceLoss]] = {
+_LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "dpop": DPOP,
     "dpo": DPO,
     "sigmoid": DPO,
@@ -104,25 +118,34 @@ _LOSSES: dict[str, type[PreferenceLoss]] = {
     "apo_zero": APOZero,
     "apo_down": APODown,
     "discopop": DiscoPOP,
+    "dpo_shift": DPOShift,
+    "cal_dpo": CalDPO,
+    "rpo_sq": RPOSquared,
+    "rpo_bwd_kl": RPOBackwardKL,
+    "rpo_fwd_kl": RPOForwardKL,
+    "plackett_luce": PlackettLuce,
+    "listwise": PlackettLuce,
     "aot": AOT,
     "aot_unpaired": AOTUnpaired,
     "kto": KTO,
     "sft": SFT,
     "cpo": CPO,
     "simpo": SimPO,
+    "alpha_po": AlphaPO,
     "orpo": ORPO,
     "aft": AFT,
+    "mpo": mpo,
+    "rpo": rpo,
 }
 
 
-_OPTIONS = {
-    name: [option.name for option in fields(kind)]  # type: ignore[arg-type]
-    for name, kind in _LOSSES.items()
-}
+_OPTIONS = {name: list(inspect.signature(make).parameters) for name, make in _LOSSES.items()}
 
 
 def available() -> tuple[str, ...]:
-    """The names that :func:`get` knows. ``"sigmoid"`` is TRL's name of ``"dpo"``."""
+    """The names that :func:`get` knows. ``"sigmoid"`` is TRL's name of ``"dpo"``, ``"listwise"`` another
+    of ``"plackett_luce"``; ``"mpo"`` and ``"rpo"`` are sums.
+    """
     return tuple(_LOSSES)
 
 
@@ -131,7 +154,8 @@ def get(name: str, **options: Any) -> PreferenceLoss:
 
     Args:
         name: one of :func:`available`.
-        options: the fields of the loss's class; those left out keep their defaults.
+        options: the fields of the loss's class, or what its function in :mod:`.presets` takes; those left
+            out keep their defaults.
 
     Raises:
         ValueError: no loss has that name, or an option's value is out of its range.

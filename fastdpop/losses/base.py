@@ -265,6 +265,11 @@ class LengthDesensitised(PreferenceLoss):
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if not number or not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha is {self.alpha!r}, expected a value in [0, 1]")
+        if "list" in self.loss.traits.needs:
+            raise ValueError(
+                f"loss is {self.loss!r}, expected one of pairs: a completion of a ranking has no one partner "
+                "whose length says where its tail begins"
+            )
 
     @property
     def traits(self) -> Traits:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .algebra import bounded_expm1
-from .base import PairLogps
+from .base import PairLogps, Traits
 from .options import CheckedLoss, one_of, optional_number, positive
+from .shifts import SHIFTS, shifted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,6 @@ class DivergenceLoss(CheckedLoss):
         """Scores of chosen and rejected, ``(P,)`` each."""
         return self._score(pairs.chosen_logratios), self._score(pairs.rejected_logratios)
 
-    def z(self, pairs: PairLogps) -> Tensor:
-        """``beta * (s_w - s_l)``, ``(P,)``."""
-        chosen, rejected = self.scores(pairs)
-        return self.beta * (chosen - rejected)
-
     def _score(self, r: Tensor) -> Tensor:
         if self.divergence == "forward_kl":
             return -bounded_expm1(-r)
@@ -59,3 +56,17 @@ class DivergenceLoss(CheckedLoss):
         if self.divergence == "alpha" and abs(power) >= 1e-6:  # nearer 1, rounding hides r
             return bounded_expm1(power * r) / power
         return r
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferenceLoss(DivergenceLoss):
+    """A loss of the difference ``s_w - s_l``, less the pair's ``"offset"`` and ``"margin"`` where the
+    data give them; see :func:`.shifts.shifted`.
+    """
+
+    _traits: ClassVar[Traits] = Traits(reads=SHIFTS)
+
+    def z(self, pairs: PairLogps) -> Tensor:
+        """``beta * (s_w - s_l - offset) - margin``, ``(P,)``."""
+        chosen, rejected = self.scores(pairs)
+        return self.beta * shifted(chosen - rejected, pairs, self.beta)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .algebra import smoothed_nll
-from .base import PairLogps
+from .base import PairLogps, Traits
 from .options import CheckedLoss, noise_rate, non_negative, one_of, positive
+from .shifts import SHIFTS, shifted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +34,22 @@ class DPOP(CheckedLoss):
     ``label_smoothing`` is cDPO's: ``-(1 - e) log sigmoid(z) - e log sigmoid(-z)``, where z is the
     form's whole argument of the sigmoid, the penalty included (it is part of the implicit reward of
     y_w); the additive form's penalty is left alone.
+
+    A pair's offset and margin lower ``r_w - r_l``, in every form; the penalty looks at r_w alone.
     """
 
     beta: float = positive(0.3)
     lam: float = non_negative(50.0)
     form: str = one_of("inside", "outside", "additive")
     label_smoothing: float = noise_rate(0.0)
+    _traits: ClassVar[Traits] = Traits(reads=SHIFTS)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         r_w, r_l = pairs.chosen_logratios, pairs.rejected_logratios
+        difference = shifted(r_w - r_l, pairs, self.beta)
         penalty = self.lam * torch.relu(-r_w)  # relu's slope at 0 is 0
         if self.form == "inside":
-            return smoothed_nll(self.beta * (r_w - r_l - penalty), self.label_smoothing)
+            return smoothed_nll(self.beta * (difference - penalty), self.label_smoothing)
         if self.form == "outside":
-            return smoothed_nll(self.beta * (r_w - r_l) - penalty, self.label_smoothing)
-        return smoothed_nll(self.beta * (r_w - r_l), self.label_smoothing) + penalty
+            return smoothed_nll(self.beta * difference - penalty, self.label_smoothing)
+        return smoothed_nll(self.beta * difference, self.label_smoothing) + penalty

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
@@ -28,7 +28,7 @@ class CheckedLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         for option in fields(self):
             if "accepts" in option.metadata:
-                _check(self, option.name, **option.metadata)
+                check(type(self).__name__, option.name, getattr(self, option.name), option)
 
 
 def positive(default: float) -> Any:
@@ -39,6 +39,16 @@ def positive(default: float) -> Any:
 def non_negative(default: float) -> Any:
     """A finite number, 0 or above."""
     return _number(default, "a finite number >= 0", lambda x: x >= 0)
+
+
+def fraction(default: float) -> Any:
+    """A number above 0, 1 or below."""
+    return _number(default, "a number in (0, 1]", lambda x: 0 < x <= 1)
+
+
+def number(default: float) -> Any:
+    """A finite number."""
+    return _number(default, "a finite number", lambda x: True)
 
 
 def noise_rate(default: float, *, zero: bool = True) -> Any:
@@ -75,16 +85,17 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
-def _check(
-    loss: PreferenceLoss,
-    option: str,
-    types: tuple[type, ...],
-    expected: str,
-    accepts: Callable[[Any], bool],
-) -> None:
-    value = getattr(loss, option)
+def check(owner: str, option: str, value: Any, kind: Field[Any]) -> None:
+    """
+    Args:
+        kind: what one of the functions above gave.
+
+    Raises:
+        TypeError, ValueError: `value` is none of its kind; the message names owner and option.
+    """
+    types, expected, accepts = (kind.metadata[name] for name in ("types", "expected", "accepts"))
     # bool is a Real to Python, but beta=True is a slip.
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(f"{type(loss).__name__}: {option} is {value!r}, expected {expected}")
+        raise TypeError(f"{owner}: {option} is {value!r}, expected {expected}")
     if (isinstance(value, Real) and not math.isfinite(value)) or not accepts(value):
-        raise ValueError(f"{type(loss).__name__}: {option} is {value!r}, expected {expected}")
+        raise ValueError(f"{owner}: {option} is {value!r}, expected {expected}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastdpop.losses import PairLogps
+from tests.batches import needed_values
 
 
 def make_pairs(
@@ -22,7 +23,9 @@ def make_pairs(
     kl: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> PairLogps:
-    """A batch from plain numbers; log-probabilities are leaves that require gradients."""
+    """A batch from plain numbers; log-probabilities are leaves that require gradients. Of what losses
+    cannot do without, every pair is a list of its own, and rewards differ from pair to pair.
+    """
 
     def row(values: Sequence[float] | None, default: float | None = None) -> torch.Tensor | None:
         if values is None and default is None:
@@ -47,6 +50,7 @@ def make_pairs(
         batch_pairs=torch.tensor(float(count), dtype=dtype),
         batch_sides=(present[0].sum() + present[1].sum()).to(dtype),
         batch_chosen_tokens=lengths[0].sum(),
+        values={name: value.to(dtype) for name, value in needed_values(count).items()},
     )
 
 

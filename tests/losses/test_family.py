@@ -5,6 +5,7 @@ documentation.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import losses
-from fastdpop.losses import PairLogps
+from fastdpop.losses import PairLogps, presets
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import rows_from_labels
 from tests.batches import batch, fused
@@ -32,8 +33,9 @@ def test_losses_are_values(name: str) -> None:
     assert losses.as_loss(loss) is loss
     assert losses.by_key(losses.key_of(loss)) == loss
     assert eval(repr(loss), vars(losses)) == loss
-    options = {option.name: getattr(loss, option.name) for option in fields(loss)}  # type: ignore[arg-type]
-    assert losses.get(name, **options) == loss
+    options = [option.name for option in fields(loss)]  # type: ignore[arg-type]
+    if not isinstance(loss, losses.WeightedSum):
+        assert losses.get(name, **{option: getattr(loss, option) for option in options}) == loss
     for option in options:
         with pytest.raises(FrozenInstanceError):
             setattr(loss, option, None)
@@ -41,7 +43,7 @@ def test_losses_are_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", losses.available())
 def test_every_loss_is_documented(name: str) -> None:
-    doc = type(losses.get(name)).__doc__ or ""
+    doc = getattr(presets, name, type(losses.get(name))).__doc__ or ""
     assert name == "sft" or re.search(r"arXiv:\d{4}\.\d{5}", doc)
     row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}`"))
     cells = [cell.strip() for cell in row.replace("\\|", "/").strip("|").split("|")]
@@ -50,9 +52,21 @@ def test_every_loss_is_documented(name: str) -> None:
     if isinstance(loss, losses.DivergenceLoss):
         assert "`divergence`" in cells[3]
         shown |= {"divergence", "alpha"}
-    assert shown == {option.name for option in fields(loss)}  # type: ignore[arg-type]
+    if isinstance(loss, losses.WeightedSum):
+        assert shown == set(inspect.signature(getattr(presets, name)).parameters)
+    else:
+        assert shown == {option.name for option in fields(loss)}  # type: ignore[arg-type]
     assert cells[4] == ("yes" if loss.traits.needs_reference else "no")
     assert cells[5].startswith("4" if loss.traits.couples_pairs else "3")
+
+
+def test_examples_that_stand_alone_run() -> None:
+    blocks = re.findall(r"^```python\n(import torch\n.*?)^```$", PAGE.read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block, names)
+        assert bool(torch.isfinite(names["out"].loss))  # type: ignore[attr-defined]
 
 
 def test_unknown_name() -> None:
@@ -65,8 +79,10 @@ def test_unknown_name() -> None:
 def test_unknown_option() -> None:
     with pytest.raises(TypeError, match="'dpo' has no option 'lam'; it has beta, divergence"):
         losses.get("dpo", lam=50.0)
-    with pytest.raises(TypeError, match="'sft' has no option 'beta'; it has no options"):
+    with pytest.raises(TypeError, match="'sft' has no option 'beta'; it has per"):
         losses.get("sft", beta=0.1)
+    with pytest.raises(TypeError, match="'mpo' has no option 'alpha'; it has beta"):
+        losses.get("mpo", alpha=0.1)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +102,15 @@ def test_unknown_option() -> None:
         ("ipo", "average", 1, TypeError, "True or False"),
         ("simpo", "gamma", -0.5, ValueError, "a finite number >= 0"),
         ("discopop", "tau", 0.0, ValueError, "a finite number > 0"),
+        ("dpo_shift", "f_lambda", 0.0, ValueError, r"a number in \(0, 1\]"),
+        ("dpo_shift", "f_lambda", 1.5, ValueError, r"a number in \(0, 1\]"),
+        ("alpha_po", "alpha", float("inf"), ValueError, "a finite number"),
+        ("alpha_po", "alpha", None, TypeError, "a finite number"),
+        ("sft", "per", "batch", ValueError, "one of 'token', 'sequence'"),
+        ("rpo_sq", "eta", 0.0, ValueError, "a finite number > 0"),
+        ("rpo", "alpha", -1.0, ValueError, "a finite number >= 0"),
+        ("rpo", "alpha", "1", TypeError, "a finite number >= 0"),
+        ("mpo", "beta", 0.0, ValueError, "a finite number > 0"),
     ],
 )
 def test_bad_value(
@@ -152,6 +177,14 @@ def test_wpo_weighs_pairs_by_the_policys_own_likelihood(four_pairs: PairLogps) -
     assert torch.equal(loss(empty), dpo(empty))
     with pytest.raises(ValueError, match="'aligned_logps', which this call lacks"):
         loss(replace(four_pairs, chosen_aligned_logps=None))
+
+
+def test_presets_are_sums() -> None:
+    dpo, bco, sft = losses.get("dpo", beta=0.2), losses.get("bco_pair", beta=0.2), losses.get("sft")
+    assert losses.get("mpo", beta=0.2) == 0.8 * dpo + 0.2 * bco + 1.0 * sft
+    assert losses.get("rpo", alpha=0.5, beta=0.2) == dpo + 0.5 * sft
+    paper = losses.get("rpo", beta=0.2, per="sequence")
+    assert paper == dpo + 1.0 * losses.get("sft", per="sequence")
 
 
 def test_a_loss_of_ones_own(four_pairs: PairLogps) -> None:

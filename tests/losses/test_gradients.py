@@ -12,6 +12,7 @@ import torch
 
 from fastdpop import losses
 from fastdpop.losses import PairLogps, PreferenceLoss
+from tests.batches import needed_values
 
 VARIANTS: dict[str, PreferenceLoss] = {
     **{name: losses.get(name) for name in losses.available()},
@@ -21,6 +22,10 @@ VARIANTS: dict[str, PreferenceLoss] = {
     "dpo forward_kl": losses.get("dpo", divergence="forward_kl"),
     "nca js": losses.get("nca_pair", divergence="js"),
     "discopop alpha": losses.get("discopop", divergence="alpha", alpha=0.3),
+    "alpha_po below 0": losses.get("alpha_po", alpha=-0.7, label_smoothing=0.1),
+    "alpha_po at 0": losses.get("alpha_po", alpha=0.0),
+    "sft of sequences": losses.get("sft", per="sequence"),
+    "plackett_luce smoothed": losses.get("plackett_luce", beta=0.5, label_smoothing=0.2),
     "sum": losses.get("dpop", lam=2.0) + 0.1 * losses.get("sft"),
     "wpo": losses.wpo_weighted(losses.get("ipo")),
 }
@@ -122,7 +127,8 @@ def test_no_synchronisation_with_the_host() -> None:
     """Losses run on meta tensors, where any look at a value would fail."""
     there = torch.ones(3, dtype=torch.bool, device="meta")
     row, number = torch.empty(3, device="meta"), torch.empty((), device="meta")
-    pairs = PairLogps(*[row] * 8, there, there, None, *[number] * 3)
+    values = dict.fromkeys((*needed_values(3), "margin", "offset"), row)
+    pairs = PairLogps(*[row] * 8, there, there, None, *[number] * 3, values)
     for loss in VARIANTS.values():
         assert loss(pairs).shape == (3,)
         assert loss(replace(pairs, kl=number)).shape == (3,)

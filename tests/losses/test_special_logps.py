@@ -76,6 +76,10 @@ def test_finite(
         ("apo_down", 1.0),
         ("kto", 0.5),
         ("discopop", (1 + math.log(2)) / 2),
+        ("dpo_shift", math.log(2)),
+        ("cal_dpo", math.log(2) + 50.0),
+        ("plackett_luce", math.log(2)),
+        ("listwise", math.log(2)),
         ("exo_pair", -math.log(2) - math.log(1e-3 * (1 - 1e-3)) / 2),
     ],
 )
@@ -86,12 +90,44 @@ def test_policy_equal_to_reference(
     assert losses.get(name)(pairs).tolist() == pytest.approx([expected] * 2)
 
 
+def test_reward_aware_losses_at_the_reference_and_at_their_target(
+    make_pairs: Callable[..., PairLogps],
+) -> None:
+    """t is log 3: sigmoid(t) = 3/4."""
+    scores = {"chosen_score": 2 * math.log(3), "rejected_score": math.log(3)}
+    values = {name: torch.tensor([score]).double() for name, score in scores.items()}
+    reference = replace(make_pairs([-20.0], [-30.0], [-20.0], [-30.0]), values=values)
+    expected = {
+        "rpo_sq": math.log(3) ** 2,
+        "rpo_bwd_kl": 0.75 * math.log(1.5) + 0.25 * math.log(0.5),
+        "rpo_fwd_kl": 0.5 * math.log(2 / 3) + 0.5 * math.log(2),
+    }
+    ahead = 10 * math.log(3)
+    target = replace(make_pairs([-20.0 + ahead], [-30.0], [-20.0], [-30.0]), values=values)
+    slopes = {
+        "rpo_sq": -0.2 * math.log(3),
+        "rpo_bwd_kl": -0.1 / 4,
+        "rpo_fwd_kl": -0.1 / 4 * math.log(3),
+    }
+    for name, value in expected.items():
+        loss = losses.get(name)
+        assert loss(reference).item() == pytest.approx(value)
+        assert loss(target).item() == pytest.approx(0.0, abs=1e-14)
+        (slope,) = torch.autograd.grad(loss(reference).sum(), reference.chosen)
+        assert slope.item() == pytest.approx(slopes[name])
+        with pytest.raises(
+            ValueError, match="reads the pairs' 'chosen_score', which are not there"
+        ):
+            loss(replace(reference, values={}))
+
+
 @pytest.mark.parametrize("name", losses.available())
 def test_value_at_the_reference_is_pinned_or_reference_free(name: str) -> None:
-    """A new loss that reads a reference has to be added to the list above."""
+    """A new loss that reads a reference has to be added to the list above; a sum is what its parts are."""
     pinned = test_policy_equal_to_reference.pytestmark[0].args[1]  # type: ignore[attr-defined]
-    names = {case[0] for case in pinned} | {"sigmoid"}
-    assert name in names or not losses.get(name).traits.needs_reference
+    names = {case[0] for case in pinned} | {"sigmoid", "rpo_sq", "rpo_bwd_kl", "rpo_fwd_kl"}
+    loss = losses.get(name)
+    assert name in names or isinstance(loss, losses.WeightedSum) or not loss.traits.needs_reference
 
 
 def test_orpo_of_certain_completions(make_pairs: Callable[..., PairLogps]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastdpop import losses
 from fastdpop.losses import PairLogps, PreferenceLoss
+from tests.batches import needed_values
 
 VARIANTS: dict[str, PreferenceLoss] = {
     **{name: losses.get(name) for name in losses.available()},
@@ -38,6 +39,7 @@ def batch_of(rows: list[tuple[float, ...]]) -> PairLogps:
         count,
         2 * count,
         lengths[0].sum(),
+        needed_values(len(rows)),
     )
 
 
@@ -100,3 +102,24 @@ def test_plain_losses_read_no_statistics_and_plain_sums(name: str, four_pairs: P
     assert loss.traits.ld_alpha is None
     bare = replace(four_pairs, chosen_aligned_logps=None, rejected_aligned_logps=None)
     assert torch.equal(loss(bare), loss(four_pairs))
+
+
+@pytest.mark.parametrize("value", ["margin", "offset"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_reads(name: str, value: str, four_pairs: PairLogps) -> None:
+    loss = VARIANTS[name]
+    ahead = torch.tensor([0.5, -0.25, 2.0, 1.0], dtype=torch.float64)
+    with_value = replace(four_pairs, values={**four_pairs.values, value: ahead})
+    assert torch.equal(loss(with_value), loss(four_pairs)) != (value in (loss.traits.reads or ()))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_needs(name: str, four_pairs: PairLogps) -> None:
+    loss = VARIANTS[name]
+    only = {needed: four_pairs.values[needed] for needed in loss.traits.needs}
+    assert torch.equal(loss(replace(four_pairs, values=only)), loss(four_pairs))
+    assert set(loss.traits.needs) <= set(loss.traits.reads or ())
+    for needed in only:
+        rest = {other: value for other, value in only.items() if other != needed}
+        with pytest.raises(ValueError, match=rf"pass pair_values=\{{'{needed}'"):
+            loss(replace(four_pairs, values=rest))

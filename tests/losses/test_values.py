@@ -15,7 +15,9 @@ from fastdpop.losses import PairLogps
 
 @dataclass
 class Pair:
-    """One pair in Python floats: log-probs, log-ratios rw and rl, lengths nw and nl."""
+    """One pair in Python floats: log-probs, log-ratios rw and rl, lengths nw and nl, and the rewards
+    that it was given.
+    """
 
     log_w: float
     log_l: float
@@ -23,6 +25,8 @@ class Pair:
     ref_l: float
     nw: float
     nl: float
+    score_w: float
+    score_l: float
 
     @property
     def rw(self) -> float:
@@ -121,6 +125,41 @@ def simpo(p: Pair) -> float:
     return nls(2.0 * p.log_w / p.nw - 2.0 * p.log_l / p.nl - 1.0)
 
 
+def bernoulli_kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def rpo(eta: float, policy_first: bool) -> Callable[[Pair], float]:
+    def formula(p: Pair) -> float:
+        policy, given = sigmoid(0.1 * p.d), sigmoid(eta * (p.score_w - p.score_l))
+        return bernoulli_kl(policy, given) if policy_first else bernoulli_kl(given, policy)
+
+    return formula
+
+
+def alpha_po(alpha: float) -> Callable[[Pair], float]:
+    def formula(p: Pair) -> float:
+        # pi(y)^(-alpha / |y|), as the paper writes it.
+        power_w, power_l = (
+            math.exp(p.log_w) ** (-alpha / p.nw),
+            math.exp(p.log_l) ** (-alpha / p.nl),
+        )
+        return nls(-2.5 / alpha * power_w + 2.5 / alpha * power_l - 0.1)
+
+    return formula
+
+
+def cal_dpo(calibration: float) -> Callable[[Pair], float]:
+    return lambda p: nls(p.d) + calibration * ((p.rw - 5.0) ** 2 + (p.rl + 5.0) ** 2)
+
+
+def mpo(batch: list[Pair]) -> list[float]:
+    return [
+        0.8 * nls(0.1 * p.d) + 0.2 * (nls(0.1 * p.rw) + nls(-0.1 * p.rl)) + nll
+        for p, nll in zip(batch, nll_shares(batch), strict=True)
+    ]
+
+
 CASES = {
     ("dpop",): each(dpop("inside", 50.0, 0.0)),
     ("dpop", ("lam", 5.0), ("form", "outside")): each(dpop("outside", 5.0, 0.0)),
@@ -148,12 +187,29 @@ CASES = {
     ("apo_zero",): each(lambda p: 1 - sigmoid(0.1 * p.rw) + sigmoid(0.1 * p.rl)),
     ("apo_down",): each(lambda p: sigmoid(0.1 * p.rw) + 1 - sigmoid(0.1 * p.d)),
     ("discopop",): each(disco),
+    ("dpo_shift",): each(lambda p: nls(0.1 * (p.rw - 0.95 * p.rl))),
+    ("dpo_shift", ("f_lambda", 0.5), ("label_smoothing", 0.1)): each(
+        lambda p: smooth(0.1 * p.rw - 0.05 * p.rl, 0.1)
+    ),
+    ("cal_dpo",): each(cal_dpo(1.0)),
+    ("cal_dpo", ("calibration", 0.5)): each(cal_dpo(0.5)),
+    ("rpo_sq",): each(lambda p: (0.1 * p.d - (p.score_w - p.score_l)) ** 2),
+    ("rpo_sq", ("beta", 0.5), ("eta", 3.0)): each(
+        lambda p: (0.5 * p.d - 3.0 * (p.score_w - p.score_l)) ** 2
+    ),
+    ("rpo_bwd_kl",): each(rpo(1.0, policy_first=False)),
+    ("rpo_bwd_kl", ("eta", 3.0)): each(rpo(3.0, policy_first=False)),
+    ("rpo_fwd_kl",): each(rpo(1.0, policy_first=True)),
+    ("rpo_fwd_kl", ("eta", 3.0)): each(rpo(3.0, policy_first=True)),
+    ("plackett_luce",): each(lambda p: nls(0.1 * p.d)),  # each pair is a list: see test_ranking
+    ("listwise", ("label_smoothing", 0.1)): each(lambda p: smooth(0.1 * p.d, 0.1)),
     ("aot",): lambda batch: aot(batch, 0.0),
     ("aot", ("label_smoothing", 0.1)): lambda batch: aot(batch, 0.1),
     ("aot_unpaired",): aot_unpaired,
     ("kto",): kto,
     ("kto", ("desirable_weight", 1.5), ("undesirable_weight", 0.5)): lambda b: kto(b, 1.5, 0.5),
     ("sft",): nll_shares,
+    ("sft", ("per", "sequence")): each(lambda p: -p.log_w / p.nw),
     ("cpo",): lambda batch: [
         nls(0.1 * (p.log_w - p.log_l)) + nll
         for p, nll in zip(batch, nll_shares(batch), strict=True)
@@ -162,6 +218,16 @@ CASES = {
         lambda p: smooth(0.1 * (p.log_w - p.log_l), 0.1)
     ),
     ("simpo",): each(simpo),
+    ("alpha_po",): each(alpha_po(0.25)),
+    ("alpha_po", ("alpha", -0.5)): each(alpha_po(-0.5)),
+    ("alpha_po", ("alpha", 0.0), ("beta", 2.0), ("gamma", 1.0)): each(simpo),
+    ("mpo",): mpo,
+    ("rpo",): lambda batch: [
+        nls(0.1 * p.d) + nll for p, nll in zip(batch, nll_shares(batch), strict=True)
+    ],
+    ("rpo", ("alpha", 0.25), ("beta", 0.4), ("label_smoothing", 0.1), ("per", "sequence")): each(
+        lambda p: smooth(0.4 * p.d, 0.1) - 0.25 * p.log_w / p.nw
+    ),
     ("orpo",): lambda batch: [
         0.1 * nls(orpo_ratio(p)) + nll for p, nll in zip(batch, nll_shares(batch), strict=True)
     ],
@@ -192,6 +258,7 @@ def test_value(case: tuple, four_pairs: PairLogps) -> None:
             ]
         )
     ]
+    table += [four_pairs.values[name].tolist() for name in ("chosen_score", "rejected_score")]
     batch = [Pair(*numbers) for numbers in zip(*table, strict=True)]
     values = losses.get(name, **dict(options))(four_pairs)
     assert values.shape == (4,)
@@ -253,9 +320,18 @@ def test_every_loss_of_scores_takes_a_divergence(four_pairs: PairLogps) -> None:
 @pytest.mark.parametrize("name", losses.available())
 def test_rewards(name: str, four_pairs: PairLogps) -> None:
     loss = losses.get(name)
-    beta = getattr(loss, "beta", 1.0)
+    first = loss.terms[0][1] if isinstance(loss, losses.WeightedSum) else loss
+    beta = getattr(first, "beta", 1.0)
     rewards = loss.rewards(four_pairs)
-    if name in ("simpo", "orpo", "aft"):
+    if isinstance(loss, losses.AlphaPO):
+        expected = tuple(
+            2.5 / 0.25 * (1 - (-0.25 * side / length).exp())
+            for side, length in (
+                (four_pairs.chosen, four_pairs.chosen_lengths),
+                (four_pairs.rejected, four_pairs.rejected_lengths),
+            )
+        )
+    elif name in ("simpo", "orpo", "aft"):
         expected = (
             beta * four_pairs.chosen / four_pairs.chosen_lengths,
             beta * four_pairs.rejected / four_pairs.rejected_lengths,
@@ -265,4 +341,4 @@ def test_rewards(name: str, four_pairs: PairLogps) -> None:
     else:
         expected = beta * four_pairs.chosen_logratios, beta * four_pairs.rejected_logratios
     for got, want in zip(rewards, expected, strict=True):
-        assert torch.allclose(got, want, rtol=1e-14)
+        assert torch.allclose(got, want, rtol=1e-13)
