@@ -63,6 +63,7 @@ def fused_dpop_loss(
     engine: str = "auto",
     workspace_bytes: int | None = None,
     statistics: Sequence[str] = (),
+    state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
     cp_group: Ranks | None = None,
@@ -109,6 +110,7 @@ def fused_dpop_loss(
         engine=engine,
         workspace_bytes=workspace_bytes,
         statistics=statistics,
+        state_columns=state_columns,
         check_finite=check_finite,
         group=group,
         cp_group=cp_group,
@@ -144,6 +146,7 @@ def fused_preference_loss(
     engine: str = "auto",
     workspace_bytes: int | None = None,
     statistics: Sequence[str] = (),
+    state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
     cp_group: Ranks | None = None,
@@ -185,7 +188,10 @@ def fused_preference_loss(
         engine: ``"auto"`` or a name in :func:`fastdpop.engines.available`.
         workspace_bytes: bound on scratch memory, gradients and the copied rows ``(N, H)`` excluded; 512 MiB by default,
             on a GPU a sixteenth of its memory if that is more. A pair beyond it is computed in pieces, twice.
-        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass.
+        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass, and
+            ``"displacement"``: where log-probs of chosen completions fall, and the CHES score, as said there.
+        state_columns: how many columns of `hidden`, from the left, are the state that the CHES score is of, where what
+            adapters of the lm_head computed stands behind it; all by default.
         check_finite: raise if the loss is not finite (waits for the device).
         group: processes that have pairs of their own, as a process group or a device mesh of one dimension. Totals,
             means and losses that couple pairs are over the pairs of all of them; so is `loss`. One may have none.
@@ -215,7 +221,15 @@ def fused_preference_loss(
             Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index),
             LMHead(weight, bias, transform, engine, workspace_bytes),
             Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl),
-            Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite, pair_values),
+            Options(
+                losses.as_loss(loss),
+                pairs,
+                reduction,
+                statistics,
+                check_finite,
+                pair_values,
+                state_columns,
+            ),
         )
 
     found = begun(given, hidden, parallel, vocab_size, sequence_parallel)

@@ -316,7 +316,7 @@ def pair_loss(
     values: Tensor | None,
     totals: Sequence[float] | None,
     spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradients in one pass, for a loss that treats each pair by itself.
 
     Args:
@@ -330,8 +330,8 @@ def pair_loss(
 
     Returns:
         loss, 0-d (differentiable), these rows' share of it; sequence log-probs ``(S,)`` in float64;
-        statistics ``(K, N)``; and the gradients of the loss, in the result dtype, empty where not
-        needed: they are what backward scales.
+        statistics ``(K, N)``; log-probs ``(N,)`` of rows; and the gradients of the loss, in the
+        result dtype, empty where not needed: they are what backward scales.
     """
     s = Spec.parse(spec)
     layout = Rows.of_tensors(rows)
@@ -362,7 +362,8 @@ def pair_loss(
             "not give: detach it, or let the loss couple pairs (a plain function does)"
         )
     total = total.to(s.result_dtype)
-    return total, sequence_logps, found.statistics, *_filled(found.gradients, found.logps)
+    gradients = _filled(found.gradients, found.logps)
+    return total, sequence_logps, found.statistics, found.logps, *gradients
 
 
 def _total(loss: PairLoss, found: EngineOutput) -> tuple[Tensor, Tensor]:
@@ -385,7 +386,7 @@ def _(
     values: Tensor | None,
     totals: Sequence[float] | None,
     spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     s = Spec.parse(spec)
     sequences = Rows(*rows).inputs.shape[0]
 
@@ -396,6 +397,7 @@ def _(
         new(),
         hidden.new_empty((sequences,), dtype=wide_dtype(hidden.device)),
         new(len(s.statistics), hidden.shape[0]),
+        new(hidden.shape[0]),
         new(*hidden.shape, needed=s.needs_grad.hidden),
         new(*weight.shape, needed=s.needs_grad.weight),
         new(weight.shape[0], needed=s.needs_grad.bias),
@@ -407,7 +409,7 @@ def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.row_tensors = len(rows)
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[4:])
 
 
 def _pair_loss_backward(ctx: Any, factor: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
