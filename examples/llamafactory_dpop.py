@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fastdpop
 from fastdpop import losses
+from fastdpop.integrations.displacement import Watch
 
 
 class FusedDPOPTrainer(trainer.CustomDPOTrainer):
@@ -40,6 +41,7 @@ class FusedDPOPTrainer(trainer.CustomDPOTrainer):
             lam=float(os.environ.get("DPOP_LAMBDA", losses.DPOP().lam)),
             label_smoothing=finetuning_args.dpo_label_smoothing,
         )
+        self.watch = Watch()
         super().__init__(model, ref_model, finetuning_args, **kwargs)
 
     def get_batch_loss_metrics(
@@ -50,7 +52,12 @@ class FusedDPOPTrainer(trainer.CustomDPOTrainer):
             reference, switched_off = model, self.accelerator.unwrap_model(model).disable_adapter()
         with torch.no_grad(), switched_off:
             ref_logps = reference(**batch, return_logps=True).logps
-        out = model(**batch, preference=self.dpop, ref_logps=fastdpop.exact(ref_logps))
+        out = model(
+            **batch,
+            preference=self.dpop,
+            ref_logps=fastdpop.exact(ref_logps),
+            preference_options={"statistics": ("displacement",)},
+        )
         values = {
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,
@@ -59,7 +66,19 @@ class FusedDPOPTrainer(trainer.CustomDPOTrainer):
             "logps/chosen": out.chosen_logps,
             "logps/rejected": out.rejected_logps,
             "penalty": out.penalty,
+            "hinge_on": out.penalty > 0,
+            "ches": out.ches,
         }
+        for name, logps in (("first", out.first_logps), ("after", out.after_logps)):
+            if logps.any():  # 0 where a pair has no such token
+                values[f"logps/{name}_difference"] = logps[logps != 0]
+        if train_eval == "train":
+            logratios = (out.chosen_logps - ref_logps.chunk(2)[0]).double()
+            around = (logratios - logratios.mean()).square().sum().item()
+            hits = (out.accuracy * len(logratios)).item()
+            found = self.watch.add(len(logratios), logratios.mean().item(), around, hits)
+            if found is not None and self.is_world_process_zero():
+                print(found.message(self.state.global_step))
         prefix = "eval_" if train_eval == "eval" else ""
         return out.loss, {prefix + k: v.float().mean().item() for k, v in values.items()}
 

@@ -8,9 +8,11 @@ fields are returned.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fastdpop.data.json_text import decode
@@ -25,8 +27,13 @@ _MAY_BE_THE_PROMPT = (
     *("request", "problem", "post", "text", "user_input", "user_prompt"),
 )
 """Names beside which what two answers share is not taken for the prompt."""
+PAIR_VALUES = ("weight", "margin", "offset", "chosen_score", "rejected_score")
+"""The names of numbers that a loss of the family may read with a pair; see :func:`fastdpop.fused_preference_loss`."""
 _UNUSABLE = ("image", "images", "video", "videos", "audio", "audios", "history")
 """The names of fields that have a meaning and no use."""
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class Pair(NamedTuple):
@@ -35,6 +42,7 @@ class Pair(NamedTuple):
     Attributes:
         fields: ``prompt``, ``chosen`` and ``rejected``: three strings, or three lists of messages.
             With messages also ``tools`` (JSON text or None) and ``chat_template_kwargs`` (a dict).
+            Under the names that `values` gave, floats.
         format: the name of the format that the row had.
         unused: the names of the row's fields that had no use.
     """
@@ -55,21 +63,33 @@ class _Draft(NamedTuple):
 
 
 def convert(
-    row: Mapping[str, Any], *, columns: Mapping[str, str] | None = None, chat: bool = False
+    row: Mapping[str, Any],
+    *,
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
+    values: Sequence[str] = (),
 ) -> Pair:
     """Recognise a row's format and convert the row.
 
     Args:
         row: a row's fields.
-        columns: which of the row's fields to take for one of :data:`FIELDS`.
+        columns: which of the row's fields to take for one of :data:`FIELDS`, or of `values`.
         chat: make messages of a text pair: the prompt the user's, the completions the assistant's.
+        values: fields that are numbers, to go to the loss with the pair.
 
     Raises:
         ValueError: the row is of no known format, or not well-formed; the message names the field,
             what was found and what was expected.
     """
     columns = columns or {}
-    fields = {name: _cell(name, value) for name, value in _mapped(row, columns).items()}
+    mapped = _mapped(row, columns, values)
+    for name in values:
+        if name not in mapped:
+            raise ValueError(
+                f"field '{name}' is missing (fields here: {sorted(row)}; --columns {name}=... says what it is called)"
+            )
+    numbers = {name: number(name, mapped) for name in values}
+    fields = {name: _cell(name, value) for name, value in mapped.items() if name not in numbers}
     for name, value in fields.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, default=str).encode()
@@ -97,13 +117,43 @@ def convert(
     unused = [name for name in fields if name not in used]
     # What stood in the place of a field that `columns` puts there has gone from `fields`.
     unused += [name for name in columns if name in row and name not in columns.values()]
-    return Pair(_finished(draft, fields, chat), draft.format, tuple(unused))
+    return Pair({**_finished(draft, fields, chat), **numbers}, draft.format, tuple(unused))
 
 
-def _mapped(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def number(name: str, fields: Mapping[str, Any]) -> float:
+    """The number of a field, which may be text as in CSV.
+
+    Raises:
+        ValueError: it is missing, no finite number, or a negative weight.
+    """
+    if name not in fields:
+        raise ValueError(f"field '{name}' is missing (fields here: {sorted(fields)})")
+    value = fields[name]
+    text = isinstance(value, str) and _NUMBER.fullmatch(value.strip())
+    if text or (isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)):
+        found = _float(value)
+        if math.isfinite(found) and (found >= 0 or name != "weight"):
+            return found
+    expected = "a finite number" + (" >= 0" if name == "weight" else "")
+    raise ValueError(f"field '{name}' is {value!r:.80}, expected {expected}")
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
+
+
+def _mapped(
+    row: Mapping[str, Any], columns: Mapping[str, str], values: Sequence[str]
+) -> dict[str, Any]:
     for name, source in columns.items():
-        if name not in FIELDS:
-            raise ValueError(f"columns gives a field '{name}', expected one of {list(FIELDS)}")
+        if name not in (*FIELDS, *values):
+            hint = f" (--pair-values {name} gives it to the loss)" if name in PAIR_VALUES else ""
+            raise ValueError(
+                f"columns gives a field '{name}', expected one of {[*FIELDS, *values]}{hint}"
+            )
         if source not in row:
             raise ValueError(
                 f"columns takes '{name}' from '{source}', which is missing (fields here: {sorted(row)})"

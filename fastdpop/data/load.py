@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 import fastdpop
-from fastdpop.data.formats import Pair, convert
+from fastdpop.data.formats import FIELDS, Pair, convert
 from fastdpop.data.read import Row, Source, open_source
 
 _SIDES = ("prompt", "chosen", "rejected")
@@ -34,7 +35,8 @@ class Pairs:
     Attributes:
         dataset: the columns ``prompt``, ``chosen`` and ``rejected``, all strings or all lists of
             chat messages; with messages also ``tools`` (JSON text or None) and
-            ``chat_template_kwargs`` (a dict); ``place`` says where each came from.
+            ``chat_template_kwargs`` (a dict); ``place`` says where each came from. What `values`
+            named are float64.
         format: the name of the format that the rows had; of several, joined by ``", "``.
         unused: the names of fields that had no use, sorted.
         equal: how many pairs have the same text as chosen and rejected; they teach nothing.
@@ -53,6 +55,7 @@ def load_pairs(
     chat: bool = False,
     split: str = "train",
     config: str | None = None,
+    values: Sequence[str] = (),
     progress: bool = True,
 ) -> Pairs:
     """Read, check and convert preference pairs.
@@ -66,10 +69,11 @@ def load_pairs(
             data set on the Hugging Face hub, or a ``datasets.Dataset``. What exists here is taken
             from here.
         columns: which of a row's fields to take for one that is read, such as
-            ``{"prompt": "question"}``.
+            ``{"prompt": "question"}``, or ``{"weight": "quality"}`` for one of `values`.
         chat: make messages of text pairs: the prompt the user's, completions the assistant's.
         split: which split of a folder or a data set that is named.
         config: which configuration of it.
+        values: fields that every row has a number in, to go to the loss with the pair.
         progress: show a progress bar.
 
     Raises:
@@ -78,18 +82,23 @@ def load_pairs(
         OSError: a file cannot be read or written.
     """
     columns = dict(columns or {})
+    for name in values:
+        if name in (*FIELDS, *_SEEN, "place"):
+            raise ValueError(f"values contains '{name}', which stands for something else in a row")
+    convert_row = partial(_converted, columns=columns, chat=chat, values=values)
     with progress_bars(progress):
         opened = open_source(source, split=split, config=config)
         first = next(opened.rows(), None)
         if first is None:
             raise ValueError(f"{opened.name}: no pairs")
-        is_text = isinstance(_converted(first, columns, chat).fields["prompt"], str)
-        features = _TEXT if is_text else _MESSAGES
+        is_text = isinstance(convert_row(first).fields["prompt"], str)
+        numbers = Features({name: Value("float64") for name in values})
+        features = {**(_TEXT if is_text else _MESSAGES), **numbers}
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-        parts = [fastdpop.__version__, code, opened.name, opened.digest, columns, chat]
+        parts = [fastdpop.__version__, code, opened.name, opened.digest, columns, chat, [*values]]
         try:
             dataset = datasets.Dataset.from_generator(
-                lambda: _rows(opened, first.place, is_text, columns, chat),
+                lambda: _rows(opened, first.place, is_text, convert_row),
                 features=Features({**features, **_SEEN}),
                 fingerprint=Hasher.hash(parts),
             )
@@ -119,18 +128,18 @@ def progress_bars(shown: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _converted(row: Row, columns: Mapping[str, str], chat: bool) -> Pair:
+def _converted(row: Row, **options: Any) -> Pair:
     try:
-        return convert(row.fields, columns=columns, chat=chat)
+        return convert(row.fields, **options)
     except ValueError as error:
         raise ValueError(f"{row.place}: {error}") from None
 
 
 def _rows(
-    source: Source, first: str, is_text: bool, columns: Mapping[str, str], chat: bool
+    source: Source, first: str, is_text: bool, convert_row: Callable[[Row], Pair]
 ) -> Iterator[dict[str, Any]]:
     for row in source.rows():
-        fields, form, unused = _converted(row, columns, chat)
+        fields, form, unused = convert_row(row)
         if isinstance(fields["prompt"], str) != is_text:
             kinds = ("text", "messages") if is_text else ("messages", "text")
             raise ValueError(

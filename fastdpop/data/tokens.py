@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,7 @@ def tokenize(
     too_long: str = TOO_LONG[0],
     vocab_size: int | None = None,
     num_proc: int | None = None,
+    values: Sequence[str] = (),
     progress: bool = True,
 ) -> tuple[Dataset, int]:
     """Token ids of preference pairs, as TRL's ``DPOTrainer`` makes them, checked.
@@ -83,11 +85,12 @@ def tokenize(
         too_long: what happens to a pair beyond it: ``"error"``, or ``"drop"`` the whole pair.
         vocab_size: rows of the model's embedding; None not to check ids against it.
         num_proc: how many processes tokenise; None for this one alone.
+        values: columns that stay beside the ids.
         progress: show progress bars.
 
     Returns:
-        The columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``place``; and how many
-        pairs were dropped as too long. Chosen and rejected follow the same prompt ids.
+        The columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``place`` and `values`; and how
+        many pairs were dropped as too long. Chosen and rejected follow the same prompt ids.
 
     Raises:
         ValueError: a pair can't be tokenised as it is; the message starts with its place.
@@ -125,7 +128,7 @@ def tokenize(
             )["length"][:]
     if PartialState().is_main_process:
         _warn(checked)
-    tokens = tokens.select_columns([*_IDS, "place"])
+    tokens = tokens.select_columns([*_IDS, "place", *values])
     long = [i for i, length in enumerate(lengths) if max_length and length > max_length]
     if long and too_long == "error":
         raise ValueError(

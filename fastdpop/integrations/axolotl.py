@@ -7,8 +7,8 @@
     dpop_lambda: 50
 
 Axolotl trains with TRL's ``DPOTrainer``, so this checks the file (:mod:`fastdpop.integrations.axolotl_args`), hands
-lambda to the trainer's arguments and calls :func:`fastdpop.patch_trl`. Versions of Axolotl that look for installed
-plugins find it without the first line; without ``fastdpop: true`` it does nothing.
+lambda and its like to the trainer's arguments and calls :func:`fastdpop.patch_trl`. Versions of Axolotl that look for
+installed plugins find it without the first line; without ``fastdpop: true`` it does nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,16 @@ class FastDpopPlugin(BasePlugin):
         # Once a process, whatever later files say: the classes of training arguments are made only once.
         return f"{_ARGS}.FastDpopTrainingArgs"
 
-    def get_training_args(self, cfg: Any) -> dict[str, float]:
-        """The lambda of the file, if it has one."""
-        if not cfg.fastdpop or cfg.dpop_lambda is None:
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """What the file says of the trainer's arguments that fastdpop adds."""
+        if not cfg.fastdpop:
             return {}
-        return {"dpop_lambda": cfg.dpop_lambda}
+        said = {
+            "dpop_lambda": cfg.dpop_lambda,
+            "pair_values": cfg.fastdpop_pair_values,
+            "warn_displacement": cfg.fastdpop_warn_displacement,
+        }
+        return {name: value for name, value in said.items() if value is not None}
 
     def pre_model_load(self, cfg: Any) -> None:
         """Patch TRL, or undo it after another file's run. Called for the policy, and for a reference model."""

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 from fastdpop import engines
 from fastdpop.integrations import dpop_lambda as lambdas
@@ -22,6 +31,7 @@ _PLUGIN = "fastdpop.integrations.axolotl.FastDpopPlugin"
 _OPTIONS = (
     *("dpop_lambda", "fastdpop_engine", "fastdpop_workspace_bytes"),
     *("fastdpop_share_prefixes", "fastdpop_global_batch"),
+    *("fastdpop_pair_values", "fastdpop_warn_displacement"),
 )
 _SHARDED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 
@@ -34,6 +44,8 @@ class FastDpopArgs(BaseModel):
         dpop_lambda: DPOP's lambda, 0 or above, for ``dpo_loss_type: ["dpop"]``; the default is the paper's 50.
         fastdpop_engine, fastdpop_workspace_bytes, fastdpop_share_prefixes, fastdpop_global_batch: as in
             :func:`fastdpop.patch_trl`.
+        fastdpop_pair_values, fastdpop_warn_displacement: `pair_values` and `warn_displacement` of
+            :class:`~fastdpop.integrations.trl.FastDPOConfig`.
     """
 
     fastdpop: StrictBool | None = Field(
@@ -67,6 +79,19 @@ class FastDpopArgs(BaseModel):
         json_schema_extra={
             "description": "On several GPUs, take the loss of all their pairs, as one with all of them would. The "
             "default is false: each takes that of its own."
+        },
+    )
+
+    fastdpop_pair_values: list[StrictStr] | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Columns of the data whose numbers go to the loss with each pair: weight, margin, ..."
+        },
+    )
+    fastdpop_warn_displacement: StrictBool | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Warn once where chosen completions become less likely for good. The default is true."
         },
     )
 
@@ -110,6 +135,7 @@ def _check_on(data: Mapping[str, Any]) -> None:
         ValueError: other keys do not go together with ``fastdpop: true``.
     """
     from fastdpop.integrations.trl import LOSS_TYPES
+    from fastdpop.integrations.trl.config import value_names
 
     rl = data.get("rl")
     if rl not in TRAINERS:
@@ -127,6 +153,9 @@ def _check_on(data: Mapping[str, Any]) -> None:
             f"dpop_lambda is {data['dpop_lambda']!r}, expected none unless dpo_loss_type contains 'dpop': "
             f"it is {types!r}"
         )
+    names = data.get("fastdpop_pair_values")
+    if isinstance(names, list):  # anything else is refused as a value
+        value_names(SimpleNamespace(pair_values=names))
     if data.get("dpo_use_liger_kernel"):
         raise ValueError(
             "dpo_use_liger_kernel is true, expected false with fastdpop: true: it replaces the loss that fastdpop "
@@ -179,4 +208,11 @@ class FastDpopTrainingArgs:
     dpop_lambda: float = field(
         default=lambdas.DEFAULT,
         metadata={"help": lambdas.HELP},
+    )
+    pair_values: list[str] | None = field(
+        default=None, metadata={"help": "Columns whose numbers go to the loss with each pair."}
+    )
+    warn_displacement: bool = field(
+        default=True,
+        metadata={"help": "Warn once where chosen completions become less likely for good."},
     )

@@ -31,6 +31,7 @@ _RANGES = {
     "data_seed": (0, _LARGEST_SEED, True),
     "max_length": (2, math.inf, True),
     "ref_model_sync_steps": (1, math.inf, True),
+    "ref_model_mixup_alpha": (0.0, 1.0, True),
     "neftune_noise_alpha": (0.0, math.inf, True),
 }
 """TRL's numbers: the least, the greatest, and whether the least itself is meant."""
@@ -114,6 +115,7 @@ def check(asked: Any) -> None:
         engines.get(own.engine)
     engines.choose(own.engine, config.device, torch.bfloat16 if config.bf16 else torch.float32)
     _check_lora(asked)
+    _check_moving_reference(asked)
     _check_schedule(config)
 
 
@@ -149,6 +151,21 @@ def _check_effects(asked: Any) -> None:
         if f"dataset_{split}_split" in given and (is_file or nothing):
             why = "a file has no splits" if is_file else f"no {split} data are named"
             raise ValueError(f"--dataset_{split}_split has no effect: {why}")
+
+
+def _check_moving_reference(asked: Any) -> None:
+    config = asked.config
+    if not config.sync_ref_model:
+        return
+    if "precompute_ref_log_probs" in asked.given and config.precompute_ref_log_probs:
+        raise ValueError(
+            "--reference precomputed has no place with --sync_ref_model, whose reference moves: leave it out"
+        )
+    if asked.model.use_peft:
+        raise ValueError(
+            "--lora has no place with --sync_ref_model: an adapter's reference is the model without it, which does not "
+            "move"
+        )
 
 
 def _check_lora(asked: Any) -> None:

@@ -55,6 +55,11 @@ def model_source(asked: Asked) -> Source:
         adapter, base = name, PeftConfig.from_pretrained(name).base_model_name_or_path
         if not base:
             raise ValueError(f"{name}: adapter_config.json names no base_model_name_or_path")
+        if asked.config.sync_ref_model and not asked.own.merge_adapter:
+            raise ValueError(
+                f"--sync_ref_model has no place here: {name} holds an adapter, and no reference beside it could move. "
+                "--merge-adapter merges it into its base model first"
+            )
         new = sorted(
             n for n in asked.given if n.startswith("lora_") or n in ("use_rslora", "use_dora")
         )

@@ -79,6 +79,17 @@ TRL_SHOWN = {
     "bf16": ("", "autocast to bfloat16; weights that are trained stay in their own type"),
     "gradient_checkpointing": ("", "less memory for more time"),
     "share_prefixes": ("", "compute what pairs begin with in common once, and no padding"),
+    "pair_values": (
+        "NAMES",
+        "numbers of the data that go to the loss with each pair: weight, margin, offset, ...",
+    ),
+    "sync_ref_model": ("", "move the reference towards the model in training (TR-DPO)"),
+    "ref_model_mixup_alpha": ("X", "how far: 1 makes it the model as it is then"),
+    "ref_model_sync_steps": ("N", "every N steps"),
+    "warn_displacement": (
+        "{true,false}",
+        "warn once where chosen completions become less likely for good",
+    ),
     "global_batch": (
         "{true,false}",
         "losses over the pairs of all processes, not of each; gradients are those of one process",
@@ -136,7 +147,7 @@ class PairArguments:
     columns: list[str] | None = field(
         default=None,
         metadata=_help(
-            "what the columns are called: prompt=question chosen=good ...", "NAME=COLUMN"
+            "what the columns are called: prompt=question weight=quality ...", "NAME=COLUMN"
         ),
     )
     chat: bool = field(
@@ -190,24 +201,30 @@ class PairArguments:
 
 
 _GROUPS = {
-    "data": ("pairs", "eval_pairs", "columns", "chat", "chat_template_path", "max_length", "too_long"),
+    "data": (
+        "pairs", "eval_pairs", "columns", "pair_values", "chat", "chat_template_path", "max_length", "too_long",
+    ),
     "model": (
         "model", "tokenizer", "output", "device", "threads", "bf16", "gradient_checkpointing", "share_prefixes",
         "lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "merge_adapter",
     ),
-    "loss": ("beta", "dpop_lambda", "loss", "loss_option", "reference"),
+    "loss": ("beta", "dpop_lambda", "loss", "loss_option"),
+    "reference": ("reference", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     "optimisation (AdamW)": (
         "epochs", "steps", "batch_pairs", "accumulate", "global_batch", "learning_rate", "warmup", "schedule",
         "weight_decay", "max_grad_norm", "seed",
     ),
-    "evaluation and checkpoints": ("eval_every", "save_every", "resume", "report_to"),
+    "evaluation and checkpoints": ("eval_every", "save_every", "resume", "report_to", "warn_displacement"),
     "engine": ("engine", "workspace_bytes"),
     "from a file": ("config",),
 }  # fmt: skip
 
 
-_WORDS = {"schedule": "constant", "reference": "precomputed", "lora_targets": "all-linear"}
-"""Defaults of short options that are called something else there than in TRL."""
+_WORDS = {
+    "schedule": "constant", "reference": "precomputed", "lora_targets": "all-linear",
+    "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512, "warn_displacement": "true",
+}  # fmt: skip
+"""Defaults of options that are TRL's, or called something else there."""
 
 
 def short_help() -> str:

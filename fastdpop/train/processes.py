@@ -59,10 +59,17 @@ def layout(config: Any) -> str:
 def check(trainer: Any) -> None:
     """
     Raises:
-        ValueError: what is asked for ends a process without a word.
+        ValueError: what is asked for ends a process without a word, or could not be resumed.
     """
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin and plugin.fsdp_version == 1 and trainer.accelerator.device.type == "cpu":
         raise ValueError(
             "fsdp_version is 1, expected 2 on CPUs: FSDP1 cannot gather a model there, to save it"
+        )
+    deepspeed = trainer.is_deepspeed_enabled
+    if trainer.args.sync_ref_model and (deepspeed or (plugin and plugin.fsdp_version == 1)):
+        kind = "DeepSpeed" if deepspeed else "FSDP1"
+        raise ValueError(
+            f"--sync_ref_model has no place with {kind}, of whose sharded parameters a checkpoint would not hold the "
+            "reference's: shard by FSDP2, or keep a copy of the model in each process"
         )

@@ -14,10 +14,13 @@ from transformers import set_seed
 from trl.scripts.utils import get_dataset
 
 from fastdpop.data import load_pairs
+from fastdpop.data.formats import PAIR_VALUES
 from fastdpop.data.tokens import tokenize
+from fastdpop.integrations.trl.config import value_names
 from fastdpop.integrations.trl.models import UnfitModel
 from fastdpop.integrations.trl.order import prompts
 from fastdpop.integrations.trl.references import hash_of_tokens
+from fastdpop.integrations.trl.values import hash_of_values
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint, processes
 from fastdpop.train.consistency import evaluates
@@ -32,7 +35,7 @@ _FREE = (
     "dataloader_num_workers", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch",
     "dataset_num_proc", "ddp_", "deepspeed", "fsdp", "debug", "skip_memory", "load_best", "metric_for",
     "greater_is", "ignore_data_skip", "include_", "prediction_loss_only", "enable_jit", "restore_",
-    "gradient_checkpointing", "activation_", "torch_empty_cache", "max_length", "local_rank",
+    "gradient_checkpointing", "activation_", "torch_empty_cache", "max_length", "local_rank", "warn_displacement",
 )  # fmt: skip
 """How the names of those of TRL's settings begin on which no number depends that a run computes."""
 _LENGTH = ("num_train_epochs", "max_steps")
@@ -61,10 +64,6 @@ def run(argv: Sequence[str]) -> int:
     identity = _identity(asked, source, train, held_out)
     processes.agree(identity)
     start = _open(output, asked, identity)
-    if start is not None and config.sync_ref_model:
-        raise ValueError(
-            "--resume has no place with --sync_ref_model: checkpoints do not hold the reference"
-        )
     if "eval_on_start" not in asked.given:
         config.eval_on_start = held_out is not None and start is None
     model, ref_model, peft_config = load_model(asked, source)
@@ -149,7 +148,10 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
         label = what
         if Path(what).is_file():
             split, config = "train", None  # the only ones of a file
-    pairs = load_pairs(what, columns=columns, chat=own.chat, split=split, config=config)
+    values = value_names(asked.config)
+    pairs = load_pairs(
+        what, columns=columns, chat=own.chat, split=split, config=config, values=values
+    )
     longest = asked.config.max_length or source.context
     dataset, dropped = tokenize(
         pairs.dataset,
@@ -159,6 +161,7 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
         too_long=own.too_long,
         vocab_size=source.vocab_size,
         num_proc=asked.config.dataset_num_proc,
+        values=values,
     )
     notes = [f"{label}: {len(dataset)} pairs ({pairs.format})"]
     if dropped:
@@ -166,6 +169,13 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     if pairs.unused:
         notes.append(f"columns not used: {', '.join(pairs.unused)}")
     say(", ".join(notes))
+    unasked = [name for name in PAIR_VALUES if name in pairs.unused]
+    if unasked and PartialState().is_main_process:
+        warnings.warn(
+            f"{label}: the loss does not get {' and '.join(unasked)}, expected --pair-values "
+            f"{' '.join([*values, *unasked])} if it is to",
+            stacklevel=2,
+        )
     equal = sum(row["chosen_ids"] == row["rejected_ids"] for row in dataset)
     if equal and PartialState().is_main_process:
         warnings.warn(
@@ -215,6 +225,8 @@ def _identity(asked: Asked, source: Source, train: Any, held_out: Any) -> dict[s
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
     own["training pairs"] = hash_of_tokens(train)
     own["held-out pairs"] = "none" if held_out is None else hash_of_tokens(held_out)
+    for name in value_names(config):
+        own[f"values: {name}"] = hash_of_values(train, name)
     return own
 
 

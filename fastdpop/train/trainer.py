@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from fastdpop.integrations.trl import FastDPOTrainer, batch
+from fastdpop.integrations.trl import FastDPOTrainer, batch, values
 from fastdpop.prefix.sampler import PromptSampler
-from fastdpop.train import checkpoint
+from fastdpop.train import checkpoint, reference
 from fastdpop.train.report import MetricsFile, Progress
 
 
@@ -46,6 +46,8 @@ class PairTrainer(FastDPOTrainer):
         self._identity = identity
         self._of_step = (0, 0)  # batches and pairs of the current step
         super().__init__(*args, **kwargs)
+        config: Any = self.args
+        self._reference_moves: bool = config.sync_ref_model
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         if not self.args.disable_tqdm:
@@ -54,12 +56,19 @@ class PairTrainer(FastDPOTrainer):
             self.add_callback(MetricsFile())
         self.add_callback(_GoOn(self))
 
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, name: str) -> Any:
         """TRL's own would tokenise; see :mod:`fastdpop.data.tokens`."""
+        values.check_dataset(dataset, args, name)
         return dataset
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; whatever ends it, what is printed next begins a line."""
+        """TRL's; whatever ends it, what is printed next begins a line. A reference that moves goes on, too.
+
+        Raises:
+            ValueError: the checkpoint does not hold such a reference.
+        """
+        if isinstance(resume_from_checkpoint, str) and self._reference_moves:
+            reference.load(self.ref_model, Path(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -152,6 +161,8 @@ class PairTrainer(FastDPOTrainer):
         try:
             with self._writing(folder):
                 super()._save_checkpoint(model, trial)
+                if self._reference_moves:
+                    reference.save(self.ref_model, folder, self.args.should_save)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checkpoint.seal(folder, self._identity)

@@ -138,6 +138,13 @@ def test_the_batch_of_all_processes(module: Any, asked: bool | None, tmp_path: P
     assert trainer(DPOTrainer, tmp_path)._fastdpop.global_batch is bool(asked)
 
 
+def test_what_goes_to_the_trainers_arguments(module: Any) -> None:
+    said = {"fastdpop_pair_values": ["weight"], "fastdpop_warn_displacement": False}
+    found = module.FastDpopPlugin().get_training_args(Settings(fastdpop=True, **said))
+    assert found == {"pair_values": ["weight"], "warn_displacement": False}
+    assert {field.name for field in fields(FastDpopTrainingArgs)} >= {*found, "dpop_lambda"}
+
+
 def test_the_entry_point_is_the_plugin(module: Any) -> None:
     tomllib = pytest.importorskip("tomllib")
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]

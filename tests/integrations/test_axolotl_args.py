@@ -64,6 +64,7 @@ def test_a_file() -> None:
         {"dpo_padding_free": True},
         {"context_parallel_size": 1, "tensor_parallel_size": None, "dpo_use_liger_kernel": False},
         {"plugins": None},
+        {"fastdpop_pair_values": ["weight"], "fastdpop_warn_displacement": False},
     ],
 )
 def test_settings_that_go_together(change: dict[str, Any]) -> None:
@@ -110,6 +111,10 @@ def test_every_loss_type(name: str) -> None:
         ({"fastdpop_workspace_bytes": 1.5}, r"fastdpop_workspace_bytes\n.*valid integer"),
         ({"fastdpop_global_batch": 1}, r"fastdpop_global_batch\n.*valid boolean"),
         ({"fastdpop_share_prefixes": "on"}, r"fastdpop_share_prefixes\n.*valid boolean"),
+        ({"fastdpop_warn_displacement": "no"}, r"fastdpop_warn_displacement\n.*valid boolean"),
+        ({"fastdpop_pair_values": "weight"}, r"fastdpop_pair_values\n.*valid list"),
+        ({"fastdpop_pair_values": ["weight", "weight"]}, "pair_values contains 'weight' twice"),
+        ({"fastdpop_pair_values": ["list"]}, "contains 'list', which a trainer cannot give"),
         (
             {"fastdpop_share_prefixes": False, "dpo_padding_free": True},
             "fastdpop_share_prefixes is false beside dpo_padding_free: true, expected true or none",
@@ -134,6 +139,11 @@ def test_settings_that_do_not(change: dict[str, Any], message: str) -> None:
         ({"fastdpop_workspace_bytes": 1}, "fastdpop_workspace_bytes is 1, expected none without"),
         ({"fastdpop_share_prefixes": True}, "fastdpop_share_prefixes is True, expected none"),
         ({"fastdpop_global_batch": True}, "fastdpop_global_batch is True, expected none"),
+        (
+            {"fastdpop_pair_values": ["weight"]},
+            r"fastdpop_pair_values is \['weight'\], expected none",
+        ),
+        ({"fastdpop_warn_displacement": False}, "fastdpop_warn_displacement is False, expected no"),
         (
             {"rl": "dpo", "dpo_loss_type": ["sft", "dpop"]},
             r"dpo_loss_type is \['sft', 'dpop'\], expected TRL's own losses without fastdpop: true",

@@ -18,7 +18,15 @@ from datasets import concatenate_datasets
 import fastdpop
 from fastdpop.hf.forward import attachment_of
 from fastdpop.integrations.trl.cpo import preference
-from tests.integrations.trl_setup import WARNINGS, arguments, gradients, model, namespace, pairs
+from tests.integrations.trl_setup import (
+    MONITOR,
+    WARNINGS,
+    arguments,
+    gradients,
+    model,
+    namespace,
+    pairs,
+)
 from tests.tiny_model import tiny_tokenizer
 
 with warnings.catch_warnings():
@@ -78,7 +86,7 @@ def test_a_loss(options: dict[str, Any], tmp_path: Path, patched: None) -> None:
     largest = max(value.abs().max().item() for value in own_gradient.values())
     for name, value in gradient.items():
         torch.testing.assert_close(value, own_gradient[name], rtol=1e-3, atol=2e-5 * largest)
-    assert set(metrics) == set(own_metrics)
+    assert set(metrics) == {*own_metrics, *MONITOR[:-1]}
     for name, value in own_metrics.items():
         if not name.startswith("logits/"):  # TRL's are those of prompts and padding too
             assert metrics[name] == pytest.approx(value, rel=1e-4), name
@@ -121,6 +129,38 @@ def test_mean_logits_are_those_of_completions(tmp_path: Path, patched: None) -> 
     assert metrics["eval_logits/chosen"] == pytest.approx(
         logits[:, :-1][scored].mean().item(), rel=1e-4
     )
+
+
+def test_the_monitor_token_by_token(tmp_path: Path, patched: None) -> None:
+    """One of the pairs does not differ, and counts for no difference."""
+    data = pairs(4)
+    data = concatenate_datasets(
+        [data, data.select([0]).map(lambda row: {"rejected": row["chosen"]})]
+    )
+    of = trainer(tmp_path, data=data, per_device_train_batch_size=5)
+    batch = of._prepare_inputs(next(iter(of.get_train_dataloader())))
+    _, metrics = of.get_batch_loss_metrics(of.model, batch, "train")
+    first, after = [], []
+    for i in range(5):
+        kept = []
+        for side in ("chosen", "rejected"):
+            ids, labels = batch[f"{side}_input_ids"][i], batch[f"{side}_labels"][i, 1:]
+            with torch.no_grad():
+                logps = of.model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+            scored = labels != -100
+            kept.append((labels[scored], logps[scored].gather(1, labels[scored][:, None])[:, 0]))
+        (tokens, logps), (others, _) = kept
+        place = next(
+            (k for k, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), None
+        )
+        if place is not None:
+            first.append(logps[place].item())
+            after.append(logps[place + 1 :].mean().item())
+    assert len(first) == 4
+    assert metrics["logps/first_difference"] == pytest.approx(sum(first) / 4, rel=1e-4)
+    assert metrics["logps/after_difference"] == pytest.approx(sum(after) / 4, rel=1e-4)
+    assert metrics["ches"] != metrics["ches_normalised"]
+    assert "hinge_on" not in metrics
 
 
 def test_training(tmp_path: Path, patched: None) -> None:

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -19,7 +20,10 @@ from tests.integrations.trl_setup import WARNINGS, pairs, trainer
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
 
 PAIRS = 5
-BY_PAIR = ("rewards/chosen", "rewards/accuracies", "logps/rejected", "logratios/chosen", "penalty")
+BY_PAIR = (
+    *("rewards/chosen", "rewards/accuracies", "logps/rejected", "logratios/chosen", "penalty"),
+    *("hinge_on", "ches", "ches_normalised", "logps/first_difference", "logps/after_difference"),
+)
 BY_TOKEN = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
@@ -70,6 +74,64 @@ def test_an_evaluation_is_over_pairs(batch: int, tmp_path: Path) -> None:
     whole = evaluated(evaluating(tmp_path, PAIRS))
     for name in ("loss", *BY_PAIR, *BY_TOKEN):
         assert found[f"eval_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-4), name
+
+
+def test_the_monitor_is_what_it_says(tmp_path: Path) -> None:
+    """Token by token, from logits and hidden states; one pair does not differ, and one ends with the difference."""
+    data = Dataset.from_list(
+        [
+            {"prompt": "1 + 1 = ", "chosen": "2, of course", "rejected": "3, of course"},
+            {"prompt": "2 + 2 = ", "chosen": "the same", "rejected": "the same"},
+            {"prompt": "4 + 4 = ", "chosen": "that is 8!", "rejected": "that is 9"},
+        ]
+    )
+    of = trainer(FastDPOTrainer, tmp_path, data=data, given={"eval_dataset": data})
+    found = evaluated(of)
+    first, after, ches, normalised, hinge = [], [], [], [], []
+    for row in of.eval_dataset:
+        ids = [row[f"{side}_ids"] for side in ("chosen", "rejected")]
+        states, logps, total = [], [], []
+        for side in ids:
+            whole = torch.tensor([row["prompt_ids"] + side])
+            with torch.no_grad():
+                out = of.model(whole, output_hidden_states=True)
+                ref = of.ref_model(whole).logits
+            start = len(row["prompt_ids"]) - 1
+            states.append(out.hidden_states[-1][0, start:-1].double())
+            both = [
+                logits[0, start:-1].double().log_softmax(-1).gather(1, torch.tensor(side)[:, None])
+                for logits in (out.logits, ref)
+            ]
+            logps.append(both[0][:, 0])
+            total.append((both[0] - both[1]).sum())
+        chosen, rejected = (s.sum(0) for s in states)
+        ches.append((chosen @ rejected - chosen @ chosen).item())
+        chosen, rejected = (s.mean(0) for s in states)
+        normalised.append((chosen @ rejected - chosen @ chosen).item())
+        hinge.append(float(total[0] < 0))
+        place = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), None)
+        if place is not None:
+            first.append(logps[0][place].item())
+            after.append(logps[0][place + 1 :].mean().item())
+    assert (len(first), len(ches)) == (2, 3)
+    for name, values in {
+        "logps/first_difference": first,
+        "logps/after_difference": after,
+        "ches": ches,
+        "ches_normalised": normalised,
+        "hinge_on": hinge,
+    }.items():
+        expected = sum(values) / len(values)
+        assert found[f"eval_{name}"] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+def test_pairs_that_do_not_differ_have_no_first_difference(tmp_path: Path) -> None:
+    data = pairs(4).map(lambda row: {"rejected": row["chosen"]})
+    of = trainer(FastDPOTrainer, tmp_path, data=data, max_steps=1)
+    of.train()
+    row = of.state.log_history[0]
+    assert row["ches"] == row["hinge_on"] * 0.0 == 0.0
+    assert not any("difference" in name for name in row)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)

@@ -26,7 +26,12 @@ WARNINGS = [
 """Of TRL and what it imports, in any of its versions."""
 
 
-OWN = ("penalty", "logratios/chosen", "logratios/rejected")
+MONITOR = (
+    *("ches", "ches_normalised", "logps/first_difference", "logps/after_difference"),
+    "hinge_on",
+)
+"""Of these, all but the last have a meaning without a reference."""
+OWN = ("penalty", "logratios/chosen", "logratios/rejected", *MONITOR)
 """What fastdpop logs and TRL does not."""
 
 
@@ -169,6 +174,7 @@ def logged(of: Any, *names: str) -> list[tuple[float, ...]]:
 
 
 __all__ = [
+    "MONITOR",
     "OWN",
     "RELEASE",
     "WARNINGS",

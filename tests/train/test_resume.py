@@ -168,15 +168,6 @@ def test_a_run_that_goes_on_saves_as_it_is_told_now(files: Files) -> None:
     ]
 
 
-def test_a_reference_that_moves_is_in_no_checkpoint(
-    files: Files, capsys: pytest.CaptureFixture[str]
-) -> None:
-    moves = ("--sync_ref_model", "--ref_model_sync_steps", "1", "--save-every", "1")
-    assert files.run(*moves, "--steps", "2") == 0
-    assert files.run(*moves, "--steps", "3", "--resume") == 1
-    assert "--resume has no place with --sync_ref_model" in capsys.readouterr().err
-
-
 def test_only_the_newest_checkpoints_are_kept(files: Files) -> None:
     assert files.run("--steps", "5", "--save-every", "1") == 0
     assert sorted(p.name for p in files.out.glob("checkpoint-*")) == [

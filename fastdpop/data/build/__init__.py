@@ -100,8 +100,9 @@ class _Rows:
         self.folder = ""
         if isinstance(source, (str, Path)):
             path = Path(source)
-            # Places go without the folder: the same pairs come from a copy elsewhere.
-            self.folder = f"{path if path.is_dir() else path.parent}/"
+            if path.exists():
+                # Places go without the folder: the same pairs come from a copy elsewhere.
+                self.folder = f"{path if path.is_dir() else path.parent}/"
             if kind == "hellaswag" and path.name.lower().endswith(hellaswag.TEXT):
                 if split is not None or config is not None:
                     raise ValueError(

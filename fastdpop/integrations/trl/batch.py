@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdpop.exact import Exact, opened
+from fastdpop.rows import wide_dtype
+
 Inputs = Mapping[str, Any]
+KEY = "pair_values"
+"""Of a batch, where there are any: an :class:`~fastdpop.exact.Exact` of ``(B,)`` float64 tensors by name."""
 
 
 class Part(NamedTuple):
@@ -43,11 +48,11 @@ def check(trainer: Any) -> None:
 def part(trainer: Any, inputs: Inputs) -> Part:
     """What this process computes of its batch; all of it, unless losses are those of all processes' pairs."""
     group = _data_parallel(trainer) if trainer._fastdpop.global_batch else None
-    if group is None:
-        return Part(inputs, {})
     pairs = count(inputs)
+    if group is None:
+        return Part(inputs, _values(inputs, pairs))
     own = kept(trainer, pairs)
-    options: dict[str, Any] = {"group": group}
+    options: dict[str, Any] = {"group": group, **_values(inputs, own)}
     if own == 0:
         # A model must run all the same, where its parameters or its gradients are the others' too.
         device = inputs["input_ids"].device
@@ -55,6 +60,16 @@ def part(trainer: Any, inputs: Inputs) -> Part:
     if own == pairs:
         return Part(inputs, options)
     return Part({n: _first(value, pairs, max(own, 1)) for n, value in inputs.items()}, options)
+
+
+def _values(inputs: Inputs, own: int) -> dict[str, Any]:
+    """The option with the numbers that the data give for the first `own` pairs, where they give any."""
+    if KEY not in inputs:
+        return {}
+    device = inputs["input_ids"].device
+    dtype = wide_dtype(device)
+    values = opened(inputs[KEY]).items()
+    return {KEY: Exact({name: value[:own].to(dtype).to(device) for name, value in values})}
 
 
 def _first(value: Any, pairs: int, own: int) -> Any:

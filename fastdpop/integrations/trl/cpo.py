@@ -41,7 +41,8 @@ def preference(trainer: Any) -> PreferenceLoss:
 def step(
     trainer: Any, model: nn.Module, batch: Mapping[str, Any], train_eval: str
 ) -> tuple[Tensor, dict[str, float]]:
-    """``CPOTrainer.get_batch_loss_metrics``: the loss and TRL's metrics.
+    """``CPOTrainer.get_batch_loss_metrics``: the loss, TRL's metrics, and of the monitor what has a meaning without a
+    reference.
 
     Mean logits are those of completions; TRL's count prompts and padding too.
     """
@@ -60,7 +61,7 @@ def step(
         # No reference: log-ratios are log-probs.
         ref_logps=exact(torch.zeros(len(labels), device=labels.device)),
         preference_options={
-            "statistics": ("mean_logits",),
+            "statistics": ("mean_logits", "displacement"),
             "share_prefixes": trainer._fastdpop.share_prefixes,
         },
         router_loss_weight=float(trainer.aux_loss_coef) if routes else 0.0,
@@ -84,8 +85,19 @@ def step(
             "logits/rejected": logits[1].expand_as(chosen),
             "logits/chosen": logits[0].expand_as(chosen),
             "nll_loss": torch.as_tensor(nll, device=chosen.device).expand_as(chosen).to(chosen),
+            "ches": out.ches,
+            "ches_normalised": out.ches_normalised,
+            # 0 where a pair does not differ, or has nothing behind the difference: counted by the last two.
+            "logps/first_difference": out.first_logps,
+            "logps/after_difference": out.after_logps,
+            "differs": out.differs.to(chosen),
+            "goes on": (out.after_logps != 0).to(chosen),
         }
         gathered = trainer.accelerator.gather_for_metrics(torch.stack([*by_pair.values()], dim=1))
+    values = dict(zip(by_pair, gathered.mean(0).tolist(), strict=True))
+    for name, counted in (("first", "differs"), ("after", "goes on")):
+        mean, share = values.pop(f"logps/{name}_difference"), values.pop(counted)
+        if share:
+            values[f"logps/{name}_difference"] = mean / share
     prefix = "eval_" if train_eval == "eval" else ""
-    values = gathered.mean(0).tolist()
-    return out.loss, {f"{prefix}{n}": v for n, v in zip(by_pair, values, strict=True)}
+    return out.loss, {f"{prefix}{n}": v for n, v in values.items()}

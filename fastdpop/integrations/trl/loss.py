@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any
 
-from fastdpop import checks, losses
+import torch
+
+from fastdpop import checks, losses, pair_values
 from fastdpop.integrations.dpop_lambda import DEFAULT
+from fastdpop.integrations.trl.config import value_names
 from fastdpop.losses.base import PreferenceLoss
 
 _SHARED = ("beta", "divergence", "alpha")
@@ -72,7 +76,7 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
     """What a trainer would find when it is made, before there is one.
 
     Raises:
-        ValueError: as :func:`preference` and :func:`check_given` do.
+        ValueError: as :func:`preference`, :func:`check_given` and :func:`check_values` do.
     """
     if loss is not None:
         check_given(loss, args)
@@ -80,7 +84,7 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
         *("beta", "label_smoothing", "ld_alpha", "use_weighting"),
         *("f_divergence_type", "f_alpha_divergence_coef"),
     ]
-    preference(
+    found = preference(
         SimpleNamespace(
             **{name: getattr(args, name) for name in names},
             args=args,
@@ -89,6 +93,17 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
             _fastdpop=SimpleNamespace(loss=loss),
         )
     )
+    check_values(found, value_names(args))
+
+
+def check_values(loss: PreferenceLoss, names: Sequence[str]) -> None:
+    """What the loss would find in the first step.
+
+    Raises:
+        ValueError: the loss does not read one of the values that it is to be given, or needs another.
+    """
+    nothing = torch.empty(0, dtype=torch.float64)
+    pair_values.checked(dict.fromkeys(names, nothing), loss, 0, nothing.device, False)
 
 
 def unread(args: Any) -> list[str]:

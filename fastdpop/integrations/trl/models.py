@@ -16,8 +16,8 @@ from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
 from fastdpop.integrations.trl import batch, cpo, online
-from fastdpop.integrations.trl.config import shares_prefixes, takes_global_batch
-from fastdpop.integrations.trl.loss import check_given, preference
+from fastdpop.integrations.trl.config import shares_prefixes, takes_global_batch, value_names
+from fastdpop.integrations.trl.loss import check_given, check_values, preference
 from fastdpop.integrations.trl.process import sharding_asked
 from fastdpop.losses.base import PreferenceLoss, check_loss
 
@@ -71,15 +71,14 @@ class UnfitModel(RuntimeError):
     """A model that :func:`fastdpop.attach` refuses."""
 
 
-class AttachedWhenSet:
-    """A trainer's attribute that holds a model: what is assigned is attached, before accelerate wraps it.
+class Held:
+    """A trainer's attribute that a class looks at when it is assigned.
 
     Reading and the place of the value, the instance, are those of a plain attribute.
     """
 
-    def __init__(self, name: str, take: Callable[[Any, Any], None] | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.take = take or _take
 
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
         if trainer is None:
@@ -91,8 +90,22 @@ class AttachedWhenSet:
                 f"{type(trainer).__name__!r} object has no attribute {self.name!r}"
             ) from None
 
+    def __set__(self, trainer: Any, value: Any) -> None:
+        vars(trainer)[self.name] = value
+
+    def __delete__(self, trainer: Any) -> None:
+        del vars(trainer)[self.name]
+
+
+class AttachedWhenSet(Held):
+    """A trainer's attribute that holds a model: what is assigned is attached, before accelerate wraps it."""
+
+    def __init__(self, name: str, take: Callable[[Any, Any], None] | None = None) -> None:
+        super().__init__(name)
+        self.take = take or _take
+
     def __set__(self, trainer: Any, model: Any) -> None:
-        vars(trainer)[self.name] = model
+        super().__set__(trainer, model)
         # Before there is an accelerator, Trainer holds the model for a moment only, not yet on its device. The model
         # inside a wrapper was a trainer's before.
         if (
@@ -102,9 +115,6 @@ class AttachedWhenSet:
             and wrapped(model) is None
         ):
             self.take(trainer, model)
-
-    def __delete__(self, trainer: Any) -> None:
-        del vars(trainer)[self.name]
 
 
 def _take(trainer: Any, model: Any) -> None:
@@ -122,7 +132,7 @@ def _take(trainer: Any, model: Any) -> None:
     # What does not go together fails before training starts.
     if trainer._fastdpop.loss is not None:
         check_given(trainer._fastdpop.loss, trainer.args)
-    preference(trainer)
+    check_values(preference(trainer), value_names(trainer.args))
     wide = takes_global_batch(trainer.args, trainer._fastdpop.global_batch)
     trainer._fastdpop = replace(trainer._fastdpop, global_batch=wide)
     batch.check(trainer)

@@ -14,7 +14,7 @@ from torch import nn
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fastdpop.integrations.trl import cpo, metrics, online, references
+from fastdpop.integrations.trl import cpo, metrics, online, references, values
 from fastdpop.integrations.trl.config import ADDED, FastDPOConfig, check
 from fastdpop.integrations.trl.models import (
     AttachedWhenSet,
@@ -219,6 +219,28 @@ def _patch_dpo(kind: Any) -> None:
     _set(kind, "evaluation_loop", loop)
     _set(kind, "log", log)
     _patch_sampler(kind)
+    _patch_data(kind)
+
+
+def _patch_data(kind: Any) -> None:
+    own_prepare = kind._prepare_dataset
+    own_columns = kind._set_signature_columns_if_needed
+
+    @functools.wraps(own_prepare)
+    def prepare(self: Any, dataset: Any, processing: Any, args: Any, name: str) -> Any:
+        if on_fastdpop(self):
+            values.check_dataset(dataset, args, name)
+        return own_prepare(self, dataset, processing, args, name)
+
+    @functools.wraps(own_columns)
+    def columns(self: Any) -> None:
+        own_columns(self)
+        if on_fastdpop(self):
+            values.keep_columns(self)
+
+    _set(kind, "data_collator", values.CollatedWithValues("data_collator"))
+    _set(kind, "_prepare_dataset", prepare)
+    _set(kind, "_set_signature_columns_if_needed", columns)
 
 
 def _patch_sampler(kind: Any) -> None:

@@ -29,6 +29,7 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import hash_module
 
 from fastdpop.hf.tree_attention import original
+from fastdpop.integrations.trl import values
 from fastdpop.integrations.trl.loss import preference
 from fastdpop.version import VERSION
 
@@ -136,7 +137,7 @@ def _key(trainer: Any, dataset: Dataset, batch_size: int) -> str:
         "ld_alpha": preference(trainer).traits.ld_alpha,
         # What is cut off, and how sequences are padded, by which products are rounded.
         "batches": (batch_size, args.max_length, args.truncation_mode),
-        "collator": Hasher.hash(trainer.data_collator),
+        "collator": Hasher.hash(values.without(trainer.data_collator)),
     }
     text = json.dumps(parts, sort_keys=True, default=_plain)
     key = [hashlib.sha256(text.encode()).hexdigest()]
@@ -163,8 +164,8 @@ def hash_of_tokens(dataset: Dataset) -> str:
     for table in dataset.select_columns(list(_TOKENS)).with_format("arrow").iter(1000):
         for name in _TOKENS:
             lists = table.column(name).combine_chunks()
-            for values in (lists.value_lengths(), lists.flatten()):
-                found.update(values.cast("int64").to_numpy().tobytes())
+            for numbers in (lists.value_lengths(), lists.flatten()):
+                found.update(numbers.cast("int64").to_numpy().tobytes())
     return found.hexdigest()
 
 

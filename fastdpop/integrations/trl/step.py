@@ -24,7 +24,7 @@ from fastdpop.rows import IGNORE, wide_dtype
 
 Inputs = Mapping[str, Any]
 
-_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", batch.KEY}
 _IMAGES = ("pixel", "image", "video")
 
 
@@ -47,7 +47,7 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         preference=preference(trainer),
         ref_logps=exact(ref_logps),
         preference_options={
-            "statistics": LOGGED,
+            "statistics": (*LOGGED, "displacement"),
             "share_prefixes": _shares(trainer),
             **part.options,
         },

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from fastdpop.integrations.trl import metrics, references
+from fastdpop.integrations.trl import metrics, references, values
 from fastdpop.integrations.trl.models import AttachedWhenSet, checked_settings
 from fastdpop.integrations.trl.order import by_prompt, without_padding_warning
 from fastdpop.integrations.trl.step import Inputs, precomputed, step
+from fastdpop.integrations.trl.values import CollatedWithValues
 from fastdpop.losses.base import PreferenceLoss
 
 
@@ -24,19 +25,24 @@ class FastDPOTrainer(DPOTrainer):
             and ``use_weighting`` apply to it. Rewards are logged with its beta, or the config's if it has none.
 
     ``args`` may be a ``DPOConfig`` or a :class:`FastDPOConfig`, of which the latter has `dpop_lambda`,
-    `share_prefixes` and `global_batch`. Everything that ``DPOTrainer`` logs is logged, as means
-    over the pairs or tokens since the last time; in nats, ``logratios/chosen`` and ``logratios/rejected``, with their
-    standard errors over pairs after an evaluation; and ``penalty``, DPOP's hinge in nats.
+    `share_prefixes`, `global_batch`, `pair_values` and `warn_displacement`. Everything that ``DPOTrainer`` logs is
+    logged, as means over the pairs or tokens since the last time; in nats, ``logratios/chosen`` and
+    ``logratios/rejected``, with their standard errors over pairs after an evaluation; ``penalty``, DPOP's hinge in
+    nats; and what shows whether chosen completions are displaced: ``hinge_on``, ``logps/first_difference``,
+    ``logps/after_difference``, ``ches`` and ``ches_normalised`` (docs/trl.md).
 
     Raises:
         ValueError: the data are images, the loss types are not known or do not go together, a setting asks for
-            another implementation of the loss, or one has no effect beside `loss`.
+            another implementation of the loss, or one has no effect beside `loss`; a column that `pair_values` names is
+            missing, holds something else than finite numbers, or is not read by the loss, or one that it needs is not
+            named.
         TypeError: `loss` is no loss.
         RuntimeError: the model has no output embedding that can be read, as when it is quantised.
     """
 
     model = AttachedWhenSet("model")
     ref_model = AttachedWhenSet("ref_model")
+    data_collator = CollatedWithValues("data_collator")
 
     def __init__(
         self,
@@ -49,6 +55,14 @@ class FastDPOTrainer(DPOTrainer):
         self._fastdpop = checked_settings(engine, workspace_bytes, loss)
         with without_padding_warning():
             super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, name: str) -> Any:
+        values.check_dataset(dataset, args, name)
+        return super()._prepare_dataset(dataset, processing, args, name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        values.keep_columns(self)
 
     def _compute_loss(self, model: nn.Module, inputs: Inputs, return_outputs: bool) -> Any:
         return step(self, model, inputs, return_outputs)
