@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -179,7 +178,7 @@ def _build(args: argparse.Namespace) -> int:
     columns = schema(chat=args.chat, edit=args.kind in CORRUPTED)
     write(pairs, args.out, columns, force=args.force)
     if args.json:
-        print(json.dumps({"out": str(args.out), **dataclasses.asdict(counts)}, indent=1))
+        print(json.dumps({"out": str(args.out), **vars(counts)}, indent=1))
     else:
         print(_said(args.out, counts))
     return 0

@@ -390,7 +390,7 @@ def test_arguments(tmp_path: Path) -> None:
         ("arc", "arc_challenge/test.jsonl", 1172, 3515),
         ("hellaswag", "hellaswag/hellaswag_val_full.txt.bz2", 10042, 30126),  # as in the paper
         ("hellaswag", "hellaswag/val_first1000.jsonl", 1000, 3000),
-        ("gsm8k", "gsm8k/train.jsonl", 7473, 7351),
+        ("gsm8k", "gsm8k/train.jsonl", 7473, 7356),
         ("gsm8k", "gsm8k/test.jsonl", 1319, 1298),
         ("metamath", "metamath_gsm8k_backward/GSM8K_Backward.jsonl", 1270, 947),
     ],
