@@ -1,6 +1,6 @@
 """Measures the numbers of docs/theory.md and draws its picture: python docs/theory.py
 
-On SmolLM2-135M-Instruct, about ten minutes on one core. The formulas used here are those that
+On SmolLM2-135M-Instruct, about a quarter of an hour on one core. The formulas used here are those that
 tests/theory holds against autograd.
 """
 
@@ -23,8 +23,9 @@ LAMBDAS = (0.0, 0.5, 5.0, 50.0, 500.0)
 """Those of which shares are given; 0 is DPO."""
 TESTED = 6
 """Pairs that tests/theory measures again."""
-STEPPED = 12
-"""Pairs whose gradients with respect to all parameters are taken; each takes some 8 seconds."""
+STEPPED = (12, 6)
+"""Pairs whose gradients with respect to all parameters are taken, at the reference and after DPO;
+each takes some 8 seconds."""
 DPO_STEPS = 10
 """Of the short DPO run after which they are taken again."""
 
@@ -290,7 +291,7 @@ def measure(pair: EditPair, found: Contexts) -> Measured:
 
 
 def report(rows: list[Measured]) -> None:
-    """Print the numbers of sections 4 and 5 of docs/theory.md."""
+    """Print the shares of wrong-way gradients, and the log-probs around the edit."""
     found = [row.thresholds for row in rows]
     print(f"{len(rows)} pairs, {sum(len(row.chosen) for row in rows)} tokens after the edit")
     print("log-prob after, chosen prefix  ", mean(row.chosen for row in rows))
@@ -314,23 +315,22 @@ def report(rows: list[Measured]) -> None:
 
 
 def report_steps(model: Any, tokenizer: Any) -> None:
-    """Print the numbers of section 7: at the reference, and after a short run of DPO."""
+    """Print what steps of all parameters do, at the reference and after a short run of DPO."""
     train, test = (
         [pair for pair in edit_pairs(tokenizer, split) if pair.shipped]
         for split in ("train", "test")
     )
-    for state in ("At the reference", f"After {DPO_STEPS} steps of DPO"):
-        if state != "At the reference":
-            train_with_dpo(model, train, DPO_STEPS)
+    for steps, count in zip((0, DPO_STEPS), STEPPED, strict=True):
+        train_with_dpo(model, train, steps)
         with torch.no_grad():
-            scored = [(p.edit, completion_logps(model, p)[0]) for p in test[:STEPPED]]
-        print(f"{state}: held-out chosen log-prob before and after the edit:")
+            scored = [(p.edit, completion_logps(model, p)[0]) for p in test[: STEPPED[0]]]
+        print(f"\nAfter {steps} steps of DPO; held-out chosen log-prob before and after the edit:")
         print(mean(row[:edit] for edit, row in scored))
         print(mean(row[edit + 1 :] for edit, row in scored))
         moved = batch_step(model, train[-4:], test[:4])
         for name, (own, other) in zip(DIRECTIONS, moved.T.tolist(), strict=True):
             print(f"a batch's step along {name}: own {own:.3g}, held-out {other:.3g}")
-        for pair in test[:STEPPED]:
+        for pair in test[:count]:
             inner = gram(model, pair)
             dpo, hinge = effects(inner, 0.0)[2], effects(inner, 1.0)[2] - effects(inner, 0.0)[2]
             print(f"after the edit: DPO {dpo:.3g}, hinge {hinge:.3g}, lambda {-dpo / hinge:.3g}")
