@@ -123,6 +123,9 @@ def test_any_call(call: Call, name: str) -> None:
 @settings(max_examples=150)
 @given(calls(), st.sampled_from(list(LOSSES)))
 def test_any_loss_in_float64(call: Call, name: str) -> None:
+    # In a ranking, a completion cannot be its own rival.
+    own_rival = any(chosen == rejected for chosen, rejected in call.pairs or ())
+    assume(not ("list" in LOSSES[name].traits.needs and own_rival))
     call.example = call.example.to(torch.float64)
     call.example.ref_logps = call.example.ref_logps.double()
     check(call, LOSSES[name])

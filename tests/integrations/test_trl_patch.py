@@ -408,7 +408,8 @@ def test_annotations_that_are_made_when_asked_for(monkeypatch: pytest.MonkeyPatc
     assert "__annotations__" not in vars(Config)
     monkeypatch.setattr(patching, "DPOConfig", Config)
     patching._patch_config()
-    flags = {"share_prefixes": bool | None, "global_batch": bool | None}
+    flags: dict[str, Any] = {"share_prefixes": bool | None, "global_batch": bool | None}
+    flags |= {"pair_values": list[str] | None, "warn_displacement": bool}
     added = {"dpop_lambda": float, **flags}
     assert Config.__annotations__ == {"beta": float} | added
     while patching._undo:
