@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from decimal import Decimal
 from importlib import resources
 from typing import Any
 
+from fastdpop.data.arithmetic import NUMBER, Result, as_arithmetic, evaluate, is_right, made_wrong
 from fastdpop.data.read import read_json
 
-_ANNOTATION = re.compile(r"<<[^<>]*=([^<>=]*)>>")
+_ANNOTATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
+_SHOWN = re.compile(rf"({NUMBER})(?![\d.,]*\d)")
 
 
 def shipped_problems(split: str) -> list[dict[str, Any]]:
@@ -40,26 +41,33 @@ def without_annotations(answer: str) -> str:
     return _ANNOTATION.sub("", answer)
 
 
+def annotated_results(answer: str) -> list[Result]:
+    """The intermediate results of a GSM8K answer, at their places in ``without_annotations(answer)``.
+
+    GSM8K marks every result with a calculator annotation. The last one is the final answer's and not
+    among these, nor is one that its calculation contradicts, or that the text does not repeat.
+    """
+    results = []
+    for mark in list(_ANNOTATION.finditer(answer))[:-1]:
+        calculation, written = mark.groups()
+        shown = _SHOWN.match(answer, mark.end())
+        if not shown or shown[1].replace(",", "") != written.replace(",", "").strip():
+            continue
+        truth = evaluate(as_arithmetic(calculation))
+        if truth is None or is_right(shown[1], truth):
+            start = len(without_annotations(answer[: mark.end()]))
+            results.append(Result(start, shown[1], truth))
+    return results
+
+
 def corrupt(answer: str, rng: random.Random) -> str | None:
     """Make one intermediate result of a GSM8K answer wrong; leave all else, the answer included.
 
-    This is how the DPOP paper builds rejected completions from chosen ones (arXiv:2402.13228,
-    Appendix D). GSM8K marks every result with a calculator annotation; the last one is the final
-    answer's and is never touched.
-
     Returns:
         The corrupted answer without annotations, to set against ``without_annotations(answer)``;
-        None without an intermediate result that is a plain number right after its annotation.
+        None without an intermediate result, see :func:`annotated_results`.
     """
-    places = []
-    for mark in list(_ANNOTATION.finditer(answer))[:-1]:
-        shown = re.match(r"\d+(?:\.\d+)?(?![\d.,]*\d)", answer[mark.end() :])
-        if shown and shown.group() == mark.group(1):
-            places.append((mark.end(), shown.group()))
-    if not places:
+    results = annotated_results(answer)
+    if not results:
         return None
-    start, right = rng.choice(places)
-    errors = [e for e in (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10) if Decimal(right) + e > 0]
-    wrong = str(Decimal(right) + rng.choice(errors))
-    end = start + len(right)
-    return without_annotations(answer[:start]) + wrong + without_annotations(answer[end:])
+    return made_wrong(rng.choice(results), rng).applied(without_annotations(answer))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 
 import pytest
 
-from fastdpop.data.gsm8k import corrupt, shipped_problems, without_annotations
+from fastdpop.data.gsm8k import corrupt, shipped_pairs, shipped_problems, without_annotations
 
 ANSWER = "Each costs $25 + $22 = $<<25+22=47>>47.\nAll cost 16 * 47 = $<<16*47=752>>752.\n#### 752"
 
@@ -30,12 +32,27 @@ def test_corrupts_the_only_intermediate_result() -> None:
     [
         "No annotation.\n#### 3",
         "Only the last: <<1+2=3>>3\n#### 3",
-        "Shown otherwise: <<1000*2=2000>>2,000 and <<2000+1=2001>>2001\n#### 2001",
+        "Shown otherwise: <<1/2=.5>>0.5 and <<.5+1=1.5>>1.5\n#### 1.5",
+        "Not so: <<2*3=5>>5 and <<5+1=6>>6\n#### 6",
         "Longer number: <<1+1=2>>20 and <<2+1=3>>3\n#### 3",
     ],
 )
 def test_answers_without_a_plain_intermediate_result(answer: str) -> None:
     assert corrupt(answer, random.Random(0)) is None
+
+
+def test_commas() -> None:
+    answer = "<<500*2=1000>>1,000 then <<1000*0.5=500>>500\n#### 500"
+    wrong = {corrupt(answer, random.Random(seed)) for seed in range(200)}
+    values = ("990", "995", "997", "998", "999", "1,001", "1,002", "1,003", "1,005", "1,010")
+    assert wrong == {f"{value} then 500\n#### 500" for value in values}
+
+
+def test_pairs_of_the_shipped_problems_stay_as_they_are() -> None:
+    """What the demo and the benchmarks train on; their published numbers depend on it."""
+    for split, known in (("train", "d2e28c3fa0dc5eee"), ("test", "cdacd2990247555f")):
+        pairs = json.dumps([shipped_pairs(split, seed) for seed in (0, 1, 2)])
+        assert hashlib.sha256(pairs.encode()).hexdigest()[:16] == known
 
 
 def test_decimals() -> None:
