@@ -48,7 +48,7 @@ class Schedule:
 SCHEDULES = {
     "gsm8k": Schedule(steps=40, groups=4, learning_rate=2e-5, every=10, held_out=64, train=40),
     "arc": Schedule(
-        steps=48, groups=16, learning_rate=2e-5, every=12, held_out=24, train=24, questions=True
+        steps=48, groups=16, learning_rate=5e-5, every=12, held_out=24, train=24, questions=True
     ),
 }
 

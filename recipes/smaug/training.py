@@ -56,16 +56,15 @@ def perform(run: Run, source: Source, folder: Path, load: Loader, threads: int) 
     model.load_state_dict(initial)
     sets = load_sets(run, source, tokenizer)
     references = folder / "references" / f"{run.untrained().key}.pt"
-    with _precision(run):
-        if run.loss == UNTRAINED:
-            numbers = _untrained(model, sets, references)
-        else:
-            known = torch.load(references, weights_only=True)
-            numbers = _trained(model, run, sets, known)
-        if sets.questions:
-            model.eval()
-            with torch.no_grad():
-                numbers["questions"] = answer_questions(model, sets.questions)
+    if run.loss == UNTRAINED:
+        numbers = _untrained(model, run, sets, references)
+    else:
+        known = torch.load(references, weights_only=True)
+        numbers = _trained(model, run, sets, known)
+    if sets.questions:
+        model.eval()
+        with torch.no_grad(), _precision(run):
+            numbers["questions"] = answer_questions(model, sets.questions)
     wall = time.monotonic() - start
     everything = {
         "name": run.name,
@@ -105,6 +104,7 @@ def _loaded(load: Loader) -> tuple[Any, Any, dict[str, Tensor]]:
 
 
 def _precision(run: Run) -> contextlib.AbstractContextManager[Any]:
+    """For forward passes with the same weights: autocast keeps rounded copies of them until its end."""
     if run.precision == "bfloat16":
         return torch.autocast("cpu", torch.bfloat16)
     return contextlib.nullcontext()
@@ -117,12 +117,12 @@ def _packed(sets: Sets) -> Iterator[Any]:
         yield fastdpop.pack(*([row[side] for row in rows] for side in sides))[0]
 
 
-def _untrained(model: Any, sets: Sets, references: Path) -> Numbers:
+def _untrained(model: Any, run: Run, sets: Sets, references: Path) -> Numbers:
     """Score everything with the reference, which is the model before training."""
     model.eval()
     known: dict[str, Any] = {"batches": []}
     evaluation: Numbers = {"step": 0}
-    with torch.no_grad():
+    with torch.no_grad(), _precision(run):
         for batch in _packed(sets):
             known["batches"].append(model(**batch, return_logps=True).logps)
         for name in WATCHED:
@@ -149,14 +149,16 @@ def _trained(model: Any, run: Run, sets: Sets, known: dict[str, Any]) -> Numbers
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * min(1.0, step / plan.warmup)
         model.train()
-        out = model(**batch, preference=loss, ref_logps=fastdpop.exact(reference))
+        with _precision(run):
+            out = model(**batch, preference=loss, ref_logps=fastdpop.exact(reference))
         out.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
         training.append(_step_numbers(step, out, norm, reference))
         optimizer.step()
         optimizer.zero_grad()
         if step % plan.every == 0 or step == plan.steps:
-            evaluations.append(_evaluation(model, step, sets, known, last=step == plan.steps))
+            with _precision(run):
+                evaluations.append(_evaluation(model, step, sets, known, last=step == plan.steps))
     return {"training": training, "evaluations": evaluations}
 
 

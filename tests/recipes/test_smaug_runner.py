@@ -37,7 +37,12 @@ def problem(i: int) -> dict[str, str]:
 
 
 def question(i: int) -> dict[str, Any]:
-    return {"id": f"q{i}", "question": f"What is {i}?", "choices": ["a b", "cde", "f", "gh"], "label": i % 4}
+    return {
+        "id": f"q{i}",
+        "question": f"What is {i}?",
+        "choices": ["a b", "cde", "f", "gh"],
+        "label": i % 4,
+    }
 
 
 @pytest.fixture
@@ -117,6 +122,19 @@ def test_both_losses_see_the_same_batches_and_differ(folder: Path, tmp_path: Pat
     assert ipo["training"][0]["loss"] == pytest.approx((1 / 0.6) ** 2, rel=1e-4)
 
 
+def test_bfloat16_trains_as_float32_does(folder: Path, tmp_path: Path) -> None:
+    """Every step sees the weights that the last one has left."""
+    source = Source("folder", folder)
+    changes = []
+    for precision in ("float32", "bfloat16"):
+        schedule = dataclasses.replace(TINY, steps=6, learning_rate=3e-3)
+        run = dataclasses.replace(run_of(source, schedule=schedule), precision=precision)
+        result = finish(run, source, tmp_path / "out")
+        changes.append(result["evaluations"][-1]["train"]["chosen"]["change"])
+    assert changes[0] > 1
+    assert changes[1] == pytest.approx(changes[0], rel=0.1)
+
+
 def test_settings_and_data_change_the_key(folder: Path) -> None:
     source = Source("folder", folder)
     run = run_of(source)
@@ -188,12 +206,16 @@ def test_answers_are_those_of_plain_log_softmax(folder: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_main_resumes_and_does_nothing_twice(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls: list[str] = []
 
     def perform_here(todo: Any, source: Source, output: Path, *_: Any, **__: Any) -> list[str]:
-        for run in runner.missing([r for run in todo for r in (run.untrained(), run)], output):
+        everything = [one for run in todo for one in (run.untrained(), run)]
+        for run in runner.missing(everything, output):
             calls.append(run.name)
             perform(run, source, output, load_tiny, 1)
         return []
@@ -271,7 +293,7 @@ def fake(run: Run, end: float) -> dict[str, Any]:
 
     def evaluation(step: int) -> dict[str, Any]:
         value = end * step / 4 - 0.5
-        side = {n: value for n in ("sum", "change", "per_token", "before", "at", "after")}
+        side = dict.fromkeys(("sum", "change", "per_token", "before", "at", "after"), value)
         one = {"chosen": side, "rejected": {n: v - 1 for n, v in side.items()}, "told_apart": 0.5}
         one["by_position"] = {
             "places": [-2, -1, 0, 1, 2],
