@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpop.demo import BLUE, GREY, ORANGE
 from recipes.smaug.runs import BETA, BETAS, LAMBDAS, UNTRAINED
-from recipes.smaug.tables import TITLES, Arm, Result, Results, Spread, course, last
+from recipes.smaug.tables import TITLES, Arm, Result, Results, Spread, course, last, side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def figure2(results: Results) -> Figure:
     _plain(axes[0], "GSM8K: correct solution after the edit", PER_TOKEN)
     _bars(
         axes[0],
-        _of_losses(results, "gsm8k", lambda e: e["held_out"]["chosen"]["after"], [*TITLES]),
+        _of_losses(results, "gsm8k", side("held_out", "chosen", "after"), [*TITLES]),
         ".2f",
     )
     _plain(axes[1], "GSM8K: pairs told apart", "share of held-out pairs")
@@ -143,39 +143,56 @@ def figure2(results: Results) -> Figure:
 
 
 def figure3(results: Results) -> Figure:
-    """Chosen log-probs of training pairs against the step, and by place around the edit."""
+    """Chosen log-probs of training pairs against the step, and of held-out ones by place around the edit."""
     figure = _figure(
-        "GSM8K: where and when correct solutions lose their probability",
-        f"{MODEL}. {_seeds(results[Arm.of('gsm8k', 'dpo')])} Right: held-out pairs, place 0 is the first token that "
-        f"differs; each line is moved to 0 at place {MINUS}1.",
-        (11, 4.8),
+        "GSM8K: when and where correct solutions lose their probability",
+        f"{MODEL}. Middle and right: held-out pairs after training; place 0 is the first token that differs. "
+        + _seeds(results[Arm.of("gsm8k", "dpo")]),
+        (13, 4.8),
     )
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
-    _plain(left, "Correct solutions of the training set", PER_TOKEN, "training step")
-    _plain(right, "By place around the edit, after training", "difference of log-probability (nats)",
-           "place relative to the first differing token")  # fmt: skip
+    axes = figure.subplots(1, 3)
+    place = "place relative to the first differing token"
+    _plain(axes[0], "Correct solutions of the training set", PER_TOKEN, "training step")
+    _plain(axes[1], f"Log-probability, less that at place {MINUS}1", "nats", place)
+    _plain(axes[2], "Change of the log-probability by training", "nats", place)
     for loss in list(TITLES)[1:]:
-        steps, ys = course(
-            results, Arm.of("gsm8k", loss), lambda e: e["train"]["chosen"]["per_token"]
-        )
-        _line(left, steps, ys, COLOURS[loss], TITLES[loss])
+        arm = Arm.of("gsm8k", loss)
+        steps, ys = course(results, arm, side("train", "chosen", "per_token"))
+        _line(axes[0], steps, ys, COLOURS[loss], TITLES[loss])
+    untrained = results[Arm.of("gsm8k", UNTRAINED)]
     for loss in TITLES:
-        places, ys = _by_position(results[Arm.of("gsm8k", loss)])
-        _line(right, places, ys, COLOURS[loss], TITLES[loss], ":" if loss == UNTRAINED else "-")
-    left.legend(frameon=False)
-    right.legend(frameon=False, loc="lower left")
-    right.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+        own = results[Arm.of("gsm8k", loss)]
+        style = ":" if loss == UNTRAINED else "-"
+        _line(axes[1], *_relative(own, None), COLOURS[loss], TITLES[loss], style)
+        if loss != UNTRAINED:
+            _line(axes[2], *_relative(own, untrained), COLOURS[loss], TITLES[loss])
+    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=9)
+    for panel in axes[1:]:
+        panel.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+    axes[2].axhline(0, color=GREY, linewidth=0.8)
     return figure
 
 
-def _by_position(results: Sequence[Result]) -> tuple[list[int], list[Spread]]:
-    """Relative to the place before the edit; places that fewer than half of the pairs have are left out."""
+def _relative(
+    results: Sequence[Result], untrained: Sequence[Result] | None
+) -> tuple[list[int], list[Spread]]:
+    """By place, relative to the place before the edit or to the untrained model; places that fewer than half
+    of the pairs have are left out.
+    """
     positions = [r["evaluations"][-1]["held_out"]["by_position"] for r in results]
     places, pairs = positions[0]["places"], positions[0]["pairs"]
-    base = places.index(-1)
     kept = [i for i in range(len(places)) if 2 * pairs[i] >= max(pairs)]
+    if untrained is None:
+        before = places.index(-1)
+        bases = [[p["means"][before]] * len(places) for p in positions]
+    else:
+        # The held-out pairs are the same for all seeds.
+        own = untrained[0]["evaluations"][-1]["held_out"]["by_position"]["means"]
+        bases = [own] * len(positions)
     return [places[i] for i in kept], [
-        Spread([p["means"][i] - p["means"][base] for p in positions]) for i in kept
+        Spread([p["means"][i] - base[i] for p, base in zip(positions, bases, strict=True)])
+        for i in kept
     ]
 
 
@@ -191,7 +208,7 @@ def figure4(results: Results) -> Figure:
         _plain(axes, TITLES[loss], PER_TOKEN if loss == "dpo" else "", "training step")
         for beta, style in zip(BETAS, (":", "-", "--"), strict=True):
             arm = Arm.of("gsm8k", loss, beta=beta)
-            steps, ys = course(results, arm, lambda e: e["held_out"]["chosen"]["after"])
+            steps, ys = course(results, arm, side("held_out", "chosen", "after"))
             _line(axes, steps, ys, COLOURS[loss], f"beta {beta:g}", style)
         axes.legend(frameon=False, loc="lower left")
     return figure
@@ -206,13 +223,13 @@ def _train_and_held_out(data: str, title: str) -> Callable[[Results], Figure]:
         ):
             _plain(axes, said, PER_TOKEN if name == "train" else "", "training step")
             for loss in list(TITLES)[1:]:
-                for side, style in (("chosen", "-"), ("rejected", "--")):
+                for of, style in (("chosen", "-"), ("rejected", "--")):
                     steps, ys = course(
                         results,
                         Arm.of(data, loss),
-                        lambda e, name=name, side=side: e[name][side]["per_token"],
+                        side(name, of, "per_token"),
                     )
-                    label = f"{TITLES[loss]}, {side}"
+                    label = f"{TITLES[loss]}, {of}"
                     _line(axes, steps, ys, COLOURS[loss], label, style)
         panels[0].legend(frameon=False, fontsize=9)
         return figure
@@ -234,9 +251,9 @@ def figure_lambda(results: Results) -> Figure:
     ]
     xs = list(range(len(runs)))
     _plain(left, "Change of log-probability", "nats per solution, mean", "lambda")
-    for side, colour, style in (("chosen", BLUE, "-"), ("rejected", ORANGE, "--")):
-        ys = [last(found, lambda e, side=side: e["held_out"][side]["change"]) for found in runs]
-        _line(left, xs, ys, colour, {"chosen": "correct", "rejected": "corrupted"}[side], style)
+    for of, colour, style in (("chosen", BLUE, "-"), ("rejected", ORANGE, "--")):
+        ys = [last(found, side("held_out", of, "change")) for found in runs]
+        _line(left, xs, ys, colour, {"chosen": "correct", "rejected": "corrupted"}[of], style)
     left.axhline(0, color=GREY, linewidth=1, zorder=0)
     left.legend(frameon=False)
     _plain(right, "Pairs told apart", "share of held-out pairs", "lambda")

@@ -85,6 +85,11 @@ def load(folder: Path) -> dict[Arm, list[Result]]:
     return found
 
 
+def side(pairs: str, of: str, what: str) -> Callable[[Any], float]:
+    """What an evaluation says of the chosen or rejected completions of ``held_out`` or ``train`` pairs."""
+    return lambda evaluation: evaluation[pairs][of][what]
+
+
 def last(results: Sequence[Result], pick: Callable[[Any], float]) -> Spread:
     """A number of the last evaluation."""
     return Spread([pick(result["evaluations"][-1]) for result in results])
@@ -105,13 +110,13 @@ def course(
 
 
 COLUMNS: dict[str, tuple[Callable[[Any], float], str]] = {
-    "held-out chosen": (lambda e: e["held_out"]["chosen"]["change"], "+.1f"),
-    "rejected": (lambda e: e["held_out"]["rejected"]["change"], "+.1f"),
+    "held-out chosen": (side("held_out", "chosen", "change"), "+.1f"),
+    "rejected": (side("held_out", "rejected", "change"), "+.1f"),
     "told apart": (lambda e: e["held_out"]["told_apart"], ".2f"),
-    "per token": (lambda e: e["held_out"]["chosen"]["per_token"], ".3f"),
-    "after the edit": (lambda e: e["held_out"]["chosen"]["after"], ".3f"),
-    "train chosen": (lambda e: e["train"]["chosen"]["change"], "+.1f"),
-    "train per token": (lambda e: e["train"]["chosen"]["per_token"], ".3f"),
+    "per token": (side("held_out", "chosen", "per_token"), ".3f"),
+    "after the edit": (side("held_out", "chosen", "after"), ".3f"),
+    "train chosen": (side("train", "chosen", "change"), "+.1f"),
+    "train per token": (side("train", "chosen", "per_token"), ".3f"),
 }
 
 
