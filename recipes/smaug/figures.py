@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,18 @@ def draw(results: Results, folder: Path) -> Iterator[Path]:
     for name, (painter, needs) in FIGURES.items():
         if not all(results.get(arm) for arm in needs):
             continue
-        figure = painter(results)
         path = folder / f"{name}.png"
-        figure.savefig(path)
+        _save(painter(results), path)
         yield path
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """With 256 colours, in a third of the bytes."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _figure(title: str, below: str, size: tuple[float, float] = (10, 4.6)) -> Figure:

@@ -270,6 +270,31 @@ def test_runs_are_those_of_the_issue() -> None:
     assert [run.loss for run in quick] == ["dpo", "dpop", "ipo"]
 
 
+@pytest.mark.usefixtures("tiny")
+def test_quick_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The excerpt's problems are enough for what quick runs watch."""
+    monkeypatch.setattr(runs, "QUICK", {"gsm8k": dataclasses.replace(TINY, max_tokens=1000)})
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+
+    def perform_none(todo: Any, source: Source, output: Path, *_: Any, **__: Any) -> list[str]:
+        seen.extend([*todo, output])
+        return []
+
+    monkeypatch.setattr("recipes.smaug.__main__.perform_all", perform_none)
+    assert main(["--quick"]) == 0
+    assert [run.source for run in seen[:-1]] == ["excerpt"] * 3
+    assert seen[-1] == Path("build/smaug-quick")
+    sets = load_sets(seen[0], Source("excerpt"), tiny_tokenizer())
+    assert len(sets.held_out) == 2
+
+
+def test_the_excerpt_has_enough_problems() -> None:
+    pairs = list(Source("excerpt").pairs("gsm8k", "test", 0))
+    assert len(pairs) >= runs.QUICK["gsm8k"].held_out
+    assert len(list(Source("excerpt").pairs("gsm8k", "train", 0))) >= runs.QUICK["gsm8k"].train
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
