@@ -211,6 +211,7 @@ def test_main_resumes_and_does_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    pytest.importorskip("matplotlib")
     calls: list[str] = []
 
     def perform_here(todo: Any, source: Source, output: Path, *_: Any, **__: Any) -> list[str]:
@@ -347,6 +348,7 @@ def write_fakes(output: Path) -> None:
 
 
 def test_all_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     write_fakes(tmp_path / "out")
     paths = list(figures.draw(tables.load(tmp_path / "out"), tmp_path / "out"))
     assert [path.stem for path in paths] == [*figures.FIGURES]
