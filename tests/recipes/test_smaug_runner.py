@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("trl")
+
 import fastdpop
 from recipes.smaug import figures, runner, runs, tables
 from recipes.smaug.__main__ import main
