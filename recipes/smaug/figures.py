@@ -154,7 +154,7 @@ def figure2(results: Results) -> Figure:
 def figure3(results: Results) -> Figure:
     """Chosen log-probs of training pairs against the step, and of held-out ones by place around the edit."""
     figure = _figure(
-        "GSM8K: when and where correct solutions lose their probability",
+        "GSM8K: when and where training changes correct solutions",
         f"{MODEL}. Middle and right: held-out pairs after training; place 0 is the first token that differs. "
         + _seeds(results[Arm.of("gsm8k", "dpo")]),
         (13, 4.8),
@@ -208,7 +208,7 @@ def _relative(
 def figure4(results: Results) -> Figure:
     """Held-out solutions after the edit for several beta."""
     figure = _figure(
-        "GSM8K: a larger beta slows DPO's fall and does not stop it",
+        "GSM8K: DPO and DPOP with several beta",
         f"{MODEL}, correct solutions to held-out problems, tokens after the edit. "
         + _seeds(results[Arm.of("gsm8k", "dpo")]),
     )
@@ -219,13 +219,13 @@ def figure4(results: Results) -> Figure:
             arm = Arm.of("gsm8k", loss, beta=beta)
             steps, ys = course(results, arm, side("held_out", "chosen", "after"))
             _line(axes, steps, ys, COLOURS[loss], f"beta {beta:g}", style)
-        axes.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc="lower left", handlelength=3.2)
     return figure
 
 
 def _train_and_held_out(data: str, title: str) -> Callable[[Results], Figure]:
     def paint(results: Results) -> Figure:
-        figure = _figure(title, f"{MODEL}. {_seeds(results[Arm.of(data, 'dpo')])}")
+        figure = _figure(title, f"{MODEL}. {_seeds(results[Arm.of(data, 'dpo')])}", (11, 4.6))
         panels = figure.subplots(1, 2, sharey=True)
         for axes, name, said in zip(
             panels, ("train", "held_out"), ("Training set", "Held out"), strict=True
@@ -240,7 +240,8 @@ def _train_and_held_out(data: str, title: str) -> Callable[[Results], Figure]:
                     )
                     label = f"{TITLES[loss]}, {of}"
                     _line(axes, steps, ys, COLOURS[loss], label, style)
-        panels[0].legend(frameon=False, fontsize=9)
+        lines = panels[0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside right center", frameon=False, handlelength=3.2)
         return figure
 
     return paint
@@ -265,11 +266,12 @@ def figure_lambda(results: Results) -> Figure:
         _line(left, xs, ys, colour, {"chosen": "correct", "rejected": "corrupted"}[of], style)
     left.axhline(0, color=GREY, linewidth=1, zorder=0)
     left.legend(frameon=False)
-    _plain(right, "Pairs told apart", "share of held-out pairs", "lambda")
-    _line(
-        right, xs, [last(found, lambda e: e["held_out"]["told_apart"]) for found in runs], BLUE, ""
-    )
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _plain(right, "Correct solution after the edit", PER_TOKEN, "lambda")
+    after = side("held_out", "chosen", "after")
+    _line(right, xs, [last(found, after) for found in runs], BLUE, "trained")
+    before = last(results[Arm.of("gsm8k", UNTRAINED)], after).mean
+    right.axhline(before, color=GREY, linestyle=":", label="untrained")
+    right.legend(frameon=False)
     for axes in (left, right):
         axes.set_xticks(xs, ["0", *(f"{x:g}" for x in LAMBDAS)])
     return figure
