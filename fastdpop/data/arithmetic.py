@@ -104,10 +104,10 @@ _REWRITTEN = (
     (re.compile(r"(?<![\d.])(\d*\.?\d+)\s*\\?%"), r"(\1/100)"),
     (re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])"), "*"),
     (re.compile(r"(?<=[\d)])\s*of(?: the)?\s*(?=[\d(])"), "*"),
-    (re.compile(r"\s*/\s*(?:per\s+)?[A-Za-z]{2,}"), " "),  # dollars/hour
-    (re.compile(r"[A-Za-z][A-Za-z'’-]*[A-Za-z'’]"), " "),
     (re.compile(r"(?<=[\d)])\s*\("), "*("),
     (re.compile(r"\)\s*(?=[\d.])"), ")*"),
+    (re.compile(r"\s*/\s*(?:per\s+)?[A-Za-z]{2,}"), " "),  # dollars/hour
+    (re.compile(r"[A-Za-z][A-Za-z'’-]*[A-Za-z'’]"), " "),
 )
 
 
