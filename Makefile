@@ -157,7 +157,7 @@ demo: setup ## train a small language model with DPO and with DPOP, and see the 
 # The data sets come from the Hub, or from ../shared/data where that is.
 DATA := $(wildcard ../shared/data)
 smaug: export HF_HUB_OFFLINE := $(if $(DATA),1,0)
-smaug: setup ## the DPOP paper's experiments on SmolLM2-135M, into build/smaug (HOURS on 2 cores; goes on where it was)
+smaug: setup ## the DPOP paper's experiments on SmolLM2-135M, into build/smaug (1 hour; goes on where it was)
 	$(BIN)/python -m recipes.smaug $(if $(DATA),--data $(DATA)) $(ARGS)
 
 smaug-quick: setup ## a part of them, on problems that are brought along, into build/smaug-quick (10 minutes)

@@ -124,7 +124,7 @@ def figure2(results: Results) -> Figure:
     _plain(axes[0], "GSM8K: correct solution after the edit", PER_TOKEN)
     _bars(
         axes[0],
-        _of_losses(results, "gsm8k", side("held_out", "chosen", "after"), [*TITLES]),
+        _of_losses(results, "gsm8k", side("held_out", "chosen", "after_text"), [*TITLES]),
         ".2f",
     )
     _plain(axes[1], "GSM8K: pairs told apart", "share of held-out pairs")

@@ -14,6 +14,7 @@ from fastdpop.analysis.score import (
     PairScores,
     around_edit,
     by_position,
+    parts_around,
     score_pairs,
 )
 from recipes.smaug.data import Group, Row
@@ -37,10 +38,11 @@ def pair_numbers(scores: PairScores, untrained: Tensor) -> Numbers:
 
     Returns:
         For each side ``sum`` (log-prob of a completion), ``per_token`` (mean over all tokens), ``before``,
-        ``at`` and ``after`` (mean over the tokens around the first difference), each with a standard error
-        over pairs in ``errors``, and the log-ratio ``change`` against the untrained model; ``told_apart``,
-        the share of pairs whose chosen completion has gained more than the rejected one, and ``likelier``, the
-        share of those in which it is the likelier one.
+        ``at`` and ``after`` (mean over the tokens around the first difference), ``end`` (the last token, which
+        ends the text) and ``after_text`` (``after`` without it), each with a standard error over pairs in
+        ``errors``, and the log-ratio ``change`` against the untrained model; ``told_apart``, the share of pairs
+        whose chosen completion has gained more than the rejected one, and ``likelier``, the share of those in
+        which it is the likelier one.
     """
     sums = sums_of(scores)
     changes = sums - untrained
@@ -51,6 +53,8 @@ def pair_numbers(scores: PairScores, untrained: Tensor) -> Numbers:
             "change": _mean(change),
             "per_token": Mean.of(scores.side(side)),
             **around_edit(scores, side),
+            "after_text": Mean.of([part["after"][:-1] for part in parts_around(scores, side)]),
+            "end": Mean.of([logps[-1:] for logps in scores.side(side)]),
         }
         found[side] = {name: mean.mean for name, mean in means.items()}
         found[side]["errors"] = {name: mean.standard_error for name, mean in means.items()}
