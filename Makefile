@@ -33,7 +33,7 @@ $(foreach name,VENV AXOLOTL,$(if $(and $($(name)),$(filter 1,$(words [$($(name))
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize demo clean
+.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize demo smaug smaug-quick clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -153,6 +153,15 @@ sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 
 demo: setup ## train a small language model with DPO and with DPOP, and see the difference
 	$(BIN)/fastdpop demo $(ARGS)
+
+# The data sets come from the Hub, or from ../shared/data where that is.
+DATA := $(wildcard ../shared/data)
+smaug: export HF_HUB_OFFLINE := $(if $(DATA),1,0)
+smaug: setup ## the DPOP paper's experiments on SmolLM2-135M, into build/smaug (1 hour; goes on where it was)
+	$(BIN)/python -m recipes.smaug $(if $(DATA),--data $(DATA)) $(ARGS)
+
+smaug-quick: setup ## a part of them, on problems that are brought along, into build/smaug-quick (10 minutes)
+	$(BIN)/python -m recipes.smaug --quick $(ARGS)
 
 clean: ## remove .venv and everything built
 	rm -rf -- "$(VENV)" "$(VENV)-llamafactory" "$(AXOLOTL)" build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
