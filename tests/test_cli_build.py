@@ -109,6 +109,18 @@ def test_no_half_file(
         assert {file.name for file in tmp_path.iterdir()} - {name} == {source.name}
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "new.jsonl"])
+def test_nothing_is_written_into_the_source(
+    name: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = source.read_bytes()
+    arguments = ["gsm8k", str(source.parent), "--out", str(source.parent / name), "--force"]
+    assert main(["pairs", "build", *arguments]) == 1
+    assert "expected a file outside the source" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    assert [file.name for file in source.parent.iterdir()] == [source.name]
+
+
 def test_mistakes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = write(tmp_path / "there.jsonl", {})
     for out, more, message in (

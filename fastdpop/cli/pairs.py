@@ -160,8 +160,14 @@ def _build(args: argparse.Namespace) -> int:
     from fastdpop.data.build import CORRUPTED, Counts, build
     from fastdpop.data.build.write import schema, write
 
-    if args.out.exists() and Path(args.source).exists() and args.out.samefile(args.source):
+    source = Path(args.source)
+    if args.out.exists() and source.exists() and args.out.samefile(source):
         raise ValueError(f"--out is {str(args.out)!r}, which is the source itself")
+    # Whatever lies there is read: a file of the source would be replaced, a new one be read the next time.
+    if source.is_dir() and source.resolve() in args.out.resolve().parents:
+        raise ValueError(
+            f"--out is {str(args.out)!r}, expected a file outside the source, {args.source!r}"
+        )
     counts = Counts()
     pairs = build(
         args.kind,
