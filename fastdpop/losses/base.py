@@ -320,13 +320,15 @@ class FunctionLoss(PreferenceLoss):
 
 
 class _MadeUp(dict[str, Tensor]):
-    """Values of three pairs under any name that a function asks for."""
+    """Values of three pairs under any name that a function asks for: above 0 and below 1, as weights,
+    margins, scores and probabilities may all be.
+    """
 
     def __contains__(self, name: object) -> bool:
         return True
 
     def __missing__(self, name: str) -> Tensor:
-        self[name] = torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)
+        self[name] = torch.tensor([0.5, 0.875, 0.25], dtype=torch.float64)
         return self[name]
 
     def get(self, name: str, default: object = None) -> Tensor:
@@ -369,9 +371,17 @@ def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> F
         values=_MadeUp(),
     )
     loss = FunctionLoss(function, Traits(needs_reference=False, reads=None), beta)
-    together = loss(trial)
-    apart = torch.cat([loss(trial[i : i + 1]) for i in range(3)])
-    if not torch.allclose(together, apart, rtol=1e-9, atol=0.0):
+    try:
+        together = loss(trial)
+        apart = torch.cat([loss(trial[i : i + 1]) for i in range(3)])
+    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+        if not trial.values:
+            raise
+        raise ValueError(
+            f"{function!r} cannot be tried: on three pairs with made-up values {dict(trial.values)} it raises "
+            f"{type(error).__name__} ({error}). Pass it undecorated: the whole batch is then evaluated together"
+        ) from error
+    if not torch.allclose(together, apart, rtol=1e-9, atol=0.0, equal_nan=True):
         raise ValueError(
             f"{function!r} is not pairwise: on three pairs at once it gives {together.tolist()}, "
             f"one by one {apart.tolist()}. Pass it undecorated: the whole batch is then evaluated "

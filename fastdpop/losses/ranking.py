@@ -71,12 +71,16 @@ def ranked(lists: Sequence[Sequence[int]]) -> tuple[Tensor, dict[str, Tensor]]:
         ``{"list": (P,) int64}``.
 
     Raises:
-        ValueError: a list has fewer than two sequences, or one of them twice.
+        ValueError: a list is none of indices, has fewer than two, or one of them twice.
     """
     for number, sequences in enumerate(lists):
-        if len(sequences) < 2 or len(set(sequences)) < len(sequences):
+        if (
+            not isinstance(sequences, Sequence)
+            or not all(type(sequence) is int and sequence >= 0 for sequence in sequences)
+            or not 2 <= len(sequences) == len(set(sequences))
+        ):
             raise ValueError(
-                f"lists[{number}] is {list(sequences)}, expected at least two sequences, each of them once"
+                f"lists[{number}] is {sequences!r}, expected the indices of at least two sequences, each of them once"
             )
     pairs = [pair for sequences in lists for pair in itertools.pairwise(sequences)]
     numbers = [number for number, of in enumerate(lists) for _ in of[1:]]

@@ -157,6 +157,22 @@ def test_a_function_that_compares_values_is_not_pairwise() -> None:
         pairwise(divided)
 
 
+def test_a_pairwise_function_may_read_probabilities() -> None:
+    def likely(pairs: PairLogps) -> Tensor:
+        return pairs.chosen * torch.logit(pairs.values["p"]) * (1 - pairs.values["p"]).sqrt()
+
+    def undefined(pairs: PairLogps) -> Tensor:
+        return pairs.chosen * (pairs.values["p"] - 1).sqrt()  # NaN, together and one by one
+
+    def looked_up(pairs: PairLogps) -> Tensor:
+        return pairs.chosen * torch.tensor([1.0, 2.0])[pairs.values["kind"].long() + 9]
+
+    pairwise(likely)
+    pairwise(undefined)
+    with pytest.raises(ValueError, match=r"cannot be tried: .*made-up values .*IndexError"):
+        pairwise(looked_up)
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_no_values_are_no_values(trained: bool) -> None:
     example = batch(3, trained=trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -137,8 +138,20 @@ def test_ranked() -> None:
     none, of_none = losses.ranked([])
     assert none.shape == (0, 2)
     assert of_none["list"].shape == (0,)
-    for wrong in ([[0]], [[0, 1], [2, 3, 2]]):
-        with pytest.raises(ValueError, match=r"lists\[\d\] is .*, expected at least two sequences"):
+    wrong: Any
+    for wrong in (
+        [[0]],
+        [[0, 1], [2, 3, 2]],
+        [0, 1],
+        [None],
+        [[0, -1]],
+        [[0.0, 1.0]],
+        [[False, True]],
+        ["01"],
+    ):
+        with pytest.raises(
+            ValueError, match=r"lists\[\d\] is .*, expected the indices of at least two sequences"
+        ):
             losses.ranked(wrong)
 
 
