@@ -12,7 +12,17 @@ from torch import Tensor
 
 from fastdpop import checks, losses
 from fastdpop.arguments import Given, Weighting, begun
-from fastdpop.call import LOGGED, Batch, LMHead, Loss, Options, Pairs, Reference, RefLogps
+from fastdpop.call import (
+    LOGGED,
+    Batch,
+    LMHead,
+    Loss,
+    Options,
+    Pairs,
+    PairValues,
+    Reference,
+    RefLogps,
+)
 from fastdpop.distributed.parallel import Parallel, uncompiled_with_groups
 from fastdpop.output import PreferenceOutput
 from fastdpop.preference import logps, preference_loss
@@ -47,11 +57,13 @@ def fused_dpop_loss(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     pairs: Pairs | None = None,
+    pair_values: PairValues | None = None,
     shift_labels: bool = True,
     reduction: str = "mean",
     engine: str = "auto",
     workspace_bytes: int | None = None,
     statistics: Sequence[str] = (),
+    state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
     cp_group: Ranks | None = None,
@@ -92,11 +104,13 @@ def fused_dpop_loss(
         logit_scale=logit_scale,
         temperature=temperature,
         pairs=pairs,
+        pair_values=pair_values,
         shift_labels=shift_labels,
         reduction=reduction,
         engine=engine,
         workspace_bytes=workspace_bytes,
         statistics=statistics,
+        state_columns=state_columns,
         check_finite=check_finite,
         group=group,
         cp_group=cp_group,
@@ -126,11 +140,13 @@ def fused_preference_loss(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     pairs: Pairs | None = None,
+    pair_values: PairValues | None = None,
     shift_labels: bool = True,
     reduction: str = "mean",
     engine: str = "auto",
     workspace_bytes: int | None = None,
     statistics: Sequence[str] = (),
+    state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
     cp_group: Ranks | None = None,
@@ -161,13 +177,21 @@ def fused_preference_loss(
         pairs: ``(P, 2)`` indices of chosen and rejected sequence; by default the first half against the second. A
             sequence may serve several pairs and is scored once; one that no pair uses is not scored. -1 stands for a
             side that does not exist, for losses that take unpaired data (KTO).
+        pair_values: numbers that the data give for each pair, ``(P,)`` by name, finite, float64, float32 or integers.
+            ``"weight"`` multiplies a pair's loss, whichever that is (at least 0; a mean stays one over pairs). Others
+            are the loss's, which reads them as ``PairLogps.values``, a function of yours any: ``"margin"`` is in units
+            of the implicit reward, after beta; ``"offset"`` in nats, before beta; ``"chosen_score"`` and
+            ``"rejected_score"`` are rewards that someone gave; ``"list"`` is the id of the list that a pair is of.
         shift_labels: the hidden state at t predicts the label at t + 1. False: labels are already shifted.
         reduction: ``"mean"`` or ``"sum"`` over pairs, or ``"none"``: a ``(P,)`` loss, which costs a trained lm_head 4
             matrix products, not 3.
         engine: ``"auto"`` or a name in :func:`fastdpop.engines.available`.
         workspace_bytes: bound on scratch memory, gradients and the copied rows ``(N, H)`` excluded; 512 MiB by default,
             on a GPU a sixteenth of its memory if that is more. A pair beyond it is computed in pieces, twice.
-        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass.
+        statistics: any of ``"entropy"``, ``"mean_logits"``, ``"token_accuracy"``, computed in the same pass, and
+            ``"displacement"``: where log-probs of chosen completions fall, and the CHES score, as said there.
+        state_columns: how many columns of `hidden`, from the left, are the state that the CHES score is of, where what
+            adapters of the lm_head computed stands behind it; all by default.
         check_finite: raise if the loss is not finite (waits for the device).
         group: processes that have pairs of their own, as a process group or a device mesh of one dimension. Totals,
             means and losses that couple pairs are over the pairs of all of them; so is `loss`. One may have none.
@@ -197,7 +221,15 @@ def fused_preference_loss(
             Batch(hidden, labels, cu_seqlens, shift_labels, hidden_index),
             LMHead(weight, bias, transform, engine, workspace_bytes),
             Reference(ref_logps, ref_hidden, ref_weight, ref_bias, kl),
-            Options(losses.as_loss(loss), pairs, reduction, statistics, check_finite),
+            Options(
+                losses.as_loss(loss),
+                pairs,
+                reduction,
+                statistics,
+                check_finite,
+                pair_values,
+                state_columns,
+            ),
         )
 
     found = begun(given, hidden, parallel, vocab_size, sequence_parallel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import checks, engines, losses, ops
+from fastdpop.displacement import Displacement, displacement
 from fastdpop.distributed import collectives
 from fastdpop.distributed.parallel import Shard
 from fastdpop.engines.base import NO_GRAD, NeedsGrad, default_workspace
@@ -21,10 +22,14 @@ from fastdpop.transform import LogitTransform
 
 Pairs = Tensor | Sequence[Sequence[int]]
 RefLogps = Tensor | Sequence[Tensor]
+PairValues = Mapping[str, Tensor]
 Loss = str | PreferenceLoss | Callable[[PairLogps], Tensor]
 
 LOGGED = ("entropy", "mean_logits", "token_accuracy")
-"""Statistics that a caller may ask for."""
+"""Statistics of rows that a caller may ask for."""
+
+DISPLACEMENT = "displacement"
+"""What a caller may ask for besides; see :mod:`fastdpop.displacement`."""
 
 
 class LMHead(NamedTuple):
@@ -73,20 +78,37 @@ class Options(NamedTuple):
     reduction: str
     statistics: Sequence[str]
     check_finite: bool
+    pair_values: PairValues | None
+    state_columns: int | None
 
-    def check(self) -> None:
-        """Values among those that exist."""
+    def check(self, width: int) -> None:
+        """Values among those that exist, and columns among the `width` that there are."""
         checks.choice("reduction", self.reduction, ("mean", "sum", "none"))
-        checks.statistics(self.statistics, LOGGED)
+        checks.statistics(self.statistics, (*LOGGED, DISPLACEMENT))
         checks.flag("check_finite", self.check_finite)
+        columns = self.state_columns
+        if columns is not None and (type(columns) is not int or not 1 <= columns <= width):
+            raise ValueError(
+                f"state_columns is {columns!r}, expected a number from 1 to {width}, the width of hidden"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The statistics that are logged or that the loss reads."""
-        return tuple(dict.fromkeys((*self.statistics, *self.loss.traits.statistics)))
+        """The statistics of rows that are logged or that the loss reads."""
+        return tuple(dict.fromkeys((*self.logged, *self.loss.traits.statistics)))
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """The statistics of rows that are logged."""
+        return tuple(name for name in self.statistics if name != DISPLACEMENT)
+
+    @property
+    def displacement(self) -> bool:
+        """Whether it is asked for."""
+        return DISPLACEMENT in self.statistics
 
 
-NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False)
+NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False, None, None)
 
 
 class Batch(NamedTuple):
@@ -193,8 +215,9 @@ class Call:
 
     def pair_loss(
         self, loss: PairLoss, totals: Sequence[float] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, differentiable; sequence log-probs ``(S,)`` and statistics ``(K, N)``, detached.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, differentiable; sequence log-probs ``(S,)``, statistics ``(K, N)`` and log-probs ``(N,)`` of rows,
+        detached.
 
         `totals`: pairs, sides and chosen tokens of the whole batch, where there is more of it.
         """
@@ -203,15 +226,22 @@ class Call:
             statistics=loss.statistics,
             reduction="mean" if loss.mean else "sum",
             loss=losses.key_of(loss.function),
+            values=tuple(loss.values),
         )
-        total, sums, found, *_ = ops.pair_loss(
+        total, sums, found, logps, *_ = ops.pair_loss(
             self.rows_hidden(loss.rows),
             self.weight,
             self.bias,
             loss.rows.tensors(),
             loss.ref_logps,
             loss.kl,
+            torch.stack(list(loss.values.values())) if loss.values else None,
             totals,
             spec.text(),
         )
-        return total, sums.detach(), found.detach()
+        return total, sums.detach(), found.detach(), logps.detach()
+
+    def displacement(self, rows: Rows, logps: Tensor, columns: int | None) -> Displacement:
+        """Of the pairs, from the log-probs ``(N,)`` of the rows and so many columns of hidden states."""
+        hidden, bound = self.hidden.detach()[:, :columns], self.spec.workspace_bytes
+        return Displacement(*displacement(hidden, logps.detach(), rows.tensors(), bound))

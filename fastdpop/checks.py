@@ -399,6 +399,19 @@ def kl(value: object, used: bool, device: torch.device) -> None:
     _unrounded("kl", tensor)
 
 
+def pair_value(name: str, value: object, pairs: int, device: torch.device) -> None:
+    """``(P,)`` numbers of the data."""
+    found = _tensor(name, value)
+    if found.dtype == torch.bool or found.is_complex():
+        raise ValueError(f"{name} has dtype {found.dtype}, expected floating point or integers")
+    if found.is_floating_point():
+        _unrounded(name, found)
+    _shape(name, found, (pairs,), "one value per pair")
+    _device(name, found, device)
+    if found.requires_grad:
+        raise ValueError(f"{name} requires grad, expected numbers of the data: detach it")
+
+
 def weighting(
     token_weights: Tensor | None,
     ld_alpha: float | None,
@@ -429,20 +442,3 @@ def weighting(
                 f"ld_alpha compares sequences i and i + S / 2, expected an even number of sequences, "
                 f"got {sequences}"
             )
-
-
-def finite(loss: Tensor, **inputs: Tensor | None) -> None:
-    """The loss is finite; if it is not, the message names the input that is not finite either."""
-    if bool(torch.isfinite(loss).all()):
-        return
-    wrong = [
-        name
-        for name, value in inputs.items()
-        if value is not None and not bool(torch.isfinite(value).all())
-    ]
-    cause = (
-        f"{' and '.join(wrong)} not finite"
-        if wrong
-        else "every input is finite, so the loss overflowed"
-    )
-    raise FloatingPointError(f"the loss is not finite: {cause}")

@@ -1,6 +1,6 @@
 """The operators: schemas, shapes and autograd, registered with torch.library once for all engines.
 
-``torch.compile`` and ``opcheck`` see five opaque operators; inside, the engine that the `spec` names
+``torch.compile`` and ``opcheck`` see opaque operators; inside, the engine that the `spec` names
 does the work.
 
     fastdpop::rows_from_labels    labels -> rows (sizes depend on the data)
@@ -313,9 +313,10 @@ def pair_loss(
     rows: Sequence[Tensor],
     ref_logps: Tensor | None,
     kl: Tensor | None,
+    values: Tensor | None,
     totals: Sequence[float] | None,
     spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and gradients in one pass, for a loss that treats each pair by itself.
 
     Args:
@@ -323,13 +324,14 @@ def pair_loss(
         rows: what :func:`rows_from_labels` gave.
         ref_logps: ``(2, P)`` reference log-probs of chosen and rejected.
         kl: 0-d, KTO's reference point.
+        values: ``(K, P)`` float64, a line for each name of the spec's.
         totals: pairs, sides and chosen tokens of a batch of which these rows are a part; None where they are all
             of it.
 
     Returns:
         loss, 0-d (differentiable), these rows' share of it; sequence log-probs ``(S,)`` in float64;
-        statistics ``(K, N)``; and the gradients of the loss, in the result dtype, empty where not
-        needed: they are what backward scales.
+        statistics ``(K, N)``; log-probs ``(N,)`` of rows; and the gradients of the loss, in the
+        result dtype, empty where not needed: they are what backward scales.
     """
     s = Spec.parse(spec)
     layout = Rows.of_tensors(rows)
@@ -343,6 +345,7 @@ def pair_loss(
         s.statistics,
         mean=s.reduction == "mean",
         count=None if totals is None else int(totals[0]),
+        values={} if values is None else dict(zip(s.values, values, strict=True)),
     )
     problem = _problem(hidden, weight, bias, layout.targets, layout.bounds, s)
     with _engine_context(hidden.device):
@@ -359,7 +362,8 @@ def pair_loss(
             "not give: detach it, or let the loss couple pairs (a plain function does)"
         )
     total = total.to(s.result_dtype)
-    return total, sequence_logps, found.statistics, *_filled(found.gradients, found.logps)
+    gradients = _filled(found.gradients, found.logps)
+    return total, sequence_logps, found.statistics, found.logps, *gradients
 
 
 def _total(loss: PairLoss, found: EngineOutput) -> tuple[Tensor, Tensor]:
@@ -379,9 +383,10 @@ def _(
     rows: Sequence[Tensor],
     ref_logps: Tensor | None,
     kl: Tensor | None,
+    values: Tensor | None,
     totals: Sequence[float] | None,
     spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     s = Spec.parse(spec)
     sequences = Rows(*rows).inputs.shape[0]
 
@@ -392,6 +397,7 @@ def _(
         new(),
         hidden.new_empty((sequences,), dtype=wide_dtype(hidden.device)),
         new(len(s.statistics), hidden.shape[0]),
+        new(hidden.shape[0]),
         new(*hidden.shape, needed=s.needs_grad.hidden),
         new(*weight.shape, needed=s.needs_grad.weight),
         new(weight.shape[0], needed=s.needs_grad.bias),
@@ -399,16 +405,16 @@ def _(
 
 
 def _pair_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, rows, _, _, _, ctx.spec = inputs
+    hidden, weight, bias, rows, _, _, _, _, ctx.spec = inputs
     ctx.row_tensors = len(rows)
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[4:])
 
 
 def _pair_loss_backward(ctx: Any, factor: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
     of_rows: list[None] = [None] * ctx.row_tensors
-    others = (None, None, None, None)  # ref_logps, kl, totals, spec
+    others = (None,) * 5  # ref_logps, kl, values, totals, spec
     if factor is None:
         return None, None, None, of_rows, *others
     needs_grad = Spec.parse(ctx.spec).needs_grad

@@ -27,6 +27,14 @@ class PreferenceOutput:
         entropy, mean_logits, token_accuracy: ``(S,)`` token means over each input sequence (0 for
             an empty one, and for one that no pair uses) of the statistics in
             :data:`fastdpop.engines.STATISTICS`; None unless asked for.
+        first_logps: ``(P,)`` chosen log-prob, in nats, of the first scored token in which a pair's completions differ;
+            rejected_first_logps: the rejected one's of its token there; after_logps: mean chosen log-prob of the tokens
+            after it. 0 where there is no such token.
+        differs: ``(P,)`` bool, whether there is one on the chosen side. Not where a side is absent, or where the chosen
+            completion is the beginning of the rejected one.
+        ches: ``(P,)`` CHES score (arXiv:2410.08847), the higher, the more the pair will lower its own chosen log-prob;
+            ches_normalised: of mean hidden states instead of summed ones. 0 where a side is absent. These six are None
+            unless ``"displacement"`` is asked for.
     """
 
     loss: Tensor
@@ -42,3 +50,9 @@ class PreferenceOutput:
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None
+    first_logps: Tensor | None = None
+    rejected_first_logps: Tensor | None = None
+    after_logps: Tensor | None = None
+    differs: Tensor | None = None
+    ches: Tensor | None = None
+    ches_normalised: Tensor | None = None

@@ -11,8 +11,8 @@ loss itself is :mod:`fastdpop.losses`'; which row counts for which sequence is :
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdpop import losses
 from fastdpop.engines.base import PairLossPlan, RowValues
-from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.losses.base import WEIGHT, PairLogps, PreferenceLoss
 from fastdpop.rows import Rows, wide_dtype
 
 
@@ -68,6 +68,7 @@ class PairLoss:
         count: pairs that a mean is over, where there are others beside these.
         summed: adds up what is known of each sequence ``(S,)`` over the processes that hold parts of it, where
             there are several; :meth:`dlogp` is then of no use.
+        values: ``(P,)`` numbers that the data give for each pair, by name.
     """
 
     rows: Rows
@@ -79,6 +80,7 @@ class PairLoss:
     mean: bool = True
     count: int | None = None
     summed: Callable[[Tensor], Tensor] | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -91,7 +93,13 @@ class PairLoss:
         statistics; differentiable.
         """
         return self._pairs(
-            self.rows, sequence_logps, statistics, self.ref_logps, self.lengths, self.summed
+            self.rows,
+            sequence_logps,
+            statistics,
+            self.ref_logps,
+            self.values,
+            self.lengths,
+            self.summed,
         )
 
     @property
@@ -120,17 +128,18 @@ class PairLoss:
         own = self.rows.order[self.rows.groups[2, first] : self.rows.groups[2, last]]
         ref_logps = None if self.ref_logps is None else self.ref_logps[:, own]
         sums = part.sum_per_sequence(values.logps).requires_grad_()
-        pairs = self._pairs(part, sums, values.statistics, ref_logps)
+        of_pairs = {name: value[own] for name, value in self.values.items()}
+        pairs = self._pairs(part, sums, values.statistics, ref_logps, of_pairs)
         total = self.of_pairs(pairs).sum() * self.share
         # A loss may ignore the policy altogether.
         found = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
         return part.sum_per_row(found.detach())
 
     def plan(self) -> PairLossPlan | None:
-        """The loss in plain numbers, if every group is one pair with two sides and unweighted
-        tokens.
+        """The loss in plain numbers, if every group is one pair with two sides, unweighted tokens
+        and no values.
         """
-        if self.ref_logps is None or self.rows.weights is not None:
+        if self.ref_logps is None or self.rows.weights is not None or self.values:
             return None
         kind = type(self.function)
         # The package's own: a user's class may have the name of one.
@@ -149,7 +158,7 @@ class PairLoss:
         )
 
     def of_pairs(self, pairs: PairLogps) -> Tensor:
-        """The loss of each of these pairs, ``(P,)``; differentiable."""
+        """The loss of each of these pairs, ``(P,)``, times its weight if it has one; differentiable."""
         if len(pairs.chosen) == 0:
             return pairs.chosen  # a user's function need not know what to do without pairs
         values = self.function(pairs)
@@ -157,7 +166,8 @@ class PairLoss:
             raise ValueError(
                 f"the loss {self.function!r} returned {values.dtype}, expected floating point"
             )
-        return values
+        weight = pairs.values.get(WEIGHT)
+        return values if weight is None else values * weight
 
     def _pairs(
         self,
@@ -165,10 +175,11 @@ class PairLoss:
         sequence_logps: Tensor,
         statistics: Tensor,
         ref_logps: Tensor | None,
+        values: Mapping[str, Tensor],
         lengths: Tensor | None = None,
         summed: Callable[[Tensor], Tensor] | None = None,
     ) -> PairLogps:
-        """The same for a part of the batch, whose reference log-probs are `ref_logps`."""
+        """The same for a part of the batch, whose reference log-probs are `ref_logps`, and its values these."""
         aligned = None
         if "aligned_logps" in self.statistics:
             line = statistics[self.statistics.index("aligned_logps")]
@@ -182,6 +193,7 @@ class PairLoss:
             aligned=aligned,
             kl=self.kl,
             lengths=lengths,
+            values=values,
         )
 
 
@@ -194,6 +206,7 @@ def pair_logps(
     aligned: Tensor | None = None,
     kl: Tensor | None = None,
     lengths: Tensor | None = None,
+    values: Mapping[str, Tensor],
 ) -> PairLogps:
     """Gather the two sides of every pair.
 
@@ -205,6 +218,7 @@ def pair_logps(
         aligned: ``(S,)`` token sums of the `aligned_logps` statistic.
         kl: 0-d, KTO's reference point.
         lengths: ``(S,)`` tokens of each sequence; by default those that are rows.
+        values: ``(P,)`` numbers of each pair, by name.
     """
     if lengths is None:
         lengths = rows.lengths
@@ -227,6 +241,7 @@ def pair_logps(
         batch_pairs=totals.pairs,
         batch_sides=totals.sides,
         batch_chosen_tokens=totals.chosen_tokens,
+        values=values,
     )
 
 

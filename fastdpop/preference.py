@@ -7,7 +7,7 @@ With other processes, all make sure first that each of them will come as far as 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpop import checks
+from fastdpop import checks, pair_values
 from fastdpop.arguments import Given, Weighting, device_of
-from fastdpop.call import Batch, Call, LMHead, Options, Reference
+from fastdpop.call import DISPLACEMENT, Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
 from fastdpop.distributed.agreement import meeting
 from fastdpop.distributed.pairs import joined_pairs, whole_sequences
@@ -37,6 +37,7 @@ class _Prepared(NamedTuple):
     rows: Rows
     ref_logps: Tensor | None
     ref_call: Call | None
+    values: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ class _Whole:
     def count(self) -> int | None:
         """Pairs, where there are others."""
         return None if self.totals is None else self.totals[0]
+
+
+class _Computed(NamedTuple):
+    """
+    Attributes:
+        total: the loss, differentiable.
+        losses: ``(P,)`` of pairs; sums: ``(S,)`` log-probs of sequences.
+        found: ``(K, N)`` statistics of rows; logps: ``(N,)`` their log-probs.
+    """
+
+    total: Tensor
+    losses: Tensor
+    sums: Tensor
+    found: Tensor
+    logps: Tensor
 
 
 def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
@@ -91,13 +107,13 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
         mean=options.reduction == "mean",
         count=whole.count,
         summed=summed,
+        values=prepared.values,
     )
-    total, values, sums, found = _computed(prepared.call, loss, options, whole)
-    total = total.to(prepared.call.spec.result_dtype)
+    computed = _computed(prepared.call, loss, options, whole)
     with torch.no_grad():
-        output = _output(total, values.detach(), sums.detach(), found, loss, options, count)
+        output = _output(computed, prepared.call, loss, options, count)
     if options.check_finite:
-        checks.finite(
+        _check_finite(
             output.loss,
             hidden=batch.hidden,
             weight=head.weight,
@@ -116,8 +132,8 @@ def _prepared(
 ) -> _Prepared:
     """Checks, and the rows: all that can go wrong with arguments."""
     traits, kl = options.loss.traits, reference.kl
-    options.check()
     batch.check(empty=parallel.data is not None)
+    options.check(batch.hidden.shape[-1])
     count, device = batch.sequences, batch.hidden.device
     call = Call.of(batch.hidden, head)
     pairs = checks.pairs(
@@ -129,17 +145,25 @@ def _prepared(
     if kl is not None:
         checks.kl(kl, traits.uses_kl, device)
     checks.split_sequences(parallel.context is not None, batch.shift, traits.ld_alpha)
+    if parallel.context is not None and options.displacement:
+        raise ValueError(
+            f"statistics contains {DISPLACEMENT!r}, expected others with cp_group: where completions begin to differ, "
+            "parts of them do not know"
+        )
     coupled = _coupled(options, kl)
     if parallel.data is not None and coupled and options.reduction == "none":
         raise ValueError(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "
             "go to other ranks"
         )
+    values = pair_values.checked(
+        options.pair_values, options.loss, len(pairs), device, options.check_finite
+    )
     by_pair = traits.ld_alpha is not None and options.pairs is not None
     ref_logps = _given_logps(reference, batch, pairs, by_pair)
     ref_call = _ref_call(reference, batch, head)
     rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
-    return _Prepared(call, rows, ref_logps, ref_call)
+    return _Prepared(call, rows, ref_logps, ref_call, values)
 
 
 def _given_logps(reference: Reference, batch: Batch, pairs: Tensor, by_pair: bool) -> Tensor | None:
@@ -181,8 +205,9 @@ def _settings(prepared: _Prepared, options: Options, given: Reference) -> str:
     elif prepared.ref_call is not None:
         reference = f"hidden states through {_of_call(prepared.ref_call)}"
     return (
-        f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, reference {reference}, "
-        f"kl {given.kl is not None}, check_finite {options.check_finite}, "
+        f"loss {loss}, reduction {options.reduction!r}, statistics {options.names}, "
+        f"displacement {options.displacement}, reference {reference}, kl {given.kl is not None}, "
+        f"pair_values {list(prepared.values)}, check_finite {options.check_finite}, "
         f"{_of_call(prepared.call)}"
     )
 
@@ -275,16 +300,14 @@ def sequences_over(
     )
 
 
-def _computed(
-    call: Call, loss: PairLoss, options: Options, whole: _Whole
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, differentiable; losses of pairs ``(P,)``, log-probs of sequences ``(S,)`` and statistics ``(K, N)``."""
+def _computed(call: Call, loss: PairLoss, options: Options, whole: _Whole) -> _Computed:
+    """The loss, and all that is known once it is."""
     parallel, coupled = whole.parallel, _coupled(options, loss.kl)
     none, data = options.reduction == "none", parallel.data
     one_pass = call.spec.needs_grad.lm_head and not (coupled or none or parallel.context)
     if one_pass:
         # The loss of a pair is known as soon as its log-probs are.
-        total, sums, found = call.pair_loss(loss, whole.totals)
+        total, sums, found, row_logps = call.pair_loss(loss, whole.totals)
         with torch.no_grad():
             values = loss.losses(sums, found)
     else:
@@ -303,7 +326,7 @@ def _computed(
     if data is not None and not none:
         # In float64: totals of ranks may nearly cancel.
         total = collectives.sum_over(total.double(), data, parallel.factor(data))
-    return total, values, sums, found
+    return _Computed(total.to(call.spec.result_dtype), values, sums, found, row_logps)
 
 
 def _ref_logps(prepared: _Prepared, summed: Callable[[Tensor], Tensor] | None) -> Tensor | None:
@@ -319,17 +342,11 @@ def _ref_logps(prepared: _Prepared, summed: Callable[[Tensor], Tensor] | None) -
 
 
 def _output(
-    total: Tensor,
-    values: Tensor,
-    sums: Tensor,
-    found: Tensor,
-    loss: PairLoss,
-    options: Options,
-    sequences: int,
+    computed: _Computed, call: Call, loss: PairLoss, options: Options, sequences: int
 ) -> PreferenceOutput:
-    """Everything that is returned, in the result dtype, from the log-probs ``(S,)`` of the layout's
-    sequences and the statistics ``(K, N)`` of its rows.
-    """
+    """Everything that is returned, in the result dtype; only the loss has a gradient."""
+    total, values, sums, found, logps = computed
+    values, sums = values.detach(), sums.detach()
     pairs, rows, dtype = loss.pairs(sums, found), loss.rows, total.dtype
     chosen_rewards, rejected_rewards = loss.function.rewards(pairs)
     chosen_rewards = chosen_rewards * pairs.chosen_present
@@ -343,11 +360,14 @@ def _output(
     own_lengths = loss.lengths
     lengths = own_lengths.new_zeros(sequences).index_put((rows.inputs,), own_lengths)
     means: dict[str, Any] = {}
-    for name in options.statistics:
+    for name in options.logged:
         line = found[loss.statistics.index(name)]
         over = rows.unweighted().sum_per_sequence(line)
         mean = (over if loss.summed is None else loss.summed(over)) / own_lengths.clamp_min(1)
         means[name] = line.new_zeros(sequences).index_put((rows.inputs,), mean.to(dtype))
+    if options.displacement:
+        own = call.displacement(rows, logps, options.state_columns)._asdict()
+        means |= {n: v if v.dtype == torch.bool else v.to(dtype) for n, v in own.items()}
     return PreferenceOutput(
         loss=total,
         losses=values.to(dtype),
@@ -361,3 +381,20 @@ def _output(
         lengths=lengths,
         **means,
     )
+
+
+def _check_finite(loss: Tensor, **inputs: Tensor | None) -> None:
+    """The loss is finite; if it is not, the message names the input that is not finite either."""
+    if bool(torch.isfinite(loss).all()):
+        return
+    wrong = [
+        name
+        for name, value in inputs.items()
+        if value is not None and not bool(torch.isfinite(value).all())
+    ]
+    cause = (
+        f"{' and '.join(wrong)} not finite"
+        if wrong
+        else "every input is finite, so the loss overflowed"
+    )
+    raise FloatingPointError(f"the loss is not finite: {cause}")

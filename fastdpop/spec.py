@@ -27,6 +27,7 @@ class Spec:
         statistics: names among :data:`fastdpop.engines.STATISTICS`.
         needs_grad: which gradients are asked for.
         reduction: ``"mean"`` or ``"sum"`` over pairs.
+        values: names of the pairs' values, in the order in which the operator gets them.
         loss: a key of :func:`fastdpop.losses.key_of`; empty where only log-probs are asked for.
         shard: which part of the vocabulary the lm_head has; None for all of it.
     """
@@ -39,6 +40,7 @@ class Spec:
     needs_grad: NeedsGrad = NO_GRAD
     reduction: str = "mean"
     loss: str = ""
+    values: tuple[str, ...] = ()
     shard: Shard | None = None
 
     @property
@@ -58,6 +60,7 @@ class Spec:
             (self.needs_grad.hidden, self.needs_grad.weight, self.needs_grad.bias),
             self.reduction,
             self.loss,
+            self.values,
             None if self.shard is None else self.shard.numbers(),
         )
 
@@ -77,6 +80,7 @@ def _text(
     needs_grad: tuple[bool, bool, bool],
     reduction: str,
     loss: str,
+    values: tuple[str, ...],
     shard: tuple[str, int, int, int, int] | None,
 ) -> str:
     """A constant to torch.compile, which takes plain values for that and no objects."""
@@ -90,6 +94,7 @@ def _text(
             "needs_grad": needs_grad,
             "reduction": reduction,
             "loss": loss,
+            "values": values,
             "shard": shard,
         }
     )
@@ -103,6 +108,7 @@ def _parse(text: str) -> Spec:
         transform=LogitTransform(*given.pop("transform")),
         compute_dtype=getattr(torch, given.pop("compute_dtype")),
         statistics=tuple(given.pop("statistics")),
+        values=tuple(given.pop("values")),
         needs_grad=NeedsGrad(*given.pop("needs_grad")),
         shard=None if shard is None else Shard.of_numbers(shard),
         **given,

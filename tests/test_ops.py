@@ -141,7 +141,9 @@ def test_pair_loss(name: str, dtype: torch.dtype, bias: bool) -> None:
         needs_grad=NeedsGrad(True, True, bias),
         loss=losses.key_of(loss),
     )
-    opcheck(ops.pair_loss, (hidden, weight, offset, rows.tensors(), reference, kl, None, spec))
+    opcheck(
+        ops.pair_loss, (hidden, weight, offset, rows.tensors(), reference, kl, None, None, spec)
+    )
 
 
 def test_pair_loss_of_some_gradients() -> None:
@@ -154,7 +156,7 @@ def test_pair_loss_of_some_gradients() -> None:
         reduction="sum",
         loss=losses.key_of(losses.get("sft")),
     )
-    opcheck(ops.pair_loss, (hidden, weight, offset, rows.tensors(), None, None, None, spec))
+    opcheck(ops.pair_loss, (hidden, weight, offset, rows.tensors(), None, None, None, None, spec))
 
 
 def derivatives_agree(

@@ -51,7 +51,15 @@ def run(
     made = replace(spec, statistics=names, loss=losses.key_of(loss))
     if spec.needs_grad.lm_head:
         total, sums, *_ = ops.pair_loss(
-            hidden[rows.index], weight, None, rows.tensors(), ref_logps, None, None, made.text()
+            hidden[rows.index],
+            weight,
+            None,
+            rows.tensors(),
+            ref_logps,
+            None,
+            None,
+            None,
+            made.text(),
         )
     else:
         of_pairs = PairLoss(rows, loss, Totals.of(rows), ref_logps, None, names)

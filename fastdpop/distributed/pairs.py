@@ -22,8 +22,10 @@ def joined_pairs(pairs: PairLogps, counts: Sequence[int], group: Group) -> tuple
     Args:
         pairs: this process's, ``(counts[rank],)``, with the totals of the whole batch.
     """
-    own = {f.name: getattr(pairs, f.name) for f in fields(pairs)}
+    own = {f.name: getattr(pairs, f.name) for f in fields(pairs) if f.name != "values"}
     by_pair = {n: value for n, value in own.items() if value is not None and value.dim() == 1}
+    # Ranks have the same names, in the same order.
+    by_pair |= {_value(name): value for name, value in pairs.values.items()}
     dtype = pairs.chosen.dtype
     table = torch.stack([value.to(dtype) for value in by_pair.values()], dim=1)
     columns = collectives.joined(table, counts, group).unbind(1)
@@ -31,8 +33,14 @@ def joined_pairs(pairs: PairLogps, counts: Sequence[int], group: Group) -> tuple
         name: column.to(value.dtype)
         for (name, value), column in zip(by_pair.items(), columns, strict=True)
     }
+    values = {name: found.pop(_value(name)) for name in pairs.values}
     start = sum(counts[: group.rank])
-    return replace(pairs, **found), slice(start, start + counts[group.rank])
+    return replace(pairs, **found, values=values), slice(start, start + counts[group.rank])
+
+
+def _value(name: str) -> str:
+    """The column of a value, which may be called as a field is."""
+    return f"values[{name}]"
 
 
 def whole_sequences(

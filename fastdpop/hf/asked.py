@@ -20,6 +20,7 @@ RefLogps = Tensor | Sequence[Tensor]
 _SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
 _SET_HERE |= {
     "hidden_index",
+    "state_columns",
     "cp_group",
     "tp_group",
     "grad_reduction",

@@ -75,11 +75,13 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         prefix_tree: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        options = preference_options
-        if isinstance(options, Mapping):
-            options = {name: opened(value) for name, value in options.items()}
         asked = Asked(
-            preference, opened(ref_logps), return_logps, options, router_loss_weight, prefix_tree
+            preference,
+            opened(ref_logps),
+            return_logps,
+            opened(preference_options),
+            router_loss_weight,
+            prefix_tree,
         )
         asked.check()
         if preference is None and not return_logps:
@@ -241,6 +243,8 @@ def _fused(
         shape = labels.shape if options.get("reduction") == "token" else logps.shape
         return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
     inputs |= {"loss": asked.preference, "ref_logps": asked.ref_logps}
+    # Behind the state stands what adapters of the head made of it.
+    inputs["state_columns"] = output_head(model).weight.shape[1]
     result = with_whole_head(fused_preference_loss, inputs)
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     values["loss"] = with_router_loss(

@@ -55,6 +55,12 @@ class PreferenceModelOutput(ModelOutput):
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None
+    first_logps: Tensor | None = None
+    rejected_first_logps: Tensor | None = None
+    after_logps: Tensor | None = None
+    differs: Tensor | None = None
+    ches: Tensor | None = None
+    ches_normalised: Tensor | None = None
     aux_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

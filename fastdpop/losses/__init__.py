@@ -26,8 +26,6 @@ from .base import (
     PreferenceLoss,
     Traits,
     WeightedSum,
-    by_key,
-    key_of,
     length_desensitised,
     pairwise,
 )
@@ -35,6 +33,7 @@ from .batch import AOT, BCO, KTO, AOTUnpaired
 from .divergence import DivergenceLoss
 from .dpop import DPOP
 from .free import AFT, CPO, ORPO, SFT, SimPO
+from .keys import by_key, key_of
 from .ratio import (
     DPO,
     EXO,
@@ -169,4 +168,4 @@ def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> Prefe
         raise TypeError(
             f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps"
         )
-    return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True))
+    return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True, reads=None))

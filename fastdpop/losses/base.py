@@ -15,16 +15,16 @@ instead of 4.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import threading
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+WEIGHT = "weight"
+"""The value of a pair that any loss is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class PairLogps:
         batch_pairs, batch_sides, batch_chosen_tokens: totals over the whole batch (0-d tensors),
             the same in every chunk of it, so that a loss normalised by the batch is still a sum
             over pairs.
+        values: numbers that the data give for each pair, by name; see `pair_values` of
+            :func:`fastdpop.fused_preference_loss`. Empty where none were given.
     """
 
     chosen: Tensor
@@ -65,6 +67,7 @@ class PairLogps:
     batch_pairs: Tensor
     batch_sides: Tensor
     batch_chosen_tokens: Tensor
+    values: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -81,15 +84,16 @@ class PairLogps:
     def __getitem__(self, index: Tensor | slice) -> PairLogps:
         """The same batch restricted to some pairs; whole-batch totals stay."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairLogps(
-            **{
-                name: value[index] if value is not None and name not in _WHOLE_BATCH else value
-                for name, value in own.items()
-            }
-        )
+        own |= {
+            name: value[index]
+            for name, value in own.items()
+            if value is not None and name not in _NOT_BY_PAIR
+        }
+        own["values"] = {name: value[index] for name, value in self.values.items()}
+        return PairLogps(**own)
 
 
-_WHOLE_BATCH = frozenset({"kl", "batch_pairs", "batch_sides", "batch_chosen_tokens"})
+_NOT_BY_PAIR = frozenset({"kl", "batch_pairs", "batch_sides", "batch_chosen_tokens", "values"})
 
 
 def rounded_alike(logps: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,6 +123,9 @@ class Traits:
         statistics: row statistics that the loss reads (names as in :mod:`fastdpop.engines`).
         ld_alpha: weight of the tokens past the shorter completion's length (LD-DPO), or None for
             plain sums.
+        reads: names of the pairs' values that the loss can read, besides ``"weight"``, which every
+            loss is multiplied by; None for a function that may read any.
+        needs: names of those that it cannot do without.
     """
 
     needs_reference: bool = True
@@ -128,6 +135,8 @@ class Traits:
     couples_pairs_without_kl: bool = False
     statistics: tuple[str, ...] = ()
     ld_alpha: float | None = None
+    reads: tuple[str, ...] | None = ()
+    needs: tuple[str, ...] = ()
 
     @staticmethod
     def of_sum(parts: tuple[Traits, ...]) -> Traits:
@@ -144,9 +153,17 @@ class Traits:
             uses_kl=any(part.uses_kl for part in parts),
             couples_pairs=any(part.couples_pairs for part in parts),
             couples_pairs_without_kl=any(part.couples_pairs_without_kl for part in parts),
-            statistics=tuple(sorted({name for part in parts for name in part.statistics})),
+            statistics=_union(part.statistics for part in parts),
             ld_alpha=alphas.pop(),
+            reads=None
+            if any(part.reads is None for part in parts)
+            else _union(part.reads or () for part in parts),
+            needs=_union(part.needs for part in parts),
         )
+
+
+def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(sorted({name for of_part in names for name in of_part}))
 
 
 class PreferenceLoss:
@@ -297,6 +314,20 @@ class FunctionLoss(PreferenceLoss):
         return self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
 
 
+class _MadeUp(dict[str, Tensor]):
+    """Values of three pairs under any name that a function asks for."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)
+        return self[name]
+
+    def get(self, name: str, default: object = None) -> Tensor:
+        return self[name]
+
+
 def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> FunctionLoss:
     """Declare that a function of ``PairLogps`` treats every pair by itself, so that a trained
     lm_head costs 3 matrix products, not 4.
@@ -330,8 +361,9 @@ def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> F
         batch_pairs=made_up.new_tensor(3.0),
         batch_sides=made_up.new_tensor(6.0),
         batch_chosen_tokens=lengths.sum(),
+        values=_MadeUp(),
     )
-    loss = FunctionLoss(function, Traits(needs_reference=False), beta)
+    loss = FunctionLoss(function, Traits(needs_reference=False, reads=None), beta)
     together = loss(trial)
     apart = torch.cat([loss(trial[i : i + 1]) for i in range(3)])
     if not torch.allclose(together, apart, rtol=1e-9, atol=0.0):
@@ -341,79 +373,3 @@ def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> F
             "together"
         )
     return loss
-
-
-# An operator receives a loss by a string, because operators take no Python objects. Value-like losses
-# stay registered, since a compiled graph holds only the string; a user's function, or object, is kept
-# no longer than the user keeps it.
-_VALUES: dict[str, PreferenceLoss] = {}
-_OBJECTS: weakref.WeakValueDictionary[str, PreferenceLoss] = weakref.WeakValueDictionary()
-_REGISTERING = threading.Lock()
-
-
-def key_of(loss: PreferenceLoss) -> str:
-    """A string from which :func:`by_key` finds the loss again."""
-    if torch.compiler.is_compiling() and not _is_opaque(loss):
-        return _key_of_recipe(_recipe(loss))
-    return _key_of_object(loss)
-
-
-def _is_opaque(value: object) -> bool:
-    """Whether a loss is, or holds, more than its class and plain options."""
-    if isinstance(value, WeightedSum):
-        return any(_is_opaque(loss) for _, loss in value.terms)
-    inner = getattr(value, "loss", None)
-    if isinstance(inner, PreferenceLoss) and _is_opaque(inner):
-        return True
-    return isinstance(value, FunctionLoss) or not is_dataclass(value)
-
-
-def _recipe(value: Any) -> Any:
-    """A loss as its class and options. The compiler takes an object that is made inside the
-    function that it compiles for one with the class's defaults, but knows plain values.
-    """
-    if isinstance(value, tuple):
-        return tuple([_recipe(part) for part in value])
-    if isinstance(value, PreferenceLoss):
-        options = [(f.name, _recipe(getattr(value, f.name))) for f in fields(value)]  # type: ignore[arg-type]
-        return type(value), tuple(options)
-    return value
-
-
-def _of_recipe(recipe: Any) -> Any:
-    if isinstance(recipe, tuple) and recipe and isinstance(recipe[0], type):
-        kind, options = recipe
-        return kind(**{name: _of_recipe(value) for name, value in options})
-    if isinstance(recipe, tuple):
-        return tuple(_of_recipe(part) for part in recipe)
-    return recipe
-
-
-@torch.compiler.assume_constant_result
-def _key_of_recipe(recipe: Any) -> str:
-    return _key_of_object(_of_recipe(recipe))
-
-
-@torch.compiler.assume_constant_result
-def _key_of_object(loss: PreferenceLoss) -> str:
-    table = _OBJECTS if _is_opaque(loss) else _VALUES
-    key = own = repr(loss)
-    with _REGISTERING:
-        # What reads the same need not be the same: other classes of that name, other objects.
-        for number in itertools.count(2):
-            held = _VALUES.get(key) or _OBJECTS.get(key)
-            if held is None or (type(held) is type(loss) and held == loss):
-                break
-            key = f"{own} #{number}"
-        table[key] = loss
-    return key
-
-
-def by_key(key: str) -> PreferenceLoss:
-    """The loss registered under a key by :func:`key_of`."""
-    found = _VALUES.get(key) or _OBJECTS.get(key)
-    if found is None:
-        raise KeyError(
-            f"no loss is registered under {key!r}: the object must outlive the graph that uses it"
-        )
-    return found

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 import fastdpop
 from fastdpop.hf import attach
+from tests.displacing import NAMES
 from tests.distributed.pool import Pool
 from tests.distributed.sharded_models import (
     LAYOUTS,
@@ -92,6 +93,10 @@ def test_other_heads(two: Pool) -> None:
     two.run(_layouts, "gemma2, softcap", ("root",))
 
 
+ASKED = {"statistics": ["displacement"]}
+WEIGHTS = torch.tensor([1.000001, 0.3])  # bfloat16 has neither
+
+
 def _mixed_precision(rank: int) -> None:
     """As accelerate sets it: arguments and outputs are cast to bfloat16."""
     policy = MixedPrecisionPolicy(
@@ -109,14 +114,23 @@ def _mixed_precision(rank: int) -> None:
             logps = sharded(**inputs, return_logps=True).logps
         # The head's products and sums are float32's, and nothing rounds them afterwards.
         assert torch.equal(logps, own), layout
-        out = sharded(**inputs, preference=DPOP, ref_logps=fastdpop.exact(logps))
+        out = sharded(
+            **inputs,
+            preference=DPOP,
+            ref_logps=fastdpop.exact(logps),
+            preference_options={**ASKED, "pair_values": {"weight": fastdpop.exact(WEIGHTS)}},
+        )
         assert torch.equal(out.logps, logps), layout  # policy == reference
-        assert out.loss.item() == torch.tensor(2.0).log().item(), layout
+        assert torch.equal(out.losses, torch.tensor(2.0).log() * WEIGHTS[: len(out.losses)]), layout
+        monitored = rounded(**inputs, preference="sft", preference_options=ASKED)
+        for name in NAMES:
+            assert torch.equal(getattr(out, name), getattr(monitored, name)), (layout, name)
         for name in ("loss", "losses", "chosen_logps", "rejected_logps", "margins", "penalty"):
             assert getattr(out, name).dtype == torch.float32, (layout, name)
         out.loss.backward()
         rounded.zero_grad()
-        rounded(**inputs, preference=DPOP, ref_logps=own).loss.backward()
+        plain = {"preference_options": {"pair_values": {"weight": WEIGHTS}}}
+        rounded(**inputs, preference=DPOP, ref_logps=own, **plain).loss.backward()
         for name, parameter in sharded.named_parameters():
             found, want = parameter.grad.full_tensor(), rounded.get_parameter(name).grad.float()
             dist.all_reduce(want)

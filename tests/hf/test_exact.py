@@ -75,12 +75,28 @@ def test_options_may_be_exact() -> None:
         around(**inputs, **given, preference_options={"kl": kl})
 
 
+@pytest.mark.parametrize("how", ["all", "each"])
+def test_values_of_pairs_may_be_exact(how: str) -> None:
+    model, inputs = attach(tiny(dtype=torch.float32)), batch()
+    weights = torch.tensor([0.123456, 3.141593])
+    given = {"preference": DPOP, "ref_logps": fastdpop.exact(torch.full((4,), -17.03))}
+    values: Any = {"weight": weights}
+    want = model(**inputs, **given, preference_options={"pair_values": values})
+    plain = model(**inputs, **given)
+    torch.testing.assert_close(want.losses, plain.losses * weights)
+    values = {"weight": fastdpop.exact(weights)} if how == "each" else fastdpop.exact(values)
+    out = Casting(model)(**inputs, **given, preference_options={"pair_values": values})
+    assert torch.equal(out.losses, want.losses)
+    with pytest.raises(ValueError, match=r"pair_values\['weight'\] has dtype torch\.bfloat16"):
+        Casting(model)(**inputs, **given, preference_options={"pair_values": {"weight": weights}})
+
+
 def test_what_exact_takes() -> None:
     value = torch.ones(2)
     assert fastdpop.exact(fastdpop.exact(value)).value is value
     assert repr(fastdpop.exact(value)) == "exact(tensor([1., 1.]))"
     with pytest.raises(
-        TypeError, match=r"value is float, expected a tensor or \(chosen, rejected\)"
+        TypeError, match=r"value is float, expected a tensor, \(chosen, rejected\) or tensors"
     ):
         fastdpop.exact(0.5)  # type: ignore[arg-type]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastdpop
 from fastdpop.hf import attach, detach
 from fastdpop.hf.zero import Partitioned, PartitionedHead, gathering, torch_linear
+from tests.displacing import NAMES
 from tests.tiny_models import DPOP, batch, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # read by PEFT
@@ -99,11 +100,17 @@ def _lora(model: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
 
 
+MONITORED: dict[str, Any] = {
+    "statistics": ["displacement"],
+    "pair_values": {"weight": torch.tensor([0.5, 3.0])},
+}
+
+
 def _calls() -> list[dict[str, Any]]:
     inputs = batch()
     reference = torch.full((4,), -30.0, dtype=torch.float64)
     return [
-        {"preference": DPOP, "ref_logps": reference, **inputs},
+        {"preference": DPOP, "ref_logps": reference, **inputs, "preference_options": MONITORED},
         {"return_logps": True, **inputs},
     ]
 
@@ -127,7 +134,7 @@ def test_loss_and_gradients(parameters: _Parameters, name: str, adapted: bool) -
     inner = model.get_base_model() if adapted else model
     weight = next(p for n, p in inner.lm_head.named_parameters() if n.endswith("weight"))
     for call in _calls():
-        losses = []
+        losses, outputs = [], []
         for one in (whole, model):
             parameters.gathered.clear()
             out = one(**call)
@@ -136,7 +143,10 @@ def test_loss_and_gradients(parameters: _Parameters, name: str, adapted: bool) -
             one.zero_grad()
             loss.backward()
             losses.append(loss.item())
+            outputs.append(out)
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+        for key in (name for name in NAMES if call.get("preference")):
+            torch.testing.assert_close(outputs[1][key], outputs[0][key], rtol=1e-9, atol=1e-12)
         assert forward == (2 if whole.config.tie_word_embeddings else 1)  # an embedding, too
         for (path, want), found in zip(whole.named_parameters(), model.parameters(), strict=True):
             if want.requires_grad:
