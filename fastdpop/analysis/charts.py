@@ -15,6 +15,7 @@ import torch
 from fastdpop.analysis.gradients import PAPERS_LAMBDA
 from fastdpop.analysis.numbers import BEFORE, Numbers, Scored
 from fastdpop.analysis.score import PARTS
+from fastdpop.analysis.words import signed
 from fastdpop.demo import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ THEME = {INK: "ink", GREY.lower(): "muted", GRID: "grid", CARD: "card"} | {
 }
 """What the page calls these colours; it has others where the reader's theme is dark."""
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_RC: dict[str, Any] = {
+_RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fastdpop",
     "font.size": 11,
@@ -159,7 +160,8 @@ def draw(found: dict[str, Chart], title: str, note: str, path: Path) -> None:
     columns = 3 if len(found) > 4 else 2
     rows = -(-len(found) // columns)
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(5.2 * columns, 3.9 * rows + 0.8), dpi=100, layout="constrained")
+        figure = Figure(figsize=(5.2 * columns, 3.9 * rows + 0.8), dpi=100)
+        figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)
         FigureCanvasAgg(figure)
         for axes, chart in zip(
             np.ravel(figure.subplots(rows, columns)), found.values(), strict=True
@@ -198,8 +200,7 @@ def _parts(axes: Axes, lines: Sequence[Line]) -> None:
         x = np.arange(len(PARTS)) + (i - (len(lines) - 1) / 2) * width
         heights = [parts[part] for part in PARTS]
         bars = axes.bar(x, heights, width * 0.92, color=line.colour, label=line.numbers["name"])
-        texts = [f"{h:+.1f}".replace("-", "\N{MINUS SIGN}") for h in heights]
-        axes.bar_label(bars, texts, fontsize=10, color=INK, padding=2)
+        axes.bar_label(bars, [signed(h, 1) for h in heights], fontsize=10, color=INK, padding=2)
     axes.margins(y=0.15)
     _zero(axes)
     _ticks(axes)
@@ -233,7 +234,7 @@ def _around(axes: Axes, lines: Sequence[Line]) -> None:
             )
     axes.set_xlim(-0.5, len(PARTS) - 0.5)
     _ticks(axes)
-    axes.set_ylabel("nats a token")
+    axes.set_ylabel("nats a token (hollow: rejected)")
     _legend(axes, lines)
 
 
@@ -284,7 +285,7 @@ def _lambdas(axes: Axes, lines: Sequence[Line]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("lambda")
     axes.set_ylabel("of the tokens after the edit")
-    _legend(axes, lines, loc="upper left")
+    _legend(axes, lines, loc="center right")
 
 
 def _displacement(axes: Axes, lines: Sequence[Line], reference: Line) -> None:
@@ -315,7 +316,7 @@ def _ches(axes: Axes, lines: Sequence[Line]) -> None:
     for line, ches in zip(lines, known, strict=True):
         style: dict[str, Any] = {"histtype": "step", "linewidth": 2, "color": line.colour}
         axes.hist(ches, bins=list(edges), label=line.numbers["name"], **style)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.set_xlabel("length-normalised CHES")
     axes.set_ylabel("pairs")
     _legend(axes, lines)

@@ -23,7 +23,7 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor
 
-from fastdpop.analysis.score import Pair, PairScores
+from fastdpop.analysis.score import SIDES, Pair, PairScores
 
 PAPERS_LAMBDA = 50.0
 """Of section 6; the authors see little difference over [5, 500]."""
@@ -62,14 +62,20 @@ def push_after_edit(scores: PairScores, pairs: Sequence[Pair]) -> Push:
         aligned(pair["chosen_ids"], pair["rejected_ids"], m)
         for pair, m in zip(pairs, scores.first_difference.tolist(), strict=True)
     ]
-    logps = [
-        [tokens[place[:, i]] for tokens, place in zip(scores.side(side), places, strict=True)]
-        for i, side in enumerate(("chosen", "rejected"))
-    ]
+    chosen, rejected = (
+        [
+            tokens[place[:, i]].clamp_max(
+                0
+            )  # those of near certain tokens may be rounded to above 0
+            for tokens, place in zip(scores.side(side), places, strict=True)
+        ]
+        for i, side in enumerate(SIDES)
+    )
     return Push(
         places,
-        *([x.clamp_max(0).exp() for x in side] for side in logps),
-        [smallest_lambda(w, r) for w, r in zip(*logps, strict=True)],
+        [x.exp() for x in chosen],
+        [x.exp() for x in rejected],
+        [smallest_lambda(w, r) for w, r in zip(chosen, rejected, strict=True)],
     )
 
 
@@ -99,8 +105,8 @@ def smallest_lambda(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     infinite where ``s_w = 1 > s_l``.
 
     Args:
-        chosen_logps, rejected_logps: log-probs of the same tokens after either prefix, of one shape.
+        chosen_logps, rejected_logps: log-probs, at most 0, of the same tokens after either prefix, of one shape.
     """
-    # Log-probs of near certain tokens are rounded, some to above 0; 1 - exp() would lose what is left.
-    miss_w, miss_l = (torch.expm1(x.clamp_max(0)).abs() for x in (chosen_logps, rejected_logps))
+    # 1 - exp() would lose what is left of 1.
+    miss_w, miss_l = (torch.expm1(x).abs() for x in (chosen_logps, rejected_logps))
     return torch.where(miss_w < miss_l, miss_l / miss_w - 1, torch.zeros_like(miss_w))

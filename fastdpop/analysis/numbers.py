@@ -48,16 +48,19 @@ class Scored:
 
 def of_pairs(pairs: Sequence[Pair]) -> Numbers:
     """What the pairs alone say."""
-    sides = [[list(pair[f"{s}_ids"]) for pair in pairs] for s in ("prompt", *SIDES)]
-    found = pair_statistics(*sides, batch_pairs=len(pairs))
-    firsts = [first_difference(c, r) for c, r in zip(*sides[1:], strict=True)]
-    shorter = [min(len(c), len(r)) for c, r in zip(*sides[1:], strict=True)]
+    prompts, chosen, rejected = (
+        [list(pair[f"{side}_ids"]) for pair in pairs] for side in ("prompt", *SIDES)
+    )
+    found = pair_statistics(prompts, chosen, rejected, batch_pairs=len(pairs))
+    both = list(zip(chosen, rejected, strict=True))
+    firsts = [first_difference(c, r) for c, r in both]
+    shorter = [min(len(c), len(r)) for c, r in both]
     return {
         "count": len(pairs),
         "equal": firsts.count(-1),
         "one_begins_with_the_other": sum(m == n for m, n in zip(firsts, shorter, strict=True)),
-        "chosen_tokens": sum(map(len, sides[1])),
-        "rejected_tokens": sum(map(len, sides[2])),
+        "chosen_tokens": sum(map(len, chosen)),
+        "rejected_tokens": sum(map(len, rejected)),
         "edit_distance": {
             name: {"mean": float(np.mean(values)), "median": float(np.median(values))}
             for name, values in (

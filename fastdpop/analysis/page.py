@@ -13,7 +13,7 @@ from fastdpop.analysis.gradients import PAPERS_LAMBDA
 from fastdpop.analysis.numbers import Numbers, Scored
 from fastdpop.analysis.score import PARTS, Pair
 from fastdpop.analysis.style import CSS
-from fastdpop.analysis.words import percent, plain, signed, with_error
+from fastdpop.analysis.words import compact, percent, plain, signed, with_error
 
 _PAPER = "https://arxiv.org/abs/2402.13228"
 _CHES = "https://arxiv.org/abs/2410.08847"
@@ -190,10 +190,7 @@ def _wrong_table(everyone: Sequence[Numbers]) -> str:
                 f"{wrong['tokens']:,}",
                 percent(wrong["share"]),
                 signed(wrong["mean_gradient"], 3),
-                *(
-                    "\N{EN DASH}" if needed[name] is None else f"{needed[name]:.3g}"
-                    for name in ("median", "p90", "p99")
-                ),
+                *(compact(needed[name]) for name in ("median", "p90", "p99")),
                 percent(needed["share_enough"][f"{PAPERS_LAMBDA:g}"]),
             ]
         )

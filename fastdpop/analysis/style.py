@@ -30,8 +30,10 @@ p, ul { margin: 0 0 12px; max-width: 82ch; }
 a { color: var(--link); }
 .muted, figcaption, small { color: var(--muted); }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 16px; margin: 0 0 16px; }
+.summary { padding-left: 1.2em; }
 .summary li { margin-bottom: 6px; }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+.charts figure { max-width: 600px; margin: 0; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from fastdpop.analysis.gradients import PAPERS_LAMBDA
 from fastdpop.analysis.numbers import Numbers
+from fastdpop.analysis.score import PARTS
 
 MINUS = "\N{MINUS SIGN}"
-_PLACES = {"before": "before the edit", "at": "at the edit", "after": "after the edit"}
 
 
 def summary(numbers: Numbers) -> list[str]:
@@ -26,12 +26,21 @@ def signed(value: float | None, digits: int = 2) -> str:
     """With its sign, or a dash for none."""
     if value is None:
         return "\N{EN DASH}"
+    if round(value, digits) == 0:
+        return f"{0:.{digits}f}"
     return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def plain(value: float | None, digits: int = 2) -> str:
     """With a sign if it is negative, or a dash for none."""
     return signed(value, digits).removeprefix("+")
+
+
+def compact(value: float | None) -> str:
+    """A positive number in about three digits, or a dash for none."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def percent(value: float | None) -> str:
@@ -70,12 +79,13 @@ def _risk(model: Numbers) -> str:
         f"DPO's gradient lowers the correct token's logit at {percent(wrong['share'])} of the "
         f"{wrong['tokens']:,} tokens that both completions have after the edit (Eq. 2); DPOP's raises it at "
         f"{percent(needed['share_enough'][f'{PAPERS_LAMBDA:g}'])} of them with a lambda of {PAPERS_LAMBDA:g} while "
-        f"its penalty is on, and at half of them beyond {_lambda(needed['median'])}."
+        f"its penalty is on, and at half of them "
+        + (
+            "with none."
+            if needed["median"] is None
+            else f"with one above {compact(needed['median'])}."
+        )
     )
-
-
-def _lambda(value: float | None) -> str:
-    return "any" if value is None else f"{value:.2g}"
 
 
 def _alone(model: Numbers) -> list[str]:
@@ -107,13 +117,10 @@ def _changed(model: Numbers, reference: Numbers) -> list[str]:
         f"rejected ones' by {with_error(change['rejected'], 1, sign=True)}; chosen rose against rejected in "
         f"{percent(change['accuracy'])} of the pairs."
     ]
-    parts = chosen["parts"]
+    parts = [signed(chosen["parts"][part], 1) for part in PARTS]
     lines.append(
-        f"{name}: of that, "
-        + ", ".join(
-            f"{signed(parts[part], 1)} nats stand {where}" for part, where in _PLACES.items()
-        )
-        + "."
+        f"{name}: of the chosen completions' change, {parts[0]} nats stand before the edit, {parts[1]} at it and "
+        f"{parts[2]} after it."
     )
     if verdict == "falls":
         lines += [f"{name}: {_meaning(change)}", f"What to try: {_advice(model, reference)}"]
@@ -133,24 +140,30 @@ def _verdict(mean: Numbers) -> str:
 
 
 def _meaning(change: Numbers) -> str:
+    """Where the fall stands, and what that is a sign of."""
     parts = change["chosen"]["parts"]
+    before, _, after = (change["around_edit"]["chosen"][part]["mean"] or 0.0 for part in PARTS)
     where = min(parts, key=parts.__getitem__)
     fallen = sum(min(0.0, value) for value in parts.values())
-    share = percent(parts[where] / fallen) if fallen else percent(None)
-    text = f"{share} of the fall stands {_PLACES[where]}. "
-    if where == "after":
-        return text + (
-            "These tokens are the same in both completions: lowering the rejected one has lowered them, too, the "
-            "failure that section 3 of the DPOP paper derives (Eq. 2)."
-        )
+    if fallen == 0:
+        return "No part of the fall stands around an edit: the pairs in which it fell have none."
+    text = (
+        f"{percent(parts[where] / fallen)} of the fall stands {where} the edit; a token before it changed by "
+        f"{signed(before)} nats, one after it by {signed(after)}. "
+    )
     if where == "at":
         return text + (
             "The correct token itself became less likely: chosen and rejected are pushed down together, and "
             "something else takes their probability."
         )
+    if after < before:
+        return text + (
+            "Tokens after the edit are the same in both completions: lowering the rejected one has lowered them, too, "
+            "the failure that section 3 of the DPOP paper derives (Eq. 2)."
+        )
     return text + (
-        "Both completions have these tokens after the same prefix, where preferences have no gradient of their own: "
-        "the model drifts as a whole. A high learning rate or too many steps do that."
+        "Tokens before the edit follow the same prefix in both completions, where DPO has no gradient of its own: the "
+        "model drifts as a whole. A high learning rate or too many steps do that."
     )
 
 
@@ -163,7 +176,11 @@ def _advice(model: Numbers, reference: Numbers) -> str:
     lam = max([PAPERS_LAMBDA, *known]) if len(known) == len(needed) else PAPERS_LAMBDA
     text = (
         f"DPOP (--loss dpop, lambda {PAPERS_LAMBDA:g}"
-        + (f"; {lam:.2g} turns the gradient at 90% of the tokens" if lam > PAPERS_LAMBDA else "")
+        + (
+            f"; {compact(lam)} turns the gradient at 90% of the tokens"
+            if lam > PAPERS_LAMBDA
+            else ""
+        )
         + "), whose penalty holds the chosen log-prob up. A larger beta only slows the fall down (figure 4 of the "
         "paper); fewer steps or a lower learning rate do, too."
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("transformers")
 
@@ -89,11 +88,12 @@ def test_smallest_lambda(s_w: float, s_l: float, expected: float) -> None:
 
 
 def test_log_probs_that_were_rounded_to_above_zero() -> None:
-    def one(value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float64)
-
-    assert float(smallest_lambda(one(1e-9), one(0.0))) == 0
-    assert float(smallest_lambda(one(1e-9), one(-0.5))) == math.inf
+    pairs = [{"chosen_ids": [1, 2, 3], "rejected_ids": [4, 2, 3]}]
+    chosen, rejected = ([torch.tensor(x).double()] for x in ([-1, 1e-9, 1e-9], [-1, 0.0, -0.5]))
+    push = push_after_edit(PairScores(chosen, rejected, torch.tensor([0])), pairs)
+    assert push.smallest_lambda[0].tolist() == [0, math.inf]
+    assert push.wrong_way[0].tolist() == [False, True]
+    assert push.chosen[0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

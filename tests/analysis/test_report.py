@@ -129,7 +129,7 @@ def test_numbers_by_hand() -> None:
     assert change["around_edit"]["chosen"]["after"]["mean"] == pytest.approx(-1.5)
     assert change["around_edit"]["chosen"]["after"]["tokens"] == 9
     assert model["by_position"]["relative"][9] == 0
-    assert model["by_position"]["relative"][10] == pytest.approx(-1.5 - (-0.0), abs=0.2)
+    assert model["by_position"]["relative"][10] == pytest.approx(-1.5)
     wrong = numbers["reference"]["wrong_way"]
     # exp(-0.5) after the chosen prefix, exp(-1) after the rejected one, at 3 + 4 tokens.
     assert wrong["tokens"] == 7
@@ -156,9 +156,13 @@ def test_certain_tokens_have_no_lambda() -> None:
             FALLEN,
             ["fell against the reference", "90% of the fall stands after the edit", "(Eq. 2)"],
         ),
-        (scores(-3.0, -2.0, -0.5), ["100% of the fall stands before the edit", "drifts"]),
+        (
+            scores(-3.0, -2.0, -0.5),
+            ["100% of the fall stands before the edit", "one after it by 0.00", "drifts"],
+        ),
         (scores(-1.0, -9.0, -0.5), ["100% of the fall stands at the edit"]),
         (scores(-0.5, -1.0, -0.1), ["rose against the reference", "nothing to mend"]),
+        (scores(-2.0, -2.0, -1.0), ["of the fall stands before the edit", "drifts"]),
         (REFERENCE, ["did not move beyond chance"]),
     ],
 )
@@ -171,6 +175,20 @@ def test_summary(model: PairScores, said: list[str]) -> None:
     assert numbers["summary"][0].startswith(
         "5 pairs whose completions differ in 14% of their tokens"
     )
+
+
+def test_summary_of_pairs_without_an_edit() -> None:
+    same = [PAIRS[2]] * 3
+
+    def of(value: float) -> PairScores:
+        logps = [torch.full((3,), value).double()] * 3
+        return PairScores(logps, logps, torch.full((3,), -1), torch.zeros(3), torch.zeros(3))
+
+    numbers, _, _ = made({"M": of(-2.0)}, of(-1.0), same)
+    text = "\n".join(numbers["summary"])
+    assert "by \N{MINUS SIGN}3.0 ± 0.0 nats" in text
+    assert "No part of the fall stands around an edit" in text
+    assert "in 3 chosen equals rejected, which teaches nothing" in text
 
 
 def test_summary_without_reference() -> None:
