@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fastdpop.displacement import Displacement, displacement
+from fastdpop.engines import DEFAULT_WORKSPACE_BYTES
 from fastdpop.hf import attach, detach, is_attached
 from fastdpop.prefix.pack import PackedPairs, pack
-from fastdpop.rows import IGNORE
+from fastdpop.rows import IGNORE, default_pairs, rows_from_labels
 
 Pair = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
@@ -116,10 +118,8 @@ def score_pairs(
     What the sequences of a batch begin with in common runs once, where the model can share prefixes. There
     are no logits of the whole vocabulary. Pairs of similar length are computed together.
 
-    CHES is the centred hidden embedding similarity of Razin et al. (arXiv:2410.08847, Definition 2):
-    ``<h_l, h_w> - |h_w|^2``, of the sums ``h_w`` and ``h_l`` of the last hidden states from which the chosen
-    and the rejected completion's tokens are predicted. Where it is high, preference training is likely to
-    lower the chosen log-prob. The length-normalised one has means in the place of sums.
+    CHES (arXiv:2410.08847) is that of :mod:`fastdpop.displacement`, of the states that the head reads. Where it is
+    high, preference training is likely to lower the chosen log-prob.
 
     Args:
         model: a Hugging Face causal language model, or a PEFT model around one, on the device where it is to
@@ -286,17 +286,18 @@ def _ches(hidden: Tensor, batch: PackedPairs) -> Tensor:
     """``(2, P)``: CHES, and the length-normalised one, of the head's input for a tree or, where the model
     cannot share, for a padded batch.
     """
-    labels, index = batch["labels"], batch["prefix_tree"]["hidden_index"]
-    predicting = (labels[:, 1:] != IGNORE).to(hidden.device)
+    labels = batch["labels"].to(hidden.device)
+    index = batch["prefix_tree"]["hidden_index"].to(hidden.device)
     if hidden.shape[:2] == labels.shape:
-        states = [h[p] for h, p in zip(hidden[:, :-1], predicting, strict=True)]
-    else:
-        nodes = index[:, :-1].to(hidden.device)
-        states = [hidden[0, n[p]] for n, p in zip(nodes, predicting, strict=True)]
-    sums = torch.stack([s.double().sum(0) for s in states])
-    means = sums / predicting.sum(1, keepdim=True).clamp_min(1)
-    found = []
-    for h in (sums, means):
-        chosen, rejected = h.chunk(2)
-        found.append((chosen * (rejected - chosen)).sum(-1))
-    return torch.stack(found).cpu()
+        index = torch.arange(labels.numel(), device=hidden.device).view(labels.shape)
+    states = hidden.flatten(0, 1)
+    rows = rows_from_labels(
+        labels,
+        max(int(labels.max()), 0) + 1,
+        default_pairs(len(labels), labels.device),
+        hidden_index=index,
+        positions=len(states),
+    )
+    logps = states.new_zeros(len(rows.targets), dtype=torch.float64)  # of which CHES reads none
+    found = Displacement(*displacement(states, logps, rows.tensors(), DEFAULT_WORKSPACE_BYTES))
+    return torch.stack([found.ches, found.ches_normalised]).cpu()

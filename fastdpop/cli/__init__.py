@@ -1,4 +1,5 @@
-"""The ``fastdpop`` command: ``train``, ``trl``, ``pairs``, ``plan``, ``demo`` and ``doctor``, a module each.
+"""The ``fastdpop`` command: ``train``, ``trl``, ``pairs``, ``analyze``, ``plan``, ``demo`` and ``doctor``,
+a module each.
 
 A command's module has its ``NAME``, what it is (``ABOUT``) and ``run``, which takes what
 ``add_arguments`` made of the command line; a command without ``add_arguments`` takes the arguments
@@ -19,9 +20,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 import fastdpop
-from fastdpop.cli import demo, doctor, pairs, plan, train, trl
+from fastdpop.cli import analyze, demo, doctor, pairs, plan, train, trl
 
-COMMANDS = (pairs, plan, demo, doctor)
+COMMANDS = (pairs, analyze, plan, demo, doctor)
 WITH_OWN_PARSER = (train, trl)
 # Of a user; the last is a library's, of what was asked for.
 _MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError)
