@@ -321,7 +321,8 @@ def fake(run: Run, end: float) -> dict[str, Any]:
 
     def evaluation(step: int) -> dict[str, Any]:
         value = end * step / 4 - 0.5
-        side = dict.fromkeys(("sum", "change", "per_token", "before", "at", "after"), value)
+        names = ("sum", "change", "per_token", "before", "at", "after", "after_text", "end")
+        side = dict.fromkeys(names, value)
         one = {"chosen": side, "rejected": {n: v - 1 for n, v in side.items()}, "told_apart": 0.5}
         one["by_position"] = {
             "places": [-2, -1, 0, 1, 2],
