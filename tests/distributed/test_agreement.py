@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def _different(rank: int) -> None:
 def _narrow(world: World, odd: bool) -> World:
     if not odd:
         return world
-    return World(world.hidden[..., :20], world.weight[:, :20], None, world.labels, world.ref_logps)
+    return replace(world, hidden=world.hidden[..., :20], weight=world.weight[:, :20])
 
 
 def test_different_settings(two: Pool) -> None:
@@ -107,7 +108,7 @@ def _wrong_arguments(rank: int) -> None:
     for argument in ("group", "cp_group", "tp_group"):
         for what, given in wrong.items():
             own = dict(given[rank])
-            part = World(world.hidden, world.weight, None, world.labels, own.pop("ref", ref))
+            part = replace(world, ref_logps=own.pop("ref", ref))
             own[argument] = dist.group.WORLD
             said = _message(lambda part=part, own=own: part.run("dpop", **own))
             expected = what if rank == 1 else f"rank 1 of {argument} raised an error"

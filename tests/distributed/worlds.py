@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpop import PreferenceOutput, fused_preference_loss
+from fastdpop import PreferenceOutput, fused_preference_loss, losses
 from fastdpop.losses import PreferenceLoss
+from tests.batches import needed_values
 
 VOCABULARY, WIDTH, LENGTH = 53, 24, 12
 CLOSE = 1e-6
@@ -27,6 +28,7 @@ class World:
     bias: Tensor | None
     labels: Tensor
     ref_logps: Tensor
+    values: dict[str, Tensor]
 
     @staticmethod
     def of(
@@ -48,24 +50,29 @@ class World:
             else None,
             labels,
             -10.0 - 5.0 * torch.rand(2 * pairs, generator=draw, dtype=torch.float64),
+            needed_values(pairs),
         )
 
     def pairs(self, own: Sequence[int]) -> World:
         """Some of the pairs."""
         count = len(self.labels) // 2
         at = torch.tensor([*own, *(count + p for p in own)], dtype=torch.int64)
-        return World(self.hidden[at], self.weight, self.bias, self.labels[at], self.ref_logps[at])
+        return replace(
+            self,
+            hidden=self.hidden[at],
+            labels=self.labels[at],
+            ref_logps=self.ref_logps[at],
+            values={name: value[list(own)] for name, value in self.values.items()},
+        )
 
     def positions(self, own: slice) -> World:
         """Some of the positions of every sequence."""
-        return World(
-            self.hidden[:, own], self.weight, self.bias, self.labels[:, own], self.ref_logps
-        )
+        return replace(self, hidden=self.hidden[:, own], labels=self.labels[:, own])
 
     def tokens(self, own: slice) -> World:
         """Some of the vocabulary."""
         bias = None if self.bias is None else self.bias[own]
-        return World(self.hidden, self.weight[own], bias, self.labels, self.ref_logps)
+        return replace(self, weight=self.weight[own], bias=bias)
 
     def run(
         self,
@@ -80,6 +87,9 @@ class World:
             t.clone().requires_grad_(trained) for t in (self.weight, self.bias) if t is not None
         ]
         reference = given.pop("reference", True)
+        needed = losses.as_loss(loss).traits.needs
+        if needed:
+            given.setdefault("pair_values", {name: self.values[name] for name in needed})
         out = fused_preference_loss(
             hidden,
             head[0],
