@@ -6,7 +6,7 @@ module sees to it that a loss gets those that it reads, as float64, and none tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -30,20 +30,25 @@ def checked(
             read one, or it needs another.
     """
     found = _mapping(given)
-    reads, needs = loss.traits.reads, loss.traits.needs
-    for name in needs:
+    for name in loss.traits.needs:
         if name not in found:
             raise ValueError(
                 f"pair_values has {sorted(found) or 'no names'}, expected {name!r} too, which this loss needs"
             )
-    known = None if reads is None else {WEIGHT, *reads, *needs}
     for name, value in found.items():
-        if known is not None and name not in known:
+        if not readable(loss, [name]):
+            known = sorted({WEIGHT, *(loss.traits.reads or ()), *loss.traits.needs})
             raise ValueError(
-                f"pair_values contains {name!r}, which this loss does not read, expected names among {sorted(known)}"
+                f"pair_values contains {name!r}, which this loss does not read, expected names among {known}"
             )
         checks.pair_value(_called(name), value, pairs, device)
     return {name: pair_value(found[name], name, wait) for name in sorted(found)}
+
+
+def readable(loss: PreferenceLoss, names: Iterable[str]) -> list[str]:
+    """Those of the names whose values the loss can be given."""
+    reads, needs = loss.traits.reads, loss.traits.needs
+    return [name for name in names if reads is None or name in (WEIGHT, *reads, *needs)]
 
 
 def _mapping(given: object) -> dict[str, Tensor]:

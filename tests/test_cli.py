@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,38 @@ def test_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "fastdpop", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"fastdpop {fastdpop.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "unbuffered"),
+    [(["train", "--help"], ""), (["train", "--help"], "1"), (["pairs", "--help"], "")],
+)
+def test_nothing_is_said_where_nobody_reads(argv: list[str], unbuffered: str) -> None:
+    """As behind ``fastdpop train --help | head -0``, which is gone before the first line comes."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdpop", *argv],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 141
+
+
+def test_a_pipe_that_is_not_the_output_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("fastdpop.cli.doctor.run", broken)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "fastdpop: error: [Errno 32] Broken pipe\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import select
 import sys
 import traceback
 import warnings
@@ -26,11 +28,25 @@ COMMANDS = (pairs, analyze, plan, demo, doctor)
 WITH_OWN_PARSER = (train, trl)
 # Of a user; the last is a library's, of what was asked for.
 _MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError)
+_UNREAD = 141
+"""The exit code where whoever read the output has gone, as a shell has it of what SIGPIPE ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0 for success, 1 for an error, 2 for wrong usage."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Run a command line; the exit code is 0 for success, 1 for an error, 2 for wrong usage.
+
+    Where nobody reads the output to its end, as in ``fastdpop train --help | head``, it is 141, and nothing is said.
+    """
+    try:
+        code = _answer(sys.argv[1:] if argv is None else list(argv))
+    except SystemExit:
+        if _flush():
+            raise
+        raise SystemExit(_UNREAD) from None
+    return code if _flush() else code or _UNREAD
+
+
+def _answer(argv: list[str]) -> int:
     own = {module.NAME: module for module in WITH_OWN_PARSER}
     if argv and argv[0] in own:
         run = functools.partial(own[argv[0]].run, argv[1:])
@@ -61,6 +77,8 @@ def _code(run: Callable[[], int]) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
         return 130
+    except BrokenPipeError as error:  # it may be another than that of the output
+        return _UNREAD if _is_unread() else _failed(str(error))
     except _MISTAKES as error:
         return _failed(str(error))
     except (RuntimeError, MemoryError) as error:
@@ -73,6 +91,28 @@ def _code(run: Callable[[], int]) -> int:
             "much), set --gradient-checkpointing or --lora, or drop long pairs with --max-length "
             "and --too-long drop"
         )
+
+
+def _is_unread() -> bool:
+    """Whether the output goes to a pipe that nobody reads any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush() -> bool:
+    """Write what is left of the output; False if nobody reads it, and then nothing is left for Python's end either."""
+    read = True
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            print(end="", file=stream, flush=True)  # to nowhere where there is no such stream
+        except BrokenPipeError:
+            read = False
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+    return read
 
 
 def parser() -> argparse.ArgumentParser:

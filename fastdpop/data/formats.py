@@ -45,11 +45,13 @@ class Pair(NamedTuple):
             Under the names that `values` gave, floats.
         format: the name of the format that the row had.
         unused: the names of the row's fields that had no use.
+        offered: the names among :data:`PAIR_VALUES` that `values` could have given, too.
     """
 
     fields: dict[str, Any]
     format: str
     unused: tuple[str, ...]
+    offered: tuple[str, ...]
 
 
 class _Draft(NamedTuple):
@@ -68,6 +70,7 @@ def convert(
     columns: Mapping[str, str] | None = None,
     chat: bool = False,
     values: Sequence[str] = (),
+    untyped: bool = False,
 ) -> Pair:
     """Recognise a row's format and convert the row.
 
@@ -76,6 +79,7 @@ def convert(
         columns: which of the row's fields to take for one of :data:`FIELDS`, or of `values`.
         chat: make messages of a text pair: the prompt the user's, the completions the assistant's.
         values: fields that are numbers, to go to the loss with the pair.
+        untyped: the row comes from where all is text, as in CSV, numbers too.
 
     Raises:
         ValueError: the row is of no known format, or not well-formed; the message names the field,
@@ -88,7 +92,9 @@ def convert(
             raise ValueError(
                 f"field '{name}' is missing (fields here: {sorted(row)}; --columns {name}=... says what it is called)"
             )
-    numbers = {name: number(name, mapped) for name in values}
+    numbers = {name: number(name, mapped, untyped) for name in values}
+    rest = [name for name in PAIR_VALUES if name not in numbers]
+    offered = tuple(name for name in rest if _is_number(name, mapped, untyped))
     fields = {name: _cell(name, value) for name, value in mapped.items() if name not in numbers}
     for name, value in fields.items():
         try:
@@ -117,11 +123,12 @@ def convert(
     unused = [name for name in fields if name not in used]
     # What stood in the place of a field that `columns` puts there has gone from `fields`.
     unused += [name for name in columns if name in row and name not in columns.values()]
-    return Pair({**_finished(draft, fields, chat), **numbers}, draft.format, tuple(unused))
+    finished = _finished(draft, fields, chat)
+    return Pair({**finished, **numbers}, draft.format, tuple(unused), offered)
 
 
-def number(name: str, fields: Mapping[str, Any]) -> float:
-    """The number of a field, which may be text as in CSV.
+def number(name: str, fields: Mapping[str, Any], untyped: bool = False) -> float:
+    """The number of a field; only if `untyped` it may be text.
 
     Raises:
         ValueError: it is missing, no finite number, or a negative weight.
@@ -129,13 +136,21 @@ def number(name: str, fields: Mapping[str, Any]) -> float:
     if name not in fields:
         raise ValueError(f"field '{name}' is missing (fields here: {sorted(fields)})")
     value = fields[name]
-    text = isinstance(value, str) and _NUMBER.fullmatch(value.strip())
+    text = untyped and isinstance(value, str) and _NUMBER.fullmatch(value.strip())
     if text or (isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)):
         found = _float(value)
         if math.isfinite(found) and (found >= 0 or name != "weight"):
             return found
     expected = "a finite number" + (" >= 0" if name == "weight" else "")
     raise ValueError(f"field '{name}' is {value!r:.80}, expected {expected}")
+
+
+def _is_number(name: str, fields: Mapping[str, Any], untyped: bool) -> bool:
+    try:
+        number(name, fields, untyped)
+    except ValueError:
+        return False
+    return True
 
 
 def _float(value: Any) -> float:

@@ -25,7 +25,9 @@ _MESSAGES = Features(
     {name: List(Json()) for name in _SIDES}
     | {"tools": Value("string"), "chat_template_kwargs": Json(), "place": Value("string")}
 )
-_SEEN = Features({"format": Value("string"), "unused": Value("string"), "equal": Value("bool")})
+_SEEN = Features(
+    {name: Value("string") for name in ("format", "unused", "offered")} | {"equal": Value("bool")}
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Pairs:
             named are float64.
         format: the name of the format that the rows had; of several, joined by ``", "``.
         unused: the names of fields that had no use, sorted.
+        offered: the names of those fields that every row has a number in, to be named in `values`;
+            of :data:`fastdpop.data.formats.PAIR_VALUES`, in that order.
         equal: how many pairs have the same text as chosen and rejected; they teach nothing.
     """
 
     dataset: datasets.Dataset
     format: str
     unused: tuple[str, ...]
+    offered: tuple[str, ...]
     equal: int
 
 
@@ -107,10 +112,12 @@ def load_pairs(
                 raise error.__cause__ from None
             raise
     unused = {name for names in dataset.unique("unused") for name in json.loads(names)}
+    offered = [json.loads(names) for names in dataset.unique("offered")]
     return Pairs(
         dataset.select_columns([*features]),
         ", ".join(sorted(dataset.unique("format"))),
         tuple(sorted(unused)),
+        tuple(name for name in offered[0] if all(name in names for names in offered)),
         sum(dataset["equal"]),
     )
 
@@ -130,7 +137,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 def _converted(row: Row, **options: Any) -> Pair:
     try:
-        return convert(row.fields, **options)
+        return convert(row.fields, untyped=row.untyped, **options)
     except ValueError as error:
         raise ValueError(f"{row.place}: {error}") from None
 
@@ -139,7 +146,7 @@ def _rows(
     source: Source, first: str, is_text: bool, convert_row: Callable[[Row], Pair]
 ) -> Iterator[dict[str, Any]]:
     for row in source.rows():
-        fields, form, unused = convert_row(row)
+        fields, form, unused, offered = convert_row(row)
         if isinstance(fields["prompt"], str) != is_text:
             kinds = ("text", "messages") if is_text else ("messages", "text")
             raise ValueError(
@@ -149,7 +156,8 @@ def _rows(
         if not is_text:
             _check_numbers(fields, row.place)
         equal = fields["chosen"] == fields["rejected"]
-        seen = {"format": form, "unused": json.dumps(unused), "equal": equal}
+        names = {"unused": json.dumps(unused), "offered": json.dumps(offered)}
+        seen = {"format": form, **names, "equal": equal}
         yield {**fields, "place": row.place, **seen}
 
 

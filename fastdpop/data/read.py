@@ -27,10 +27,11 @@ from fastdpop.data.json_text import cell, decode
 
 
 class Row(NamedTuple):
-    """A row: where it is, and its fields."""
+    """A row: where it is, its fields, and whether they can be nothing but text, as in CSV."""
 
     place: str
     fields: dict[str, Any]
+    untyped: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,11 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
             yield from _unfilled(datasets.Dataset(InMemoryTable(table)))
 
 
-def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+def _numbered(name: str, rows: Iterable[dict[str, Any]], untyped: bool = False) -> Iterator[Row]:
     number = 0
     try:
         for number, fields in enumerate(rows, 1):
-            yield Row(f"{name} {number}", fields)
+            yield Row(f"{name} {number}", fields, untyped)
     except (csv.Error, pa.ArrowException, UnicodeDecodeError, OSError, KeyError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's, not the data's
@@ -177,8 +178,8 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".json": read_json,
     ".jsonl": read_json,
     ".ndjson": read_json,
-    ".csv": lambda path: _numbered(f"{path} row", _csv(path)),
-    ".tsv": lambda path: _numbered(f"{path} row", _csv(path)),
+    ".csv": lambda path: _numbered(f"{path} row", _csv(path), untyped=True),
+    ".tsv": lambda path: _numbered(f"{path} row", _csv(path), untyped=True),
     ".parquet": lambda path: _numbered(f"{path} row", _parquet(path)),
 }
 

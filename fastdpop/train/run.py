@@ -13,10 +13,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from trl.scripts.utils import get_dataset
 
+from fastdpop import pair_values
 from fastdpop.data import load_pairs
-from fastdpop.data.formats import PAIR_VALUES
 from fastdpop.data.tokens import tokenize
 from fastdpop.integrations.trl.config import value_names
+from fastdpop.integrations.trl.loss import configured
 from fastdpop.integrations.trl.models import UnfitModel
 from fastdpop.integrations.trl.order import prompts
 from fastdpop.integrations.trl.references import hash_of_tokens
@@ -169,11 +170,12 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     if pairs.unused:
         notes.append(f"columns not used: {', '.join(pairs.unused)}")
     say(", ".join(notes))
-    unasked = [name for name in PAIR_VALUES if name in pairs.unused]
+    unasked = pair_values.readable(configured(asked.config, asked.loss), pairs.offered)
     if unasked and PartialState().is_main_process:
         warnings.warn(
             f"{label}: the loss does not get {' and '.join(unasked)}, expected --pair-values "
-            f"{' '.join([*values, *unasked])} if it is to",
+            f"{' '.join([*values, *unasked])} if it is to"
+            + ("; all training and held-out pairs then need them" if evaluates(asked) else ""),
             stacklevel=2,
         )
     equal = sum(row["chosen_ids"] == row["rejected_ids"] for row in dataset)

@@ -58,7 +58,7 @@ class PairTrainer(FastDPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, name: str) -> Any:
         """TRL's own would tokenise; see :mod:`fastdpop.data.tokens`."""
-        values.check_dataset(dataset, args, name)
+        values.check_dataset(dataset, args, name, self._fastdpop.loss)
         return dataset
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -133,7 +133,7 @@ def read(path: Path, dry: bool = False) -> Recipe:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict) or not {"model", "launch", "stages"} <= content.keys() <= KEYS:
-        found = sorted(content) if isinstance(content, dict) else content
+        found = sorted(content, key=str) if isinstance(content, dict) else content
         raise ValueError(f"{path} has the keys {found}, expected {sorted(KEYS)}")
     for key, kind in (("model", str), ("launch", str), ("data", dict), ("stages", dict)):
         if not isinstance(content.setdefault(key, kind()), kind):
@@ -143,10 +143,16 @@ def read(path: Path, dry: bool = False) -> Recipe:
     for name, given in content["stages"].items():
         if not isinstance(given, dict):
             raise ValueError(f"{path}: stage '{name}' is {given!r}, expected its options")
+        for key in given:
+            if not isinstance(key, str):
+                raise ValueError(f"{path}: stage '{name}': the key {key!r} is no option")
         own = {k: _placed(v, path) if isinstance(v, str) else v for k, v in given.items()}
         run, start = own.pop("run", "train"), own.pop("start", None)
         own.pop("launch", None)
-        launch = _words(given.get("launch", content["launch"]), path)
+        if "launch" in given:
+            launch = _words(given["launch"], path, f"stage '{name}': launch")
+        else:
+            launch = _words(content["launch"], path, "launch")
         if run not in RUNS:
             raise ValueError(f"{path}: stage '{name}': run is {run!r}, expected one of {[*RUNS]}")
         if start not in (None, "model"):
@@ -171,16 +177,21 @@ def _placed(text: str, path: Path) -> str:
     return text.replace("{here}", str(path.resolve().parent))
 
 
-def _words(command: Any, path: Path) -> list[str]:
+def _words(command: Any, path: Path, key: str) -> list[str]:
     """Of a command line, each placed by itself: a path may hold blanks."""
-    words = [_placed(word, path) for word in shlex.split(str(command))]
+    try:
+        words = shlex.split(command) if isinstance(command, str) else []
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {key} is {command!r}, expected a command: {str(error).lower()}"
+        ) from None
     if not words:
-        raise ValueError(f"{path}: {command!r} is no command")
-    return words
+        raise ValueError(f"{path}: {key} is {command!r}, expected a command")
+    return [_placed(word, path) for word in words]
 
 
-def _made(path: Path, name: str, command: str) -> list[str]:
-    word, *others = _words(command, path)
+def _made(path: Path, name: str, command: Any) -> list[str]:
+    word, *others = _words(command, path, f"data '{name}'")
     programs = {"fastdpop": [sys.executable, "-m", "fastdpop"], "python": [sys.executable]}
     if word not in programs:
         raise ValueError(

@@ -40,7 +40,10 @@ def test_json_lines(tmp_path: Path) -> None:
     assert pairs.dataset["margin"][:] == [-2.0, 1e-9]
     assert pairs.dataset.features["margin"].dtype == "float64"
     assert pairs.unused == ("id",)
-    assert load_pairs(path, progress=False).unused == ("id", "margin", "quality")
+    assert pairs.offered == ()
+    plain = load_pairs(path, progress=False)
+    assert plain.unused == ("id", "margin", "quality")
+    assert plain.offered == ("margin",)
     tokens, _ = tokenize(pairs.dataset, tiny_tokenizer(), values=["weight"], progress=False)
     assert set(tokens.column_names) == {
         *("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -58,6 +61,7 @@ def test_csv_and_parquet(tmp_path: Path) -> None:
         2e-3,
         0.5,
     ]
+    assert load_pairs(path, progress=False).offered == ("weight",)
     rows = {name: [value] * 2 for name, value in TEXT.items()}
     table = pa.table({**rows, "offset": pa.array([0.5, -3], pa.float32())})
     pq.write_table(table, tmp_path / "x.parquet")
@@ -98,6 +102,7 @@ def test_a_number_is_kept_beside_what_tells_a_format() -> None:
         (float("nan"), "nan"),
         (float("-inf"), "-inf"),
         (10**400, "1000000"),
+        ("0.5", "'0.5'"),  # text, from where there are numbers
         (True, "True"),
         ([0.5], "[0.5]"),
         (-0.5, "-0.5"),
@@ -109,6 +114,22 @@ def test_what_is_no_weight(value: Any, said: str) -> None:
     assert f"field 'weight' is {said}" in str(error.value)
     if value == -0.5:
         assert convert({**TEXT, "margin": value}, values=["margin"]).fields["margin"] == -0.5
+
+
+def test_text_is_no_number_beyond_csv(tmp_path: Path) -> None:
+    row = {**TEXT, "weight": "1.5"}
+    path = write(tmp_path / "x.jsonl", TEXT | {"weight": 1.5}, row)
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl:2: field 'weight' is '1\.5', expected a finite"
+    ):
+        load_pairs(path, values=["weight"], progress=False)
+    assert load_pairs(path, progress=False).offered == ()
+    data = datasets.Dataset.from_list([row])
+    with pytest.raises(ValueError, match=r"row 1: field 'weight' is '1\.5', expected a finite"):
+        load_pairs(data, values=["weight"], progress=False)
+    (tmp_path / "x.tsv").write_text("prompt\tchosen\trejected\tweight\na\tb\tc\t1.5\n")
+    found = load_pairs(tmp_path / "x.tsv", values=["weight"], progress=False)
+    assert found.dataset["weight"][:] == [1.5]
 
 
 def test_errors_name_the_place(tmp_path: Path) -> None:

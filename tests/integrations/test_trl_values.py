@@ -171,6 +171,11 @@ def test_a_stream(tmp_path: Path) -> None:
     seen = Seen(of)
     of.train()
     check_sides(seen, of, data)
+    texts = weighted(weight=["1.5"] * 8).to_iterable_dataset()
+    with pytest.raises(
+        ValueError, match=r"field 'weight' is '1\.5', expected a finite number >= 0"
+    ):
+        fast(tmp_path, texts).train()
     broken = weighted(weight=[1.0, float("nan"), *WEIGHTS[2:]]).to_iterable_dataset()
     with pytest.raises(ValueError, match="field 'weight' is nan, expected a finite number >= 0"):
         fast(tmp_path, broken).train()
@@ -291,3 +296,30 @@ def test_standard_columns_that_nobody_asked_for(
     (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("fastdpop")]
     assert "the loss does not get margin of the train dataset, expected pair_values=" in said
     assert "pair_values=['weight', 'margin']" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "pair_values=['weight', 'margin'] if"),
+        ({"pair_values": None}, "pair_values=['weight', 'margin'] if"),
+        ({"pair_values": None, "loss_type": "sft"}, "pair_values=['weight'] if"),
+        ({"loss_type": "sft"}, None),
+        ({"pair_values": ["chosen_score", "rejected_score"], "given": {"loss": losses.rpo()}},
+         "pair_values=['chosen_score', 'rejected_score', 'weight'] if"),
+    ],
+)  # fmt: skip
+def test_only_what_the_loss_reads_and_can_be_given(
+    options: dict[str, Any], advice: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = [*WEIGHTS[:7], None]
+    scores = {"chosen_score": WEIGHTS, "rejected_score": WEIGHTS}
+    data = weighted(margin=WEIGHTS, offset=missing, **scores)
+    if "given" in options:
+        options = {**options, "loss_type": "sigmoid"}
+    with caplog.at_level(logging.WARNING, "fastdpop"):
+        fast(tmp_path, data, **options)
+    said = [r.getMessage() for r in caplog.records if "does not get" in r.getMessage()]
+    assert len(said) == (advice is not None)
+    if advice is not None:
+        assert advice in said[0]

@@ -292,7 +292,13 @@ def test_what_is_finished_is_not_made_otherwise(
         ("learning_rate: 0.01}", "pairs: x}", "the key 'pairs' stands twice"),
         ("learning_rate: 0.01}", "run: sftt}", r"stage 'one': run is 'sftt', expected one of \['train', 'sft'\]"),
         ("learning_rate: 0.01}", "output: x}", "stage 'one': output is not for a stage to say"),
-        ("accelerate launch --num_processes 8", '""', r"small.yaml: '' is no command"),
+        ("stages:", "1: x\nstages:", r"small.yaml has the keys \[1, 'launch', 'model', 'stages'\], expected"),
+        ("learning_rate: 0.01}", "1: x}", "small.yaml: stage 'one': the key 1 is no option"),
+        ("launch --num_processes 8", '"x', "small.yaml: launch is 'accelerate \"x', expected a command: no closing"),
+        ("learning_rate: 0.01}", "launch: a 'b}", "stage 'one': launch is \"a 'b\", expected a command: no closing"),
+        ("stages:", "data: {arc: fastdpop 'b}\nstages:", "small.yaml: data 'arc' is \"fastdpop 'b\", expected a comm"),
+        ("stages:", "data: {arc: }\nstages:", "small.yaml: data 'arc' is None, expected a command"),
+        ("accelerate launch --num_processes 8", '""', r"small.yaml: launch is '', expected a command"),
         ("start: model", "start: one", "stage 'three': start is 'one', expected 'model'"),
         ("Intel/orca_dpo_pairs, l", "data/arcc.jsonl, l", r"stage 'two' reads data/arcc.jsonl, expected one of"),
         ("stages:", "data: {arc: make arc}\nstages:", r"data 'arc' is made by 'make', expected one of \['fast"),
@@ -309,6 +315,7 @@ def test_mistakes_end_it_before_anything_starts(
     found = capsys.readouterr().err
     assert here.commands == []
     assert re.search(message, found), found
+    assert "Traceback" not in found
     if "lerning" in new:
         assert "there is no option --lerning_rate; is --learning-rate" in found
 

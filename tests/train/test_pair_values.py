@@ -15,6 +15,7 @@ from fastdpop.train.trainer import PairTrainer
 from tests.train.files import WARNINGS, Files, rows, write
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
+RPO = "chosen_score rejected_score weight"
 WEIGHTS = [0.5, 2.0, 0.1, 3.0, 1.0, 0.25]
 
 
@@ -101,8 +102,55 @@ def test_a_column_that_nobody_asked_for(files: Files, capsys: pytest.CaptureFixt
     assert files.run("--steps", "1", "--save-every", "0") == 0
     said = capsys.readouterr()
     assert "columns not used: weight" in said.out
-    assert "warning: " in said.err
-    assert "the loss does not get weight, expected --pair-values weight if it is to" in said.err
+    assert f"warning: {files.folder}/train.jsonl: {UNASKED} --pair-values weight if it" in said.err
+
+
+UNASKED = "the loss does not get weight, expected"
+ALL = {"weight": 2.0, "margin": 0.5, "offset": 1, "chosen_score": 3.0, "rejected_score": 1.0}
+
+
+@pytest.mark.filterwarnings("always:.*the loss does not get:UserWarning")
+@pytest.mark.parametrize(
+    ("more", "row", "advice"),
+    [
+        ((), ALL, "weight margin offset"),
+        (("--pair-values", "margin"), ALL, "margin weight offset"),
+        (("--loss_type", "sft"), ALL, "weight"),
+        (("--loss", "rpo", "--pair-values", "chosen_score", "rejected_score"), ALL, RPO),
+        # Whose own name is taken by another column.
+        (("--pair-values", "weight", "--columns", "weight=offset"), ALL, "weight margin"),
+        # Text is no number, and neither is a weight below 0.
+        ((), {"weight": -1, "margin": "0.5", "offset": 1}, "offset"),
+        ((), {"chosen_score": 1.0, "margin": None}, None),
+        (
+            ("--pair-values", "weight", "--columns", "weight=offset"),
+            {"weight": 1, "offset": 1},
+            None,
+        ),
+    ],
+)
+def test_the_advice_can_be_followed(
+    files: Files,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    row: dict[str, Any],
+    advice: str | None,
+) -> None:
+    """It names what the loss reads and can be given, and nothing that it gets already."""
+    write(files.folder / "train.jsonl", [{**pair, **row} for pair in rows(4)])
+    always = ("--steps", "1", "--save-every", "0")
+    assert files.run(*always, *more) == 0
+    said = capsys.readouterr().err
+    if advice is None:
+        assert "does not get" not in said
+        return
+    assert f"expected --pair-values {advice} if it is to" in said
+    rest = more[: more.index("--pair-values")] if "--pair-values" in more else more
+    if "--columns" in more:
+        rest = more[more.index("--columns") :]
+    again = ("--pair-values", *advice.split())
+    assert files.run(*always, *rest, *again, out=files.folder / "again") == 0
+    assert "does not get" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,18 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
     """
     if loss is not None:
         check_given(loss, args)
+    check_values(configured(args, loss), value_names(args))
+
+
+def configured(args: Any, loss: PreferenceLoss | None) -> PreferenceLoss:
+    """The loss of a trainer with these arguments, given `loss` or not, before there is one; raises as
+    :func:`preference`.
+    """
     names = [
         *("beta", "label_smoothing", "ld_alpha", "use_weighting"),
         *("f_divergence_type", "f_alpha_divergence_coef"),
     ]
-    found = preference(
+    return preference(
         SimpleNamespace(
             **{name: getattr(args, name) for name in names},
             args=args,
@@ -93,7 +100,6 @@ def check_config(args: Any, loss: PreferenceLoss | None) -> None:
             _fastdpop=SimpleNamespace(loss=loss),
         )
     )
-    check_values(found, value_names(args))
 
 
 def check_values(loss: PreferenceLoss, names: Sequence[str]) -> None:

@@ -229,7 +229,7 @@ def _patch_data(kind: Any) -> None:
     @functools.wraps(own_prepare)
     def prepare(self: Any, dataset: Any, processing: Any, args: Any, name: str) -> Any:
         if on_fastdpop(self):
-            values.check_dataset(dataset, args, name)
+            values.check_dataset(dataset, args, name, self._fastdpop.loss)
         return own_prepare(self, dataset, processing, args, name)
 
     @functools.wraps(own_columns)

@@ -57,7 +57,7 @@ class FastDPOTrainer(DPOTrainer):
             super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing: Any, args: Any, name: str) -> Any:
-        values.check_dataset(dataset, args, name)
+        values.check_dataset(dataset, args, name, self._fastdpop.loss)
         return super()._prepare_dataset(dataset, processing, args, name)
 
     def _set_signature_columns_if_needed(self) -> None:

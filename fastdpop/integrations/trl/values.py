@@ -16,11 +16,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, Value
 
+from fastdpop import pair_values
 from fastdpop.data.formats import PAIR_VALUES, number
 from fastdpop.exact import Exact
 from fastdpop.integrations.trl.batch import KEY
 from fastdpop.integrations.trl.config import value_names
+from fastdpop.integrations.trl.loss import configured
 from fastdpop.integrations.trl.models import Held, on_fastdpop
+from fastdpop.losses.base import PreferenceLoss
 
 _logger = logging.getLogger(__name__)
 _WEIGHT = PAIR_VALUES[0]
@@ -71,10 +74,13 @@ def without(collator: Any) -> Any:
     return collator.inner if isinstance(collator, WithValues) else collator
 
 
-def check_dataset(dataset: Any, args: Any, called: str) -> None:
+def check_dataset(dataset: Any, args: Any, called: str, loss: PreferenceLoss | None) -> None:
     """Look at the numbers of a data set before training; say so if some are there that nobody asked for.
 
     A stream is looked at batch by batch.
+
+    Args:
+        loss: what the trainer was given; None where `args` say which loss it is.
 
     Raises:
         ValueError: a column is missing or not of numbers, or one of its numbers is missing, not finite, or a negative
@@ -90,8 +96,10 @@ def check_dataset(dataset: Any, args: Any, called: str) -> None:
                 f"the {called} dataset has no column {name!r}, which pair_values names (columns here: "
                 f"{sorted(columns)})"
             )
-    features = dataset.features or {}
-    unasked = [n for n in PAIR_VALUES if n in columns and n not in names and _numeric(features, n)]
+    offered = [n for n in PAIR_VALUES if n in columns and n not in names]
+    unasked = [name for name in offered if _is_usable(dataset, name)]
+    if unasked:
+        unasked = pair_values.readable(configured(args, loss), unasked)
     if unasked and PartialState().is_main_process:
         _logger.warning(
             f"fastdpop: the loss does not get {' and '.join(unasked)} of the {called} dataset, expected "
@@ -100,6 +108,16 @@ def check_dataset(dataset: Any, args: Any, called: str) -> None:
     if isinstance(dataset, Dataset):
         for name in names:
             _check_column(dataset, name, called)
+
+
+def _is_usable(dataset: Any, name: str) -> bool:
+    if not isinstance(dataset, Dataset):
+        return _numeric(dataset.features or {}, name)
+    try:
+        _check_column(dataset, name, "")
+    except ValueError:
+        return False
+    return True
 
 
 def _numeric(features: Mapping[str, Any], name: str) -> bool:
