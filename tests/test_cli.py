@@ -40,7 +40,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
-    for name in ("train", "trl", "pairs", "demo", "doctor"):
+    for name in ("train", "trl", "pairs", "analyze", "demo", "doctor"):
         assert f"\n    {name} " in said
 
 

@@ -111,7 +111,7 @@ def charts(lines: Sequence[Line]) -> dict[str, Chart]:
     )
     found["lambda"] = Chart(
         "Tokens that DPOP pushes the right way",
-        "Share of the aligned tokens after the edit whose correct logit goes up, by lambda; at the left end, with DPO.",
+        "Share of the aligned tokens after the edit whose correct logit goes up, by lambda; at the left, all but DPO.",
         lambda axes: _lambdas(axes, lines),
     )
     found["ches"] = (

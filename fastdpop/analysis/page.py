@@ -36,7 +36,8 @@ def page(
     """
     everyone = [*numbers["models"], *([numbers["reference"]] if numbers["reference"] else [])]
     names = " and ".join(model["name"] for model in numbers["models"])
-    title = f"Why does the chosen log-prob fall? {names}"
+    does = "Why does the chosen log-prob fall?" if reference else "Will the chosen log-prob fall?"
+    title = f"{does} {names}"
     body = [
         _head(numbers, title),
         _section("Where it changed", _WHERE, [_change_table(numbers)], found, ("parts", "change"))
@@ -163,7 +164,7 @@ def _change_table(numbers: Numbers) -> str:
         *(f"{part} the edit" for part in PARTS),
         "rejected",
         "chosen fell",
-        "told apart",
+        "gained on rejected",
     ]
     return _table(head, rows, "Change of log-probs against the reference")
 
@@ -203,6 +204,7 @@ def _wrong_table(everyone: Sequence[Numbers]) -> str:
 
 
 def _ches_table(everyone: Sequence[Numbers]) -> str:
+    changed = any(model["change"] for model in everyone)
     rows = []
     for model in everyone:
         raw, mean, change = model["ches"], model["ches_normalised"], model["change"]
@@ -212,19 +214,11 @@ def _ches_table(everyone: Sequence[Numbers]) -> str:
                 model["name"],
                 *(plain(mean[q], 2) for q in ("p10", "median", "p90", "max")),
                 plain(raw["median"], 0),
-                signed(correlation),
+                *([signed(correlation)] if changed else []),
             ]
         )
-    head = [
-        "length-normalised",
-        "10%",
-        "median",
-        "90%",
-        "highest",
-        "CHES, median",
-        "rank correlation with the change",
-    ]
-    return _table(head, rows, "CHES")
+    head = ["length-normalised", "10%", "median", "90%", "highest", "CHES, median"]
+    return _table(head + ["rank correlation with the change"] * changed, rows, "CHES")
 
 
 def _fallen(

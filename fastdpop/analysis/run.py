@@ -115,8 +115,8 @@ def _write(
     html, picture, values = (job.output / name for name in NAMES)
     found = charts(lines_of(numbers, models, reference))
     names = ", ".join(model.name for model in models)
-    against = f", against {reference.path}" if reference else ""
-    note = f"{Path(job.pairs).name[-60:]}: {len(pairs):,} pairs{against[-80:]}. Bands and bars: ± 1 standard error."
+    against = f", against {Path(reference.path).name[-60:]}" if reference else ""
+    note = f"{Path(job.pairs).name[-60:]}: {len(pairs):,} pairs{against}. Bands and bars: ± 1 standard error."
     draw(found, f"Log-probs around the edit: {names}", note, picture)
     text = page(numbers, found, pairs, models, reference, tokenizer, job.examples)
     html.write_text(text, encoding="utf-8")

@@ -112,9 +112,9 @@ def _changed(model: Numbers, reference: Numbers) -> list[str]:
     verdict = _verdict(chosen)
     moved = {"falls": "fell", "rises": "rose", "stays": "did not move beyond chance"}[verdict]
     lines = [
-        f"{name}: the chosen completions' log-prob {moved} against the reference, by "
-        f"{with_error(chosen, 1, sign=True)} nats on average (in {percent(fell)} of the pairs it is lower), and the "
-        f"rejected ones' by {with_error(change['rejected'], 1, sign=True)}; chosen rose against rejected in "
+        f"{name}: the chosen completions' log-prob {moved} against the reference: "
+        f"{with_error(chosen, 1, sign=True)} nats on average, lower in {percent(fell)} of the pairs. The rejected "
+        f"ones' changed by {with_error(change['rejected'], 1, sign=True)}; chosen gained on rejected in "
         f"{percent(change['accuracy'])} of the pairs."
     ]
     parts = [signed(chosen["parts"][part], 1) for part in PARTS]
@@ -123,7 +123,10 @@ def _changed(model: Numbers, reference: Numbers) -> list[str]:
         f"{parts[2]} after it."
     )
     if verdict == "falls":
-        lines += [f"{name}: {_meaning(change)}", f"What to try: {_advice(model, reference)}"]
+        lines += [
+            f"{name}: {_meaning(change)}",
+            f"{name}: what to try: {_advice(model, reference)}",
+        ]
     elif verdict == "rises":
         lines.append(
             f"{name}: chosen completions became likelier, as they should: nothing to mend."

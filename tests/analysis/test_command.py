@@ -21,6 +21,7 @@ from tests.train.files import WARNINGS, rows, write
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in WARNINGS),
     pytest.mark.filterwarnings("default:.*chosen equals rejected"),  # printed
+    pytest.mark.filterwarnings("default:.*its chat template is not"),
 ]
 
 
@@ -113,7 +114,11 @@ def test_an_adapters_base_is_its_reference(
             "--model-revision is given for 2 models, expected one",
         ),
         (["--reference", "other"], "other: its tokenizer is not that of base"),
-        (["--reference", "broken"], "broken: its log-probs of pairs.jsonl:1 are not finite"),
+        (
+            ["--reference", "broken", "--batch-pairs", "1"],
+            "broken: its log-probs of pairs.jsonl:1 are not finite",
+        ),
+        (["--reference", "small"], "small: its embedding has 40 rows, and the pairs have a token"),
         (["--columns", "prompt=q"], "pairs.jsonl:1: "),
         (["--max-length", "5"], "more than max_length = 5"),
         (["--device", "nonsense"], "--device is 'nonsense', expected a device"),
@@ -127,7 +132,11 @@ def test_mistakes(
         tokenizer = tiny_tokenizer(CHATML)
         tokenizer.add_tokens(["more"])
         tokenizer.save_pretrained(folder / "other")
-    if "broken" in more:  # by one token, which no pair has before the first answer
+    if "small" in more:  # and without a tokenizer of its own
+        model = tiny_llama()
+        model.resize_token_embeddings(40)
+        model.save_pretrained(folder / "small")
+    if "broken" in more:  # by one token, which is in no batch but the first pair's
         model = tiny_llama(tied=False)
         with torch.no_grad():
             model.model.embed_tokens.weight[tiny_tokenizer()("6")["input_ids"]] = float("nan")
@@ -145,6 +154,15 @@ def test_names_of_folders_that_are_called_alike(folder: Path) -> None:
     (folder / "base").rename(folder / "old" / "tuned")
     assert analyze("--model", "tuned", "--model", "old/tuned") == 0
     assert [m["name"] for m in results(folder)["models"]] == ["tuned", "old/tuned"]
+
+
+def test_a_reference_with_another_chat_template(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer(CHATML.replace("<|end|>", "<end>")).save_pretrained(folder / "base")
+    assert analyze("--model", "tuned", "--reference", "base", "--limit", "2") == 0
+    warning = "base: its chat template is not that of tuned, with which all pairs are written"
+    assert warning in capsys.readouterr().err
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,7 @@ def test_summary(model: PairScores, said: list[str]) -> None:
     text = "\n".join(numbers["summary"])
     for words in said:
         assert words in text
-    assert ("What to try" in text) == ("fall stands" in text)
+    assert ("what to try" in text) == ("fall stands" in text)
     assert numbers["summary"][0].startswith(
         "5 pairs whose completions differ in 14% of their tokens"
     )
@@ -186,7 +186,7 @@ def test_summary_of_pairs_without_an_edit() -> None:
 
     numbers, _, _ = made({"M": of(-2.0)}, of(-1.0), same)
     text = "\n".join(numbers["summary"])
-    assert "by \N{MINUS SIGN}3.0 ± 0.0 nats" in text
+    assert "reference: \N{MINUS SIGN}3.0 ± 0.0 nats" in text
     assert "No part of the fall stands around an edit" in text
     assert "in 3 chosen equals rejected, which teaches nothing" in text
 
@@ -215,6 +215,8 @@ def test_page_is_wellformed_and_asks_nobody(reference: PairScores | None) -> Non
     for colour in ("#0072b2", "#1f1f1f"):  # light colours that a dark page could not show
         assert colour not in html.split("</style>")[1]
     assert "prefers-color-scheme: dark" in html
+    assert ("rank correlation" in html) == (reference is not None)
+    assert ("<h1>Why does" if reference else "<h1>Will the") in html
 
 
 @pytest.mark.parametrize("place", range(len(PAIRS)))
