@@ -73,7 +73,9 @@ def analyze(job: Job) -> None:
         ValueError, OSError, ImportError: with a message for the user.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("fastdpop analyze needs matplotlib: pip install 'fastdpop[analyze]'")
+        raise ModuleNotFoundError(
+            "fastdpop analyze needs matplotlib: pip install 'fastdpop[analyze]'"
+        )
     names = _names(job)
     if "--model_revision" in job.reading and len(job.models) > 1:
         raise ValueError(
