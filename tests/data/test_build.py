@@ -142,6 +142,54 @@ def test_gsm8k(tmp_path: Path) -> None:
         check_edit(pair, ".\nThen 6+1=7.\n#### 7")
 
 
+LAST = "He has 2*3=<<2*3=6>>6.\nThen 1,000*6=<<1000*6=6000>>6,000.\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "rights"),
+    [
+        ("That is <<6000=6000>>6000.\n#### 6,000", {"6"}),
+        ("Of 5+5=<<5+5=10>>10.\n#### 6000", {"6"}),
+        ("So 3000*2=<<3000*2=6,000>>6,000.\n#### 6000", {"6", "6,000"}),  # also another's value
+        ("#### 6000", {"6"}),
+    ],
+)
+def test_the_answer_s_calculation_stays_right(tmp_path: Path, end: str, rights: set[str]) -> None:
+    row = {"question": "Q", "answer": LAST + end}
+    pairs = [made("gsm8k", tmp_path, row, seed=seed)[0] for seed in range(20)]
+    assert {pair["edit"]["right"] for pair in pairs} == rights
+
+
+def test_a_fraction_whose_numerator_is_the_answer(tmp_path: Path) -> None:
+    text = "2 * 75 = 150.\nx = 150 / 450 = 1/3.\n#### 1\nThe answer is: 1"
+    pairs = [
+        made("metamath", tmp_path, {"query": "Q", "response": text}, seed=s)[0] for s in range(20)
+    ]
+    assert {pair["edit"]["right"] for pair in pairs} == {"150"}
+
+
+def test_numbers_of_any_length(tmp_path: Path) -> None:
+    """They end nothing, are never made wrong, and 0.5 is the answer with any number of zeros."""
+    for digits in (21, 29, 5000):
+        n = "9" * digits
+        right = f"It is {n}-0={n}.\nSo 3+4=7.\n5-3=2.\n#### 2"
+        answer = f"It is {n}-0=<<{n}-0={n}>>{n}.\nSo 3+4=<<3+4=7>>7.\n5-3=<<5-3=2>>2.\n#### 2"
+        for kind, row in (
+            ("gsm8k", {"question": f"Q {n}", "answer": answer}),
+            ("metamath", {"query": f"Q {n}/{n}", "response": right}),
+            ("metamath", {"query": "Q", "response": f"{right}\nThe answer is: 2 {n} {n}/{n}"}),
+            ("metamath", {"query": "Q", "response": right.replace("5-3", f"{n}/{n} = 1/{n}")}),
+        ):
+            for seed in range(5):
+                (pair,) = made(kind, tmp_path, row, seed=seed)
+                assert pair["edit"]["right"] == "7"
+                check_edit(pair, pair["chosen"].split("3+4=7")[1])
+    half = f"1/2 = 0.5. 3 + 4 = 7.\n#### 0.5{'0' * 5000}"
+    for seed in range(5):
+        (pair,) = made("metamath", tmp_path, {"query": "Q", "response": half}, seed=seed)
+        assert pair["edit"]["right"] == "7"
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), min_size=2, max_size=6),
     st.integers(),
@@ -236,15 +284,36 @@ def test_hellaswag_as_text(tmp_path: Path) -> None:
     for content, message in (
         (text[: text.rindex(b"eats")], cut),
         (b"\xff\n", "x.txt:1: not UTF-8"),
+        (text + b"Cooking: A\n\xff\n", "x.txt:14: not UTF-8"),
         (b"no colon\n" + text, "x.txt:1: 'no colon' and 5 more lines, expected"),
     ):
         (tmp_path / "x.txt").write_bytes(content)
         with pytest.raises(ValueError, match=r".") as error:
             list(build("hellaswag", tmp_path / "x.txt"))
         assert message in str(error.value)
-    (tmp_path / "x.txt.bz2").write_bytes(bz2.compress(text)[:-5])
-    with pytest.raises(ValueError, match=r"x\.txt\.bz2:\d+: the compressed data are cut off"):
-        list(build("hellaswag", tmp_path / "x.txt.bz2"))
+    packed = bz2.compress(text)
+    for content in (packed[:-5], packed[:9] + b"x" * 40 + packed[49:], b"no bz2"):
+        (tmp_path / "x.txt.bz2").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.txt\.bz2:\d+: the compressed data are damaged"):
+            list(build("hellaswag", tmp_path / "x.txt.bz2"))
+    with pytest.raises(FileNotFoundError):
+        list(build("hellaswag", tmp_path / "none.txt"))
+
+
+def test_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
+    task = "Cooking: He takes an egg\r\n1\r\n" + "".join(f"{e}\r\n" for e in ENDINGS)
+    (tmp_path / "x.txt").write_bytes(f"\ufeff{task}\r\n{task}\n \n".encode())
+    pairs = list(build("hellaswag", tmp_path / "x.txt"))
+    assert [pair["prompt"] for pair in pairs] == ["Cooking: He takes an egg"] * 6
+    assert [pairs[0]["source"], pairs[5]["source"]] == ["x.txt:1", "x.txt:8"]
+
+
+def test_an_ending_of_marks_alone(tmp_path: Path) -> None:
+    counts = Counts()
+    rows = [{**SWAG, "endings": [*ENDINGS[:2], "[header]", "[step] it."]}, SWAG]
+    pairs = made("hellaswag", tmp_path, *rows, counts=counts)
+    assert [pair["rejected"] for pair in pairs] == [" eats it.", " sings.", " flies."]
+    assert counts.left_out == {"an ending that has nothing but marks such as [header]": 1}
 
 
 def test_marks_of_wikihow() -> None:
@@ -390,7 +459,7 @@ def test_arguments(tmp_path: Path) -> None:
         ("arc", "arc_challenge/test.jsonl", 1172, 3515),
         ("hellaswag", "hellaswag/hellaswag_val_full.txt.bz2", 10042, 30126),  # as in the paper
         ("hellaswag", "hellaswag/val_first1000.jsonl", 1000, 3000),
-        ("gsm8k", "gsm8k/train.jsonl", 7473, 7356),
+        ("gsm8k", "gsm8k/train.jsonl", 7473, 7355),
         ("gsm8k", "gsm8k/test.jsonl", 1319, 1298),
         ("metamath", "metamath_gsm8k_backward/GSM8K_Backward.jsonl", 1270, 947),
     ],
