@@ -249,7 +249,7 @@ def numbers_in(text: str) -> Iterator[Fraction]:
     """The values of all numbers of a text, and of its fractions."""
     for match in re.finditer(rf"{NUMBER}|\.\d+", text):
         yield value_of(match.group())
-    for match in re.finditer(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+)", text):
+    for match in re.finditer(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}|(?<!\d)(\d+)/(\d+)", text):
         top, under = (value_of(part) for part in match.groups() if part)
         if under:
             yield top / under
