@@ -20,6 +20,8 @@ ERRORS = (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)
 """By how much a wrong result may be off."""
 NUMBER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?"
 """A number without sign as it is written: 7, 1,250 or 0.20, but not 007 or .5."""
+_DIGITS = 20
+"""The most that a result has: more than a word problem needs, fewer than ``Decimal`` rounds."""
 
 
 class Result(NamedTuple):
@@ -50,12 +52,12 @@ class Edit(NamedTuple):
 
 def is_right(text: str, truth: Fraction) -> bool:
     """Whether a written number is another one rounded to as many places, up or down."""
-    return abs(_value(text) - truth) < Fraction(1, 10 ** _places(text))
+    return abs(value_of(text) - truth) < Fraction(1, 10 ** _places(text))
 
 
 def made_wrong(result: Result, rng: random.Random) -> Edit:
     """A wrong value in the same form: above 0, with as many places, with commas if there were some."""
-    right = _value(result.text)
+    right = value_of(result.text)
     errors = [
         error
         for error in ERRORS
@@ -63,7 +65,13 @@ def made_wrong(result: Result, rng: random.Random) -> Edit:
         and not (result.truth is not None and _rounds_to(right + error, result))
     ]
     wrong = Decimal(result.text.replace(",", "")) + rng.choice(errors)
-    return Edit(result.start, result.text, f"{wrong:,}" if "," in result.text else str(wrong))
+    # f: 1.0000001 - 1 is no 1E-7.
+    return Edit(result.start, result.text, f"{wrong:,f}" if "," in result.text else f"{wrong:f}")
+
+
+def can_be_made_wrong(text: str) -> bool:
+    """Whether a written number is short enough for :func:`made_wrong`: of at most 20 digits."""
+    return sum(map(str.isdigit, text)) <= _DIGITS
 
 
 def _rounds_to(value: Fraction, result: Result) -> bool:
@@ -72,8 +80,9 @@ def _rounds_to(value: Fraction, result: Result) -> bool:
     return abs(value - result.truth) < Fraction(1, 10 ** _places(result.text))
 
 
-def _value(text: str) -> Fraction:
-    return Fraction(text.replace(",", ""))
+def value_of(text: str) -> Fraction:
+    """The value of a written number, exact for any number of digits."""
+    return Fraction(Decimal(text.replace(",", "")))  # int() takes 4,300 digits
 
 
 def _places(text: str) -> int:
@@ -180,14 +189,17 @@ def results_in(
         text: a solution without the line that says its answer.
         given: values that the question gives: after a calculation that cannot be followed, they are no
             results.
-        final: values of the answer: no result is among them.
+        final: values of the answer: no result is among them, and no numerator of one.
     """
     right, unknown = [], []
     for match in _RESULT.finditer(text):
         written = match["top"] or match["number"]
-        under = Fraction(match["under"] or match["over"] or 1)
-        value = _value(written) / under
-        if not {value, value / 100}.isdisjoint(final):
+        if not can_be_made_wrong(written):
+            continue
+        under = value_of(match["under"] or match["over"] or "1")
+        value = value_of(written) / under
+        # MetaMath gives 1 as the answer of x = 1/3.
+        if not {value, value / 100, value_of(written)}.isdisjoint(final):
             continue
         start = match.start("top" if match["top"] else "number")
         side = _left_side(text, match.start())
@@ -196,7 +208,7 @@ def results_in(
         # 10 / 50 * 100 = 20% as well as 10 / 50 = 20%
         truths = [v * scale for v in values for scale in ((1, 100) if match["percent"] else (1,))]
         fits = [abs(v) * under for v in truths if v * signed >= 0]
-        fits = [v for v in fits if (is_right(written, v) if under == 1 else _value(written) == v)]
+        fits = [v for v in fits if (is_right(written, v) if under == 1 else value_of(written) == v)]
         if fits:
             right.append(Result(start, written, fits[0]))
         elif (
@@ -236,8 +248,8 @@ def _values(side: str) -> list[Fraction]:
 def numbers_in(text: str) -> Iterator[Fraction]:
     """The values of all numbers of a text, and of its fractions."""
     for match in re.finditer(rf"{NUMBER}|\.\d+", text):
-        yield _value(match.group())
-    for match in re.finditer(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+)", text):
-        top, under = (int(part) for part in match.groups() if part)
+        yield value_of(match.group())
+    for match in re.finditer(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}|(?<!\d)(\d+)/(\d+)", text):
+        top, under = (value_of(part) for part in match.groups() if part)
         if under:
-            yield Fraction(top, under)
+            yield top / under

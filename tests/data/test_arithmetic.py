@@ -94,6 +94,23 @@ def test_the_answer_is_never_among_them() -> None:
     assert Fraction("1250.5") in numbers_in("#### 1,250.5")
 
 
+@pytest.mark.parametrize(
+    ("right", "wrongs"),
+    [
+        ("1.0000001", {"0.0000001", "2.0000001", "3.0000001", "4.0000001", "6.0000001", "11.0000001"}),
+        ("0.00000001", {f"{n}.00000001" for n in (1, 2, 3, 5, 10)}),
+        (
+            "12345678901234567890",
+            {f"123456789012345678{n}" for n in (80, 85, 87, 88, 89, 91, 92, 93, 95)}
+            | {"12345678901234567900"},
+        ),
+    ],
+)  # fmt: skip
+def test_no_exponent_and_no_rounding(right: str, wrongs: set[str]) -> None:
+    result = Result(0, right, None)
+    assert {made_wrong(result, random.Random(seed)).wrong for seed in range(200)} == wrongs
+
+
 NUMBERS = st.integers(0, 9999) | st.decimals(0, 9999, places=2)
 SIGNS = {"+": "+", "-": "-", "*": "*", "x": "*", "×": "*"}
 

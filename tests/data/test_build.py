@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from fastdpop.data import load_pairs
 from fastdpop.data.build import KINDS, Counts, build
-from fastdpop.data.build.hellaswag import without_marks
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 with_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the original files")
@@ -142,6 +140,54 @@ def test_gsm8k(tmp_path: Path) -> None:
         check_edit(pair, ".\nThen 6+1=7.\n#### 7")
 
 
+LAST = "He has 2*3=<<2*3=6>>6.\nThen 1,000*6=<<1000*6=6000>>6,000.\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "rights"),
+    [
+        ("That is <<6000=6000>>6000.\n#### 6,000", {"6"}),
+        ("Of 5+5=<<5+5=10>>10.\n#### 6000", {"6"}),
+        ("So 3000*2=<<3000*2=6,000>>6,000.\n#### 6000", {"6", "6,000"}),  # also another's value
+        ("#### 6000", {"6"}),
+    ],
+)
+def test_the_answer_s_calculation_stays_right(tmp_path: Path, end: str, rights: set[str]) -> None:
+    row = {"question": "Q", "answer": LAST + end}
+    pairs = [made("gsm8k", tmp_path, row, seed=seed)[0] for seed in range(20)]
+    assert {pair["edit"]["right"] for pair in pairs} == rights
+
+
+def test_a_fraction_whose_numerator_is_the_answer(tmp_path: Path) -> None:
+    text = "2 * 75 = 150.\nx = 150 / 450 = 1/3.\n#### 1\nThe answer is: 1"
+    pairs = [
+        made("metamath", tmp_path, {"query": "Q", "response": text}, seed=s)[0] for s in range(20)
+    ]
+    assert {pair["edit"]["right"] for pair in pairs} == {"150"}
+
+
+def test_numbers_of_any_length(tmp_path: Path) -> None:
+    """They end nothing, are never made wrong, and 0.5 is the answer with any number of zeros."""
+    for digits in (21, 29, 5000):
+        n = "9" * digits
+        right = f"It is {n}-0={n}.\nSo 3+4=7.\n5-3=2.\n#### 2"
+        answer = f"It is {n}-0=<<{n}-0={n}>>{n}.\nSo 3+4=<<3+4=7>>7.\n5-3=<<5-3=2>>2.\n#### 2"
+        for kind, row in (
+            ("gsm8k", {"question": f"Q {n}", "answer": answer}),
+            ("metamath", {"query": f"Q {n}/{n}", "response": right}),
+            ("metamath", {"query": "Q", "response": f"{right}\nThe answer is: 2 {n} {n}/{n}"}),
+            ("metamath", {"query": "Q", "response": right.replace("5-3", f"{n}/{n} = 1/{n}")}),
+        ):
+            for seed in range(2):
+                (pair,) = made(kind, tmp_path, row, seed=seed)
+                assert pair["edit"]["right"] == "7"
+                check_edit(pair, pair["chosen"].split("3+4=7")[1])
+    half = f"1/2 = 0.5. 3 + 4 = 7.\n#### 0.5{'0' * 5000}"
+    for seed in range(2):
+        (pair,) = made("metamath", tmp_path, {"query": "Q", "response": half}, seed=seed)
+        assert pair["edit"]["right"] == "7"
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5000)), min_size=2, max_size=6),
     st.integers(),
@@ -221,34 +267,6 @@ def test_forms_of_hellaswag(tmp_path: Path, row: dict[str, Any], prompt: str) ->
     pairs = made("hellaswag", tmp_path, row)
     assert [pair["rejected"] for pair in pairs] == [" eats it.", " sings.", " flies."]
     assert {(pair["prompt"], pair["chosen"]) for pair in pairs} == {(prompt, " boils it.")}
-
-
-def test_hellaswag_as_text(tmp_path: Path) -> None:
-    lines = ["Cooking: He takes an egg: he", "1", *ENDINGS]
-    text = "".join(f"{line}\n" for line in lines * 2).encode()
-    for name, content in (("x.txt", text), ("x.txt.bz2", bz2.compress(text))):
-        (tmp_path / name).write_bytes(content)
-        pairs = list(build("hellaswag", tmp_path / name))
-        assert len(pairs) == 6
-        assert pairs[0]["prompt"] == "Cooking: He takes an egg: he"
-        assert [pairs[0]["source"], pairs[5]["source"]] == [f"{name}:1", f"{name}:7"]
-    cut = "x.txt:7: 'Cooking: He takes an egg: he' and 1 more lines, expected 'activity: beginning'"
-    for content, message in (
-        (text[: text.rindex(b"eats")], cut),
-        (b"\xff\n", "x.txt:1: not UTF-8"),
-        (b"no colon\n" + text, "x.txt:1: 'no colon' and 5 more lines, expected"),
-    ):
-        (tmp_path / "x.txt").write_bytes(content)
-        with pytest.raises(ValueError, match=r".") as error:
-            list(build("hellaswag", tmp_path / "x.txt"))
-        assert message in str(error.value)
-    (tmp_path / "x.txt.bz2").write_bytes(bz2.compress(text)[:-5])
-    with pytest.raises(ValueError, match=r"x\.txt\.bz2:\d+: the compressed data are cut off"):
-        list(build("hellaswag", tmp_path / "x.txt.bz2"))
-
-
-def test_marks_of_wikihow() -> None:
-    assert without_marks(" A [header] B [title] C [substeps] d ") == "A B. C d"
 
 
 def test_a_wrong_answer_that_is_the_right_one_makes_no_pair(tmp_path: Path) -> None:
@@ -390,7 +408,7 @@ def test_arguments(tmp_path: Path) -> None:
         ("arc", "arc_challenge/test.jsonl", 1172, 3515),
         ("hellaswag", "hellaswag/hellaswag_val_full.txt.bz2", 10042, 30126),  # as in the paper
         ("hellaswag", "hellaswag/val_first1000.jsonl", 1000, 3000),
-        ("gsm8k", "gsm8k/train.jsonl", 7473, 7356),
+        ("gsm8k", "gsm8k/train.jsonl", 7473, 7355),
         ("gsm8k", "gsm8k/test.jsonl", 1319, 1298),
         ("metamath", "metamath_gsm8k_backward/GSM8K_Backward.jsonl", 1270, 947),
     ],

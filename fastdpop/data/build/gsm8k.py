@@ -28,7 +28,8 @@ def read(fields: Mapping[str, Any]) -> Calculation:
 
     def results() -> Sequence[Result]:
         values = {"given": {*numbers_in(question)}, "final": {*numbers_in(final)}}
-        return annotated_results(answer) or results_in(body, **values)
+        annotated = annotated_results(answer, final=values["final"])
+        return annotated or results_in(body, **values)
 
     return Calculation(
         asked=question,

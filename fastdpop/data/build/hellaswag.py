@@ -5,11 +5,10 @@ from __future__ import annotations
 import bz2
 import re
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fastdpop.data.build.common import Choice, name_of, text_of, texts_of, without
+from fastdpop.data.build.common import Choice, LeftOut, name_of, text_of, texts_of, without
 from fastdpop.data.read import Row
 
 TEXT = (".txt", ".txt.bz2")
@@ -27,6 +26,7 @@ def read(fields: Mapping[str, Any]) -> Choice:
 
     Raises:
         ValueError: the row is of no such form.
+        LeftOut: an ending has nothing but marks.
     """
     activity = text_of(fields, "activity_label")
     if isinstance(fields.get("ctx_a"), str) and isinstance(fields.get("ctx_b"), str):
@@ -41,6 +41,8 @@ def read(fields: Mapping[str, Any]) -> Choice:
             f"field 'label' is {fields.get('label')!r:.80}, expected a number from 0 to {expected[-1]} (the "
             "test split has none)"
         )
+    if not all(endings):
+        raise LeftOut("an ending that has nothing but marks such as [header]")
     prompt = without_marks(f"{activity}: {context}")
     return Choice(
         asked=prompt,
@@ -65,22 +67,34 @@ def rows_of_text(path: Path) -> Iterator[Row]:
         ValueError: a task is not of six lines, or a line is no text.
         OSError: the file cannot be read.
     """
-    number = 1
+    number, lines = 0, list[str]()
     try:
         with bz2.open(path) if path.suffix.lower() == ".bz2" else open(path, "rb") as file:
-            while lines := [line.decode().rstrip("\r\n") for line in islice(file, _LINES)]:
-                place = f"{path}:{number}"
-                activity, colon, context = lines[0].partition(": ")
-                if len(lines) < _LINES or not colon:
-                    raise ValueError(
-                        f"{place}: {lines[0]!r:.80} and {len(lines) - 1} more lines, expected 'activity: "
-                        "beginning', a label and four endings"
-                    )
-                label, endings = lines[1], lines[2:]
-                fields = {"activity_label": activity, "ctx": context}
-                yield Row(place, {**fields, "endings": endings, "label": label})
-                number += _LINES
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if lines or text.strip():  # blank lines may stand between tasks
+                    lines.append(text)
+                if len(lines) == _LINES:
+                    yield _row(f"{path}:{number - _LINES + 1}", lines)
+                    lines = []
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-    except EOFError as error:
-        raise ValueError(f"{path}:{number}: the compressed data are cut off ({error})") from None
+    except (EOFError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's, not the data's
+        raise ValueError(
+            f"{path}:{number + 1}: the compressed data are damaged or cut off ({error})"
+        ) from None
+    if lines:
+        yield _row(f"{path}:{number - len(lines) + 1}", lines)
+
+
+def _row(place: str, lines: list[str]) -> Row:
+    activity, colon, context = lines[0].partition(": ")
+    if len(lines) < _LINES or not colon:
+        raise ValueError(
+            f"{place}: {lines[0]!r:.80} and {len(lines) - 1} more lines, expected 'activity: beginning', a "
+            "label and four endings"
+        )
+    fields = {"activity_label": activity, "ctx": context, "endings": lines[2:], "label": lines[1]}
+    return Row(place, fields)
