@@ -45,13 +45,11 @@ class Pair(NamedTuple):
             Under the names that `values` gave, floats.
         format: the name of the format that the row had.
         unused: the names of the row's fields that had no use.
-        offered: the names among :data:`PAIR_VALUES` that `values` could have given, too.
     """
 
     fields: dict[str, Any]
     format: str
     unused: tuple[str, ...]
-    offered: tuple[str, ...]
 
 
 class _Draft(NamedTuple):
@@ -93,8 +91,6 @@ def convert(
                 f"field '{name}' is missing (fields here: {sorted(row)}; --columns {name}=... says what it is called)"
             )
     numbers = {name: number(name, mapped, untyped) for name in values}
-    rest = [name for name in PAIR_VALUES if name not in numbers]
-    offered = tuple(name for name in rest if _is_number(name, mapped, untyped))
     fields = {name: _cell(name, value) for name, value in mapped.items() if name not in numbers}
     for name, value in fields.items():
         try:
@@ -123,8 +119,15 @@ def convert(
     unused = [name for name in fields if name not in used]
     # What stood in the place of a field that `columns` puts there has gone from `fields`.
     unused += [name for name in columns if name in row and name not in columns.values()]
-    finished = _finished(draft, fields, chat)
-    return Pair({**finished, **numbers}, draft.format, tuple(unused), offered)
+    return Pair({**_finished(draft, fields, chat), **numbers}, draft.format, tuple(unused))
+
+
+def offered(
+    row: Mapping[str, Any], columns: Mapping[str, str], values: Sequence[str], untyped: bool
+) -> tuple[str, ...]:
+    """Which of :data:`PAIR_VALUES` `values` of :func:`convert` could name as well: those that are numbers."""
+    taken = {*values, *columns.values()}
+    return tuple(n for n in PAIR_VALUES if n not in taken and _is_number(n, row, untyped))
 
 
 def number(name: str, fields: Mapping[str, Any], untyped: bool = False) -> float:

@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 import fastdpop
-from fastdpop.data.formats import FIELDS, Pair, convert
+from fastdpop.data.formats import FIELDS, Pair, convert, offered
 from fastdpop.data.read import Row, Source, open_source
 
 _SIDES = ("prompt", "chosen", "rejected")
@@ -91,6 +91,7 @@ def load_pairs(
         if name in (*FIELDS, *_SEEN, "place"):
             raise ValueError(f"values contains '{name}', which stands for something else in a row")
     convert_row = partial(_converted, columns=columns, chat=chat, values=values)
+    offer = partial(offered, columns=columns, values=values)
     with progress_bars(progress):
         opened = open_source(source, split=split, config=config)
         first = next(opened.rows(), None)
@@ -103,7 +104,7 @@ def load_pairs(
         parts = [fastdpop.__version__, code, opened.name, opened.digest, columns, chat, [*values]]
         try:
             dataset = datasets.Dataset.from_generator(
-                lambda: _rows(opened, first.place, is_text, convert_row),
+                lambda: _rows(opened, first.place, is_text, convert_row, offer),
                 features=Features({**features, **_SEEN}),
                 fingerprint=Hasher.hash(parts),
             )
@@ -112,12 +113,12 @@ def load_pairs(
                 raise error.__cause__ from None
             raise
     unused = {name for names in dataset.unique("unused") for name in json.loads(names)}
-    offered = [json.loads(names) for names in dataset.unique("offered")]
+    offers = [json.loads(names) for names in dataset.unique("offered")]
     return Pairs(
         dataset.select_columns([*features]),
         ", ".join(sorted(dataset.unique("format"))),
         tuple(sorted(unused)),
-        tuple(name for name in offered[0] if all(name in names for names in offered)),
+        tuple(name for name in offers[0] if all(name in names for names in offers)),
         sum(dataset["equal"]),
     )
 
@@ -143,10 +144,14 @@ def _converted(row: Row, **options: Any) -> Pair:
 
 
 def _rows(
-    source: Source, first: str, is_text: bool, convert_row: Callable[[Row], Pair]
+    source: Source,
+    first: str,
+    is_text: bool,
+    convert_row: Callable[[Row], Pair],
+    offer: Callable[..., tuple[str, ...]],
 ) -> Iterator[dict[str, Any]]:
     for row in source.rows():
-        fields, form, unused, offered = convert_row(row)
+        fields, form, unused = convert_row(row)
         if isinstance(fields["prompt"], str) != is_text:
             kinds = ("text", "messages") if is_text else ("messages", "text")
             raise ValueError(
@@ -156,7 +161,8 @@ def _rows(
         if not is_text:
             _check_numbers(fields, row.place)
         equal = fields["chosen"] == fields["rejected"]
-        names = {"unused": json.dumps(unused), "offered": json.dumps(offered)}
+        offers = offer(row.fields, untyped=row.untyped)
+        names = {"unused": json.dumps(unused), "offered": json.dumps(offers)}
         seen = {"format": form, **names, "equal": equal}
         yield {**fields, "place": row.place, **seen}
 

@@ -306,7 +306,7 @@ def test_saved_to_disk(tmp_path: Path) -> None:
 
 def test_datasets() -> None:
     dataset = datasets.Dataset.from_list([{"m": [{"x": 1}, {"y": 2}]}, {"m": []}])
-    rows = [("row 1", {"m": [{"x": 1}, {"y": 2}]}), ("row 2", {"m": []})]
+    rows = [("row 1", {"m": [{"x": 1}, {"y": 2}]}, False), ("row 2", {"m": []}, False)]
     for source in (dataset, dataset.with_format("numpy")):
         assert list(open_source(source).rows()) == rows
     assert open_source(dataset).digest != open_source(dataset.select([1])).digest

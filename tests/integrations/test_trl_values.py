@@ -305,7 +305,7 @@ def test_standard_columns_that_nobody_asked_for(
         ({"pair_values": None}, "pair_values=['weight', 'margin'] if"),
         ({"pair_values": None, "loss_type": "sft"}, "pair_values=['weight'] if"),
         ({"loss_type": "sft"}, None),
-        ({"pair_values": ["chosen_score", "rejected_score"], "given": {"loss": losses.rpo()}},
+        ({"pair_values": ["chosen_score", "rejected_score"], "given": {"loss": losses.get("rpo_sq", beta=0.5)}},
          "pair_values=['chosen_score', 'rejected_score', 'weight'] if"),
     ],
 )  # fmt: skip

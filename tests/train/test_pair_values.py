@@ -116,7 +116,7 @@ ALL = {"weight": 2.0, "margin": 0.5, "offset": 1, "chosen_score": 3.0, "rejected
         ((), ALL, "weight margin offset"),
         (("--pair-values", "margin"), ALL, "margin weight offset"),
         (("--loss_type", "sft"), ALL, "weight"),
-        (("--loss", "rpo", "--pair-values", "chosen_score", "rejected_score"), ALL, RPO),
+        (("--loss", "rpo_sq", "--pair-values", "chosen_score", "rejected_score"), ALL, RPO),
         # Whose own name is taken by another column.
         (("--pair-values", "weight", "--columns", "weight=offset"), ALL, "weight margin"),
         # Text is no number, and neither is a weight below 0.
