@@ -87,9 +87,11 @@ class World:
             t.clone().requires_grad_(trained) for t in (self.weight, self.bias) if t is not None
         ]
         reference = given.pop("reference", True)
-        needed = losses.as_loss(loss).traits.needs
-        if needed:
-            given.setdefault("pair_values", {name: self.values[name] for name in needed})
+        # A name that no loss has is the call's to refuse, on all ranks.
+        if not isinstance(loss, str) or loss in losses.available():
+            needed = losses.as_loss(loss).traits.needs
+            if needed:
+                given.setdefault("pair_values", {name: self.values[name] for name in needed})
         out = fused_preference_loss(
             hidden,
             head[0],
