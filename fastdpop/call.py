@@ -91,6 +91,11 @@ class Options(NamedTuple):
             raise ValueError(
                 f"state_columns is {columns!r}, expected a number from 1 to {width}, the width of hidden"
             )
+        if columns is not None and not self.displacement:
+            raise ValueError(
+                f"state_columns is {columns} without {DISPLACEMENT!r} in statistics, expected both: only the CHES "
+                "score reads it"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -243,8 +243,9 @@ def _fused(
         shape = labels.shape if options.get("reduction") == "token" else logps.shape
         return PreferenceModelOutput(logps=logps.view(shape), **passed_on)
     inputs |= {"loss": asked.preference, "ref_logps": asked.ref_logps}
-    # Behind the state stands what adapters of the head made of it.
-    inputs["state_columns"] = output_head(model).weight.shape[1]
+    if "displacement" in options.get("statistics", ()):
+        # Behind the state stands what adapters of the head made of it.
+        inputs["state_columns"] = output_head(model).weight.shape[1]
     result = with_whole_head(fused_preference_loss, inputs)
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     values["loss"] = with_router_loss(

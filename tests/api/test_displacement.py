@@ -287,3 +287,7 @@ def test_what_adapters_of_a_head_computed_is_no_state() -> None:
     for wrong in (0, 19, True, 3.0):
         with pytest.raises(ValueError, match=r"state_columns is .*expected a number from 1 to 18"):
             fused(wider, "dpop", state_columns=wrong)
+    with pytest.raises(
+        ValueError, match="state_columns is 16 without 'displacement' in statistics"
+    ):
+        fused(wider, "dpop", state_columns=16)
