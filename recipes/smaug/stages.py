@@ -87,7 +87,7 @@ class Stage:
     def data(self) -> set[str]:
         """The names of the files in data/ that it needs."""
         files = [self.options.get("pairs"), self.options.get("eval_pairs")]
-        files += [each.get("data_files") for each in self.options.get("datasets") or ()]
+        files += [each.get("data_files") for each in self.options.get("datasets", ())]
         return {Path(file).stem for file in files if str(file).startswith("data/")}
 
 
@@ -146,6 +146,11 @@ def read(path: Path, dry: bool = False) -> Recipe:
         for key in given:
             if not isinstance(key, str):
                 raise ValueError(f"{path}: stage '{name}': the key {key!r} is no option")
+        sets = given.get("datasets", [])
+        if not isinstance(sets, list) or not all(isinstance(each, dict) for each in sets):
+            raise ValueError(
+                f"{path}: stage '{name}': datasets is {sets!r}, expected a list of mappings"
+            )
         own = {k: _placed(v, path) if isinstance(v, str) else v for k, v in given.items()}
         run, start = own.pop("run", "train"), own.pop("start", None)
         own.pop("launch", None)

@@ -294,6 +294,8 @@ def test_what_is_finished_is_not_made_otherwise(
         ("learning_rate: 0.01}", "output: x}", "stage 'one': output is not for a stage to say"),
         ("stages:", "1: x\nstages:", r"small.yaml has the keys \[1, 'launch', 'model', 'stages'\], expected"),
         ("learning_rate: 0.01}", "1: x}", "small.yaml: stage 'one': the key 1 is no option"),
+        ("learning_rate: 0.01}", "datasets: 7}", "stage 'one': datasets is 7, expected a list of mappings"),
+        ("learning_rate: 0.01}", "datasets: [1]}", r"stage 'one': datasets is \[1\], expected a list of mappings"),
         ("launch --num_processes 8", '"x', "small.yaml: launch is 'accelerate \"x', expected a command: no closing"),
         ("learning_rate: 0.01}", "launch: a 'b}", "stage 'one': launch is \"a 'b\", expected a command: no closing"),
         ("stages:", "data: {arc: fastdpop 'b}\nstages:", "small.yaml: data 'arc' is \"fastdpop 'b\", expected a comm"),
