@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from fastdpop.choices import GradReduction, words
 from fastdpop.distributed.groups import Group
-
-REDUCTIONS = ("mean", "sum")
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -99,9 +98,10 @@ class Parallel:
         Raises:
             ValueError: `grad_reduction` is not as described.
         """
-        if self.grad_reduction not in REDUCTIONS:
+        allowed = words(GradReduction)
+        if self.grad_reduction not in allowed:
             raise ValueError(
-                f"grad_reduction is {self.grad_reduction!r}, expected one of {REDUCTIONS}"
+                f"grad_reduction is {self.grad_reduction!r}, expected one of {allowed}"
             )
 
     @property
