@@ -18,8 +18,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdpop
+from fastdpop import choices, losses
+from fastdpop.choices import words
+from fastdpop.compiling import constant
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,9 +144,86 @@ def test_what_is_not_installed_says_so_when_it_is_used(tmp_path: Path) -> None:
     assert other == "fused_logps"
 
 
+TAKES_TIME = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy", "triton", "transformers")
+
+
 def test_import_imports_nothing(tmp_path: Path) -> None:
     code = "import sys, fastdpop; print(*{n.partition('.')[0] for n in sys.modules})"
     assert not {"torch", "numpy", "triton", "transformers"} & set(run(code, tmp_path).split())
+
+
+def test_the_functions_import_no_more_than_torch(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastdpop
+fastdpop.fused_dpop_loss, fastdpop.fused_logps, fastdpop.losses, fastdpop.engines
+fastdpop.PreferenceOutput, fastdpop.exact
+print(*(set(sys.modules) - before))
+"""
+    added = set(run(code, tmp_path).split())
+    assert "fastdpop" in added
+    assert not added & set(TAKES_TIME)
+    assert {name.partition(".")[0] for name in added} - sys.stdlib_module_names == {"fastdpop"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "doctor --help",
+        "train --help",
+        "trl --help",
+        "train",
+        "",
+        "nonsense",
+        "plan",
+        "pairs build --limit x",
+        "demo --steps 0",
+    ],
+)
+def test_the_command_line_answers_without_torch(arguments: str, tmp_path: Path) -> None:
+    code = f"""
+import contextlib, io, sys
+from fastdpop.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+    try:
+        main({arguments.split()!r})
+    except SystemExit:
+        pass
+assert "fastdpop" in said.getvalue()
+print("torch" in sys.modules, "numpy" in sys.modules)
+"""
+    assert run(code, tmp_path) == "False False\n"
+
+
+def test_a_mark_for_the_compiler_is_torch_s_own() -> None:
+    def function() -> None: ...
+
+    def other() -> None: ...
+
+    assert constant(function) is function
+    assert vars(function) == vars(torch.compiler.assume_constant_result(other)) != {}
+
+
+def test_the_words_of_arguments_are_those_that_are_checked(tmp_path: Path) -> None:
+    assert words(choices.LossName) == losses.available()
+    of_package = "from fastdpop import engines; print('auto', *(e.name for e in engines.explain()))"
+    assert set(words(choices.EngineName)) == set(run(of_package, tmp_path).split())
+
+
+def test_an_editable_install_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Type checkers follow paths, and no hooks of the import."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "/no/such/compiler")
+    _, unpacked = sdist(tmp_path)
+    run(f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})", unpacked)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert not any(name.endswith(".py") for name in archive.namelist())
+        assert Path(archive.read(path).decode().strip()) == unpacked
 
 
 def test_import_needs_torch_only(tmp_path: Path) -> None:
