@@ -162,6 +162,7 @@ def test_an_output_whose_values_cannot_be_read_is_shown_too() -> None:
     start = "PreferenceOutput(loss: (), losses: (3,), chosen_logps: (3,), "
     on_meta = replace(out, **{name: value.to("meta") for name, value in tensors.items()})
     assert repr(on_meta).startswith(start)
-    with FakeTensorMode() as mode:
-        fake = {name: mode.from_tensor(value.detach()) for name, value in tensors.items()}
+    mode = FakeTensorMode()
+    fake = {name: mode.from_tensor(value.detach()) for name, value in tensors.items()}
+    with mode:
         assert repr(replace(out, **fake)).startswith(start)
