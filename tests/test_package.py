@@ -95,7 +95,7 @@ def test_no_module_takes_the_place_of_a_public_name() -> None:
 
 def test_type_checkers_are_told_of_the_same_names() -> None:
     tree = ast.parse(Path(fastdpop.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     told = {
         alias.name: node.module if node.module != "fastdpop" else f"fastdpop.{alias.name}"
         for node in block.body
@@ -104,6 +104,60 @@ def test_type_checkers_are_told_of_the_same_names() -> None:
     }
     assert told == fastdpop._MODULES
     assert told.keys() == PUBLIC.keys()
+
+
+CHECKED = """
+from typing_extensions import assert_type
+
+import torch
+
+import fastdpop
+from fastdpop import NAMES
+
+x = torch.empty(0)
+out = fastdpop.fused_dpop_loss(x, x, x, form="outside", reduction="none", statistics=["entropy"])
+assert_type(out, PreferenceOutput)
+assert_type(out.metrics(), dict[str, float])
+assert_type(losses.get("simpo", beta=2.0), losses.PreferenceLoss)
+assert_type(exact(x), fastdpop.unrounded.Exact)
+fused_preference_loss(x, x, x, loss=str(x), engine="eager", grad_reduction="sum")
+fused_logps(x, x, x, reduction="token", engine="cpu")
+fused_preference_loss(x, x, x, engine="gpu")  # type: ignore[arg-type]
+fused_preference_loss(x, x, x, reduction="avg")  # type: ignore[arg-type]
+fused_preference_loss(x, x, x, statistics=["entropies"])  # type: ignore[list-item]
+fused_preference_loss(x, x, x, grad_reduction="none")  # type: ignore[arg-type]
+fused_logps(x, x, x, reduction="mean")  # type: ignore[arg-type]
+losses.DPOP(form="within")  # type: ignore[arg-type]
+losses.DPO(divergence="kl")  # type: ignore[arg-type]
+patch_trl(engine="gpu")  # type: ignore[arg-type]
+fastdpop.fused_dpo_loss  # type: ignore[attr-defined]
+"""
+CHECKING = """
+[mypy]
+strict = True
+[mypy-fastdpop.*]
+ignore_errors = True
+[mypy-torch.*,transformers.*,trl.*,accelerate.*,datasets.*,numpy.*,tqdm.*]
+follow_imports = skip
+ignore_missing_imports = True
+"""
+"""Of others nothing is read, which would take a minute."""
+
+
+def test_a_type_checker_sees_names_and_words(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    names = ", ".join(PUBLIC)
+    (tmp_path / "script.py").write_text(CHECKED.replace("NAMES", names))
+    (tmp_path / "mypy.ini").write_text(CHECKING)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 LOOKS_AT_EVERYTHING = """
