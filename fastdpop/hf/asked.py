@@ -29,6 +29,17 @@ _SET_HERE |= {
 """Arguments of the fused functions that are no options of a call."""
 
 
+def _options_of(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
+    return frozenset(names | {"share_prefixes"})
+
+
+OPTIONS = _options_of(fused_preference_loss)
+"""What ``preference_options`` may contain; with ``return_logps``:"""
+_OPTIONS_OF_LOGPS = _options_of(fused_logps)
+
+
 @dataclass
 class Asked:
     """The arguments of a call that are fastdpop's."""
@@ -102,10 +113,7 @@ class Asked:
                 f"preference_options is a {type(self.options).__name__}, expected a dict"
             )
         checks.flag("share_prefixes", self.options.get("share_prefixes", False))
-        function = fused_logps if self.preference is None else fused_preference_loss
-        parameters = inspect.signature(function).parameters.values()
-        names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
-        names |= {"share_prefixes"}
+        names = _OPTIONS_OF_LOGPS if self.preference is None else OPTIONS
         for name in self.options:
             if name not in names:
                 raise ValueError(
