@@ -26,6 +26,7 @@ from fastdpop.call import (
 from fastdpop.distributed.parallel import Parallel, uncompiled_with_groups
 from fastdpop.output import PreferenceOutput
 from fastdpop.preference import logps, preference_loss
+from fastdpop.stray import known_keywords
 from fastdpop.transform import LogitTransform
 
 if TYPE_CHECKING:  # not every build of torch has them
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # not every build of torch has them
 __all__ = ["LOGGED", "fused_dpop_loss", "fused_logps", "fused_preference_loss"]
 
 
+@known_keywords
 def fused_dpop_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -121,6 +123,7 @@ def fused_dpop_loss(
     )
 
 
+@known_keywords
 @uncompiled_with_groups
 def fused_preference_loss(
     hidden: Tensor,
@@ -236,6 +239,7 @@ def fused_preference_loss(
     return preference_loss(found, parallel)
 
 
+@known_keywords
 @uncompiled_with_groups
 def fused_logps(
     hidden: Tensor,

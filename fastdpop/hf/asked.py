@@ -13,12 +13,13 @@ from torch import Tensor
 from fastdpop import checks
 from fastdpop.api import fused_logps, fused_preference_loss
 from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.names import hint
 
 Preference = str | PreferenceLoss | Callable[[PairLogps], Tensor]
 RefLogps = Tensor | Sequence[Tensor]
 
-_SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
-_SET_HERE |= {
+SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
+SET_HERE |= {
     "hidden_index",
     "state_columns",
     "cp_group",
@@ -31,7 +32,7 @@ _SET_HERE |= {
 
 def _options_of(function: Callable[..., Any]) -> frozenset[str]:
     parameters = inspect.signature(function).parameters.values()
-    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - SET_HERE
     return frozenset(names | {"share_prefixes"})
 
 
@@ -117,6 +118,6 @@ class Asked:
         for name in self.options:
             if name not in names:
                 raise ValueError(
-                    f"preference_options contains {name!r}, expected names among {sorted(names)}; "
+                    f"preference_options contains {name!r}{hint(name, names)}, expected names among {sorted(names)}; "
                     "a loss's own options go to losses.get, engine, workspace_bytes and groups to attach"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastdpop.hf.asked import OPTIONS, Preference, RefLogps
 from fastdpop.hf.attachment import attach, causal_lm
 from fastdpop.hf.forward import attachment_of
 from fastdpop.hf.guards import guarded
+from fastdpop.hf.keywords import check_keywords
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.wrappers import innermost
 
@@ -59,7 +61,8 @@ def preference_loss(
         :class:`~fastdpop.hf.PreferenceModelOutput`; its `loss` is differentiable.
 
     Raises:
-        TypeError: `model` is no causal language model, or what is around it hides it.
+        TypeError: `model` is no causal language model, or what is around it hides it; or nothing reads an
+            argument, an option of the loss for one.
         ValueError: an argument is not as described; the message names it, its value and what was expected.
         RuntimeError: the model cannot be attached, or was, and its ``forward`` has been replaced since.
     """
@@ -67,8 +70,9 @@ def preference_loss(
         if name in batch_and_options:
             raise ValueError(f"{name} is given to preference_loss, expected {instead}")
     losses.as_loss(loss)
-    _attached(model)
+    target = _attached(model)
     options = {name: batch_and_options.pop(name) for name in _options(batch_and_options)}
+    check_keywords(target, inspect.signature(target.forward), batch_and_options, loss, "loss")
     if batch_and_options.pop("return_dict", True) is False:
         raise ValueError("return_dict is False, expected True: preference_loss returns no tuple")
     out = model(
@@ -96,12 +100,12 @@ def _options(given: dict[str, Any]) -> list[str]:
 
 
 @torch.compiler.disable
-def _attached(model: Any) -> None:
-    """Attach the model inside `model`, unless it is."""
+def _attached(model: Any) -> nn.Module:
+    """The model inside `model`, attached now if it was not."""
     with _ATTACHING:  # a check that another thread runs on the model is over then
         target = causal_lm(innermost(model))
         if attachment_of(target) is not None:
-            return
+            return target
         if guarded(target):
             raise RuntimeError(
                 f"the forward of {type(target).__name__} was replaced after fastdpop.attach, or the model was pickled, "
@@ -113,3 +117,4 @@ def _attached(model: Any) -> None:
                 "device's weights, expected one process per device: DistributedDataParallel"
             )
         attach(innermost(model))
+        return target

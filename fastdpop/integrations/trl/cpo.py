@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpop import losses
+from fastdpop import checks, losses
 from fastdpop.exact import exact
 from fastdpop.losses.base import PreferenceLoss
 
@@ -30,11 +30,9 @@ def preference(trainer: Any) -> PreferenceLoss:
     elif trainer.loss_type == "simpo":
         gamma = trainer.simpo_gamma
         loss = losses.get("simpo", beta=beta, gamma=gamma, label_smoothing=smoothing)
-    elif trainer.loss_type in ("hinge", "ipo"):
-        loss = losses.get(trainer.loss_type, beta=beta)
     else:
-        known = ("sigmoid", "hinge", "ipo", "simpo")
-        raise ValueError(f"loss_type is {trainer.loss_type!r}, expected one of {known}")
+        checks.choice("loss_type", trainer.loss_type, ("sigmoid", "hinge", "ipo", "simpo"))
+        loss = losses.get(trainer.loss_type, beta=beta)
     return loss + trainer.cpo_alpha * losses.get("sft")
 
 
