@@ -195,10 +195,10 @@ def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> Prefe
         return get(loss)
     if isinstance(loss, PreferenceLoss):
         return loss
-    if isinstance(loss, type) and issubclass(loss, PreferenceLoss):
-        raise TypeError(f"loss is the class {loss.__name__}, expected an object: {loss.__name__}()")
     if isinstance(loss, type) or not callable(loss):
+        made = isinstance(loss, type) and issubclass(loss, PreferenceLoss)
         raise TypeError(
             f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps"
+            + (f": {loss.__name__}(), not the class" if made else "")
         )
     return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True, reads=None))

@@ -48,6 +48,8 @@ def step(
         batch, padding_value=trainer.pad_token_id, device=trainer.accelerator.device
     )
     labels = joined["concatenated_labels"]
+    loss = preference(trainer)
+    zeros = torch.zeros(len(labels), device=labels.device)
     routes = bool(trainer.aux_loss_enabled)
     out = model(
         input_ids=joined["concatenated_input_ids"],
@@ -55,9 +57,9 @@ def step(
         use_cache=False,
         **({"output_router_logits": True} if routes else {}),
         labels=labels,
-        preference=preference(trainer),
+        preference=loss,
         # No reference: log-ratios are log-probs.
-        ref_logps=exact(torch.zeros(len(labels), device=labels.device)),
+        ref_logps=exact(zeros) if loss.traits.needs_reference else None,
         preference_options={
             "statistics": ("mean_logits", "displacement"),
             "share_prefixes": trainer._fastdpop.share_prefixes,
