@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdpop.batch_check.labels import check_ids, check_labels, check_scored
+from fastdpop.batch_check.pairs import check_pairs
+from fastdpop.batch_check.references import Scores, check_references, differences
 from fastdpop.batch_check.report import BatchReport, Finding
-from fastdpop.batch_check.text import shown
-from fastdpop.batch_check.view import read_batch
+from fastdpop.batch_check.text import layout, shown
+from fastdpop.batch_check.view import BatchView, read_batch, references_of
 from fastdpop.batch_check.vocabulary import Vocabulary
+
+_HARMLESS = {"bos-twice", "chosen-equals-rejected", "end-not-scored", "sequence-not-scored"}
+"""Findings after which a model's log-probs still mean what they should."""
 
 
 def check_batch(
@@ -63,11 +69,97 @@ def check_batch(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    view = read_batch(batch, pairs, cu_seqlens, shift_labels)
+    view = read_batch(batch, pairs, cu_seqlens, shift_labels, hidden)
+    references = references_of(batch, ref_logps, view)
+    for name, value in (("max_pairs", max_pairs), ("show_pairs", show_pairs)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} is {value!r}, expected a number of pairs")
     vocabulary = Vocabulary.of(model, tokenizer)
-    findings: list[Finding] = check_ids(view, vocabulary) + check_labels(view)
-    findings += check_scored(view, vocabulary)
-    report = BatchReport.of(findings, [], shown(view, vocabulary, show_pairs))
+    findings = without_model(view, vocabulary, given=pairs is not None)
+    facts = layout(view, vocabulary)
+    kept = view.pairs[:max_pairs]
+    if model is None or not kept or not _goes_on(findings):
+        if model is not None:
+            facts.append("the model was not run: repair what was found, and look again")
+    else:
+        part = view.rows([row for side in zip(*kept, strict=True) for row in side])
+        given = None if references is None else references[: len(kept)]
+        found, said = _with_model(model, part, given, vocabulary, at_start, weight)
+        findings, facts = findings + found, facts + said
+    report = BatchReport.of(findings, facts, shown(view, vocabulary, show_pairs))
     if verbose:
         print(report)
     return report
+
+
+def without_model(view: BatchView, vocabulary: Vocabulary, given: bool = False) -> list[Finding]:
+    """What the tokens alone show.
+
+    Args:
+        given: which sequences are pairs was said, and does not follow from their order.
+    """
+    findings = check_ids(view, vocabulary) + check_labels(view)
+    if findings:  # of which tokens are scored, such labels say nothing
+        return findings
+    findings = check_scored(view, vocabulary)
+    if any(finding.code == "nothing-scored" for finding in findings):
+        return findings
+    return findings + check_pairs(view, given)
+
+
+def _goes_on(findings: list[Finding]) -> bool:
+    """Whether log-probs are worth looking at."""
+    return all(finding.code in _HARMLESS for finding in findings)
+
+
+def _with_model(
+    model: Any,
+    view: BatchView,
+    references: Tensor | None,
+    vocabulary: Vocabulary,
+    at_start: bool,
+    weight: Tensor | None,
+) -> tuple[list[Finding], list[str]]:
+    """What shows when the model runs; and facts."""
+    # They need transformers, which the rest does not.
+    from fastdpop.batch_check.hidden import check_hidden, check_weight
+    from fastdpop.batch_check.model import check_likelihood, check_padding, measured_dropout, noise
+    from fastdpop.batch_check.scores import running, why_not
+
+    reason = why_not(model)
+    if reason is not None:
+        return [], [f"the model was not run: {reason}"]
+    with running(model) as runner:
+        findings: list[Finding] = []
+        if weight is not None:
+            findings += check_weight(runner.model, weight)
+        if view.hidden is not None:
+            findings += check_hidden(runner, view.rows(list(view.pairs[0])))
+        logps = runner.logps(view)
+        findings += check_likelihood(view, logps, vocabulary)
+        findings += measured_dropout(runner, view, logps)
+        findings += check_padding(runner, view, logps)
+        if references is None:
+            mean = float((logps * view.scored).sum(1).mean())
+            return findings, [
+                f"log-probs per sequence: {mean:.2f} nats in the mean; no reference was given"
+            ]
+        scores = scores_of(
+            view, (logps * view.scored).sum(1), references, (logps * view.attended).sum(1)
+        )
+        findings += check_references(scores, vocabulary.size, at_start, noise(runner.model))
+    return findings, differences(scores)
+
+
+def scores_of(
+    view: BatchView, policy: Tensor, references: Tensor, whole: Tensor | None = None
+) -> Scores:
+    """Pair by pair.
+
+    Args:
+        policy, whole: ``(S,)`` sums over scored tokens, and over all.
+        references: ``(P, 2)``.
+    """
+    index = torch.tensor(view.pairs)
+    lengths = view.lengths.double()[index]
+    return Scores(policy[index], references, lengths, None if whole is None else whole[index])

@@ -14,8 +14,8 @@ _OFFSETS = (-2, -1, 1, 2, 3)
 
 def check_ids(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     """Ids that the model's embedding has no row for: a forward would fail, on a GPU for good."""
-    size, ids = vocabulary.size, view.ids[view.attended]
-    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    size, ids = vocabulary.size, view.ids.flatten()
+    low, high = int(ids.min()), int(ids.max())
     if low >= 0 and (size is None or high < size):
         return []
     count = int(((ids < 0) | (ids >= (size or high + 1))).sum())

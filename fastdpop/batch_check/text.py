@@ -24,6 +24,29 @@ def shown(view: BatchView, vocabulary: Vocabulary, pairs: int) -> list[str]:
     return lines
 
 
+def layout(view: BatchView, vocabulary: Vocabulary) -> list[str]:
+    """What the batch holds, in numbers."""
+    counts, attended = view.lengths.tolist(), view.attended
+    padding = int((~attended).sum())
+    side = "left" if padding and not bool(attended[:, -1].logical_not().any()) else "right"
+    facts = [
+        f"{len(view.ids)} sequences in {len(view.pairs)} pairs, {view.kind}: {sum(counts)} of {int(attended.sum())} "
+        f"tokens are scored, {min(counts)} to {max(counts)} of a sequence"
+        + (f"; {padding} of padding, on the {side}" if padding else "; no padding")
+    ]
+    if vocabulary.ends:
+        ended = sum(
+            bool(set(view.ids[row][view.scored[row]][-2:].tolist()) & vocabulary.ends)
+            for row in range(len(view.ids))
+        )
+        facts.append(f"{ended} of {len(view.ids)} completions end with an end token, scored")
+    if view.pairs:
+        longer = sum(counts[c] > counts[r] for c, r in view.pairs)
+        shorter = sum(counts[c] < counts[r] for c, r in view.pairs)
+        facts.append(f"chosen is longer in {longer} pairs, rejected in {shorter}")
+    return facts
+
+
 def _sequence(view: BatchView, row: int, vocabulary: Vocabulary) -> list[str]:
     """Its stretches of tokens, scored or not, and how much padding there is."""
     ids = view.ids[row].tolist()

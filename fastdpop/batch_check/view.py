@@ -35,6 +35,7 @@ class BatchView:
         label_dtype: as they were given.
         kind: how the batch was laid out, in words.
         extra: further arguments of the model, a row for each sequence where they are tensors.
+        hidden: ``(S, T, H)``, what a caller passes to the fused functions.
     """
 
     ids: Tensor
@@ -45,6 +46,7 @@ class BatchView:
     label_dtype: torch.dtype = torch.int64
     kind: str = "padded"
     extra: Mapping[str, Any] = field(default_factory=dict)
+    hidden: Tensor | None = None
 
     @cached_property
     def scored(self) -> Tensor:
@@ -80,6 +82,7 @@ class BatchView:
             self.label_dtype,
             self.kind,
             {name: cut(value) for name, value in self.extra.items()},
+            cut(self.hidden),
         )
 
 
@@ -88,6 +91,7 @@ def read_batch(
     pairs: Any = None,
     cu_seqlens: Tensor | None = None,
     shift_labels: bool = True,
+    hidden: Tensor | None = None,
 ) -> BatchView:
     """
     Raises:
@@ -133,7 +137,24 @@ def read_batch(
         dtype,
         kind,
         extra,
+        _hidden(hidden, ids, kind),
     )
+
+
+def _hidden(hidden: Any, ids: Tensor, kind: str) -> Tensor | None:
+    """What a caller passes to the fused functions, laid out as the ids."""
+    if hidden is None:
+        return None
+    if kind != "padded":
+        raise ValueError(
+            f"hidden is given for a batch that is {kind}, expected a padded one: give a padded batch of the same pairs"
+        )
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != ids.shape:
+        shape = tuple(getattr(hidden, "shape", ()))
+        raise ValueError(
+            f"hidden has shape {shape}, expected {(*ids.shape, 'H')}, a state for each of input_ids"
+        )
+    return hidden.detach()
 
 
 def _integers(batch: Mapping[str, Any], name: str) -> Tensor:
