@@ -92,6 +92,37 @@ def check_batch(
     return report
 
 
+def check_computed(
+    model: Any,
+    batch: Mapping[str, Any],
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    tokenizer: Any,
+    at_start: bool = False,
+) -> list[Finding]:
+    """The findings of a batch that was computed already: the model is only looked at.
+
+    Args:
+        logps, ref_logps: ``(2B,)`` the log-probs of policy and reference; None: there is none.
+        at_start: nothing has been trained yet, and dropout is thought to be off.
+    """
+    from fastdpop.batch_check.model import check_dropout, dropouts, noise  # they need transformers
+
+    view, vocabulary = read_batch(batch), Vocabulary.of(model, tokenizer)
+    findings = without_model(view, vocabulary)
+    references = references_of({}, ref_logps, view)
+    if references is not None and _goes_on(findings):
+        scores = scores_of(view, logps.detach().cpu().double(), references)
+        findings += check_references(scores, vocabulary.size)
+        off = float(((scores.policy - scores.reference).abs() / scores.lengths.clamp_min(1)).mean())
+        if at_start and off > noise(model):
+            evidence = (
+                f"; policy and reference are {off:.2g} nats per token apart before the first step"
+            )
+            findings += check_dropout(dropouts(model), evidence)
+    return findings
+
+
 def without_model(view: BatchView, vocabulary: Vocabulary, given: bool = False) -> list[Finding]:
     """What the tokens alone show.
 
