@@ -1,8 +1,8 @@
 """Builds the C++ library of the CPU engine; everything else stands in pyproject.toml.
 
 It is a plain shared library with a C interface, loaded with ctypes: it builds without torch, and
-one build serves every version of it. Without a compiler the package installs without the library
-and computes with plain torch.
+one build serves every version of it and of Python. Without a compiler the package installs without
+the library and computes with plain torch.
 """
 
 import os
@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 COMPILERS = ["c++", "g++", "clang++"]
@@ -38,17 +39,36 @@ def name_compiler() -> None:
 class BuildKernels(build_ext):
     """Falls back to one thread without OpenMP, and to no library without a compiler."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the name of a Python: the library knows nothing of it."""
+        return f"{os.path.join(*fullname.split('.'))}.so"
+
     def build_extension(self, extension: Extension) -> None:
-        for openmp in (["-fopenmp"], []):
-            extension.extra_compile_args = [*FLAGS, *openmp]
-            extension.extra_link_args = openmp
+        """GCC's OpenMP is compiled in and not linked: torch has brought the same run-time library when
+        the library is loaded, under whatever name, and a second one would keep threads of its own.
+        Other compilers' need their own.
+        """
+        for compiled, linked in ((True, False), (True, True), (False, False)):
+            extension.extra_compile_args = [*FLAGS, *["-fopenmp"] * compiled]
+            extension.extra_link_args = ["-fopenmp"] * linked
             try:
                 super().build_extension(extension)
+                built = Path(self.get_ext_fullpath(extension.name)).read_bytes()
+                if compiled and not linked and b"GOMP_parallel" not in built:
+                    raise OSError("this compiler's OpenMP is not the one that torch brings")
             except Exception as error:
-                self.warn(f"building {extension.name} {' '.join(openmp)} failed: {error}")
+                how = "OpenMP " + ("linked" if linked else "from torch" if compiled else "left out")
+                self.warn(f"building {extension.name} with {how} failed: {error}")
             else:
                 return
         self.warn("fastdpop is installed without its C++ library: it computes with plain torch")
+
+
+class AnyPython(bdist_wheel):
+    """A wheel for one platform, and for every Python on it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 if __name__ == "__main__":
@@ -63,5 +83,5 @@ if __name__ == "__main__":
                 optional=True,
             )
         ],
-        cmdclass={"build_ext": BuildKernels},
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
     )

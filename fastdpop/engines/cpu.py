@@ -68,8 +68,10 @@ class CPUEngine(Engine):
         return library if isinstance(library, str) else None
 
     def describe(self) -> str:
-        """The instruction set in use."""
-        return f"C++ kernels for {self._loaded().instructions}"
+        """The instruction set in use, and whether it is used on one thread alone."""
+        library = self._loaded()
+        alone = "" if library.openmp else ", on one thread: its compiler had no OpenMP"
+        return f"C++ kernels for {library.instructions}{alone}"
 
     def _loaded(self) -> Library:
         library = load(self.instructions)
