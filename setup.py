@@ -1,4 +1,5 @@
-"""Builds the C++ library of the CPU engine; everything else stands in pyproject.toml.
+"""Builds the C++ library of the CPU engine, and README.md as an index of packages shows it; everything
+else stands in pyproject.toml.
 
 It is a plain shared library with a C interface, loaded with ctypes: it builds without torch, and
 one build serves every version of it and of Python. Without a compiler the package installs without
@@ -6,6 +7,7 @@ the library and computes with plain torch.
 """
 
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -24,6 +26,33 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wno-maybe-uninitialized",
 ]
+
+
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+RELATIVE = r"(?!https?:|mailto:)"
+LINK = re.compile(rf"(\]\(|\bhref=\"){RELATIVE}")
+PICTURE = re.compile(rf"(!\[[^\]]*\]\(|\b(?:src|srcset)=\"){RELATIVE}")
+
+
+def long_description(readme: str, repository: str, version: str) -> str:
+    """README.md with links that lead from anywhere to the files of this version, and commands that install
+    from where it is shown. Its own headings, which an index gives no anchors, are looked up there, too.
+    """
+
+    def absolute(text: str) -> str:
+        text = PICTURE.sub(rf"\g<1>{repository}/raw/v{version}/", text)
+        text = re.sub(rf"({LINK.pattern})#", r"\g<1>README.md#", text)
+        return LINK.sub(rf"\g<1>{repository}/blob/v{version}/", text)
+
+    parts = FENCED.split(re.sub(r"(pip install ['\"]?)\.(?=[\[\s'\"`]|$)", r"\1fastdpop", readme))
+    return "".join(part if i % 2 else absolute(part) for i, part in enumerate(parts))
+
+
+def declared(key: str) -> str:
+    """A line of pyproject.toml, which Python 3.10 has no reader for."""
+    found = re.search(rf'^{key} = "(.+?)"', Path("pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert found is not None, key
+    return found[1]
 
 
 def name_compiler() -> None:
@@ -74,6 +103,10 @@ class AnyPython(bdist_wheel):
 if __name__ == "__main__":
     name_compiler()
     setup(
+        long_description=long_description(
+            Path("README.md").read_text("utf-8"), declared("Repository"), declared("version")
+        ),
+        long_description_content_type="text/markdown",
         ext_modules=[
             Extension(
                 "fastdpop.engines._cpu",

@@ -110,7 +110,7 @@ def load(instructions: str | None = None) -> Library | str:
     try:
         _provide_openmp(path)
         return Library(path, instructions)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # an older build lacks functions
         return f"{error}. To build its C++ library again: {installed.reinstall()}"
 
 
