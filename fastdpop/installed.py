@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from urllib.parse import unquote, urlsplit
 
 PACKAGE = "fastdpop"
+_EXTRAS = ("hf", "trl", "train", "analyze", "demo")
+"""Each needs what the one before it needs."""
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[(.*?)\])?")
 
 
@@ -19,7 +21,9 @@ def requirements(extra: str) -> list[str]:
     """What ``fastdpop[extra]`` asks for beyond fastdpop, such as ``"peft>=0.18"``, in pip's words."""
     try:
         return list(dict.fromkeys(_requirements(extra)))
-    except importlib.metadata.PackageNotFoundError:  # a folder on the path that pip knows nothing of
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # a folder on the path that pip knows nothing of
         return [f"{PACKAGE}[{extra}]"]
 
 
@@ -51,6 +55,22 @@ def needs(what: str, package: str, extra: str) -> str:
     return f"{what} needs {package}: {install(extra)}"
 
 
+def message(error: BaseException) -> str:
+    """What an error says; of a package that is missing, with the command that installs it and all that it is
+    used with.
+    """
+    module = error.name if isinstance(error, ModuleNotFoundError) else None
+    if module is None or "pip install" in str(error):
+        return str(error)
+    package = module.partition(".")[0]
+    extra = next(
+        (extra for extra in _EXTRAS if package in map(_name, requirements(extra))), "train"
+    )
+    if all(map(_there, requirements(extra))):
+        return str(error)  # nothing of fastdpop's is missing
+    return f"{error}: {install(extra)}"
+
+
 def reinstall() -> str:
     """The command that builds or fetches this fastdpop again, from where it came, and nothing else."""
     # Without the cache: pip keeps there what it once built, a wheel without the C++ library too.
@@ -73,11 +93,15 @@ def _source() -> str:
     return editable + shlex.quote(where)
 
 
-def _there(requirement: str) -> bool:
+def _name(requirement: str) -> str:
     named = _REQUIREMENT.match(requirement)
     assert named is not None, requirement
+    return named[1]
+
+
+def _there(requirement: str) -> bool:
     try:
-        importlib.metadata.version(named[1])
+        importlib.metadata.version(_name(requirement))
     except importlib.metadata.PackageNotFoundError:
         return False
     return True

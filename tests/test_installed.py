@@ -24,6 +24,8 @@ REQUIRES = [
     'fastdpop[hf]; extra == "trl"',
     'trl<1.17,>=0.29; extra == "trl"',
     'peft>=0.18; extra == "trl"',
+    'fastdpop[trl]; extra == "train"',
+    'datasets>=4.7; extra == "train"',
     "triton>=3.6; platform_system == 'Linux' and extra == 'triton'",
 ]
 
@@ -66,6 +68,25 @@ def test_the_command_names_what_is_missing(
     plant(monkeypatch, there)
     assert installed.install("trl") == command
     assert installed.needs("patch_trl", "trl", "trl") == f"patch_trl needs trl: {command}"
+
+
+@pytest.mark.parametrize(
+    ("module", "there", "said"),
+    [
+        ("trl.trainer", {"transformers"}, ": pip install 'trl<1.17,>=0.29' 'peft>=0.18'"),
+        ("transformers", set(), ": pip install 'transformers>=5'"),
+        ("numpy", {"transformers", "trl", "peft"}, ": pip install 'datasets>=4.7'"),  # by datasets
+        ("theirs", {"transformers", "trl", "peft", "datasets"}, ""),
+    ],
+)
+def test_what_is_said_of_a_module_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, module: str, there: set[str], said: str
+) -> None:
+    plant(monkeypatch, there)
+    error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    assert installed.message(error) == f"No module named {module!r}{said}"
+    assert installed.message(ImportError("x: pip install y")) == "x: pip install y"
+    assert installed.message(ValueError("x")) == "x"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +159,11 @@ def test_pip_commands_of_this_repository() -> None:
         own.setdefault(requirement.name, set()).add(str(requirement.specifier))
     after = f"{NEWEST[0]}.{NEWEST[1] + 1}"
     assert str(SpecifierSet(f">={OLDEST[0]}.{OLDEST[1]},<{after}")) in own["trl"]
-    commands = [(where, asked) for where, asked in pip_commands() if "{" not in where]
+    commands = [
+        (where, asked)
+        for where, asked in pip_commands()
+        if "{" not in where and "--find-links" not in where
+    ]
     assert len(commands) > 10
     for where, asked in commands:
         for word in asked:

@@ -34,7 +34,7 @@ from fastdpop.engines.base import (
     Problem,
 )
 from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
-from fastdpop.engines.cpu_library import DTYPES, CProblem, Library, instruction_sets, load
+from fastdpop.engines.cpu_library import DTYPES, CProblem, Library, instruction_sets, load, missing
 
 __all__ = ["CPUEngine", "instruction_sets"]
 
@@ -64,8 +64,7 @@ class CPUEngine(Engine):
             return f"it computes on the CPU, not on {device.type}"
         if dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
-        library = load(self.instructions)
-        return library if isinstance(library, str) else None
+        return missing() if isinstance(load(self.instructions), str) else None
 
     def describe(self) -> str:
         """The instruction set in use, and whether it is used on one thread alone."""

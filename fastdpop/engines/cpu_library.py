@@ -98,20 +98,19 @@ class Library:
 
 @functools.cache
 def load(instructions: str | None = None) -> Library | str:
-    """The library, or why there is none."""
+    """The library, or why there is none; :func:`missing` says what to do about it."""
     other = os.environ.get("FASTDPOP_LIBRARY")  # another build of it, for `make sanitize`
     path = Path(other) if other else Path(__file__).with_name("_cpu.so")
     if not other and not path.exists():
         return (
             "its C++ library was not built: when fastdpop was installed, there was no C++ compiler, or none that "
-            "could build it. Install one (on Debian and Ubuntu: apt install g++), and then fastdpop again: "
-            + installed.reinstall()
+            "could build it"
         )
     try:
         _provide_openmp(path)
         return Library(path, instructions)
     except (OSError, AttributeError) as error:  # an older build lacks functions
-        return f"{error}. To build its C++ library again: {installed.reinstall()}"
+        return f"its C++ library cannot be loaded: {error}"
 
 
 def _provide_openmp(path: Path) -> None:
@@ -128,7 +127,9 @@ def _provide_openmp(path: Path) -> None:
 def missing() -> str | None:
     """Why the CPU engine has no library, and the command that gives it one; None where it has one."""
     library = load()
-    return library if isinstance(library, str) else None
+    if not isinstance(library, str):
+        return None
+    return f"{library}. With a C++ compiler (on Debian and Ubuntu: apt install g++), this builds it: {installed.reinstall()}"
 
 
 @functools.cache
@@ -137,8 +138,8 @@ def warn_if_missing() -> None:
     reason = missing()
     if reason is not None:
         warnings.warn(
-            "fastdpop computes on this CPU with plain torch, which takes more time and memory than its engine "
-            f"'cpu': {reason} (engine='eager' asks for plain torch without this warning)",
+            "fastdpop computes on this CPU with plain torch, which takes more time and memory than its engine 'cpu': "
+            f"{reason} (engine='eager' asks for plain torch without this warning)",
             stacklevel=2,
         )
 
