@@ -129,7 +129,10 @@ def missing() -> str | None:
     library = load()
     if not isinstance(library, str):
         return None
-    return f"{library}. With a C++ compiler (on Debian and Ubuntu: apt install g++), this builds it: {installed.reinstall()}"
+    return (
+        f"{library}. With a C++ compiler (on Debian and Ubuntu: apt install g++), this builds it: "
+        + installed.reinstall()
+    )
 
 
 @functools.cache
