@@ -99,5 +99,3 @@ def test_every_field_is_explained() -> None:
     """Of what a loss returns; those of the rejected side of the first difference stand in the API."""
     fields = set(fastdpop.PreferenceOutput.__dataclass_fields__) - {"rejected_first_logps"}
     assert fields == set(re.findall(r"`out\.(\w+)`", PAGE)) - {"metrics"}
-
-
