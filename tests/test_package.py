@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -38,27 +41,108 @@ def test_one_version_everywhere() -> None:
     assert fastdpop.__version__ == importlib.metadata.version("fastdpop")
 
 
+PUBLIC = {
+    "BatchReport": "fastdpop.batch_check.",
+    "FastDPOTrainer": "fastdpop.integrations.trl.",
+    "PackedPairs": "fastdpop.prefix.",
+    "PreferenceOutput": "fastdpop.output",
+    "PromptSampler": "fastdpop.prefix.",
+    "attach": "fastdpop.hf.",
+    "check_batch": "fastdpop.batch_check.",
+    "collate": "fastdpop.data.collate",
+    "detach": "fastdpop.hf.",
+    "engines": "fastdpop.engines",
+    "exact": "fastdpop.",
+    "fused_dpop_loss": "fastdpop.api",
+    "fused_logps": "fastdpop.api",
+    "fused_preference_loss": "fastdpop.api",
+    "is_attached": "fastdpop.hf.",
+    "losses": "fastdpop.losses",
+    "pack": "fastdpop.prefix.",
+    "patch_trl": "fastdpop.integrations.trl.",
+    "preference_loss": "fastdpop.hf.",
+    "unpatch_trl": "fastdpop.integrations.trl.",
+}
+"""The public names, and where what each stands for is from."""
+
+
 def test_public_names() -> None:
-    expected = {
-        "PackedPairs",
-        "PreferenceOutput",
-        "PromptSampler",
-        "__version__",
-        "attach",
-        "detach",
-        "engines",
-        "exact",
-        "fused_dpop_loss",
-        "fused_logps",
-        "fused_preference_loss",
-        "is_attached",
-        "losses",
-        "pack",
-        "patch_trl",
-        "unpatch_trl",
+    assert fastdpop.__all__ == sorted([*PUBLIC, "__version__"])
+    assert dir(fastdpop) == fastdpop.__all__
+    with pytest.raises(
+        AttributeError, match=r"module 'fastdpop' has no attribute 'fused_dpo_loss'"
+    ):
+        _ = fastdpop.fused_dpo_loss
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name(name: str) -> None:
+    value = getattr(fastdpop, name)
+    module = value.__name__ if inspect.ismodule(value) else value.__module__
+    assert f"{module}.".startswith(PUBLIC[name].removesuffix(".") + ".")
+    assert inspect.ismodule(value) or value.__name__ == name
+    assert inspect.getdoc(value)
+
+
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(fastdpop.__path__)}
+    assert modules & set(PUBLIC) == {"engines", "losses"}  # which are modules
+
+
+def test_type_checkers_are_told_of_the_same_names() -> None:
+    tree = ast.parse(Path(fastdpop.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        alias.name: node.module if node.module != "fastdpop" else f"fastdpop.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    assert expected == set(fastdpop.__all__)
-    assert all(hasattr(fastdpop, name) for name in expected)
+    assert told == fastdpop._MODULES
+    assert told.keys() == PUBLIC.keys()
+
+
+LOOKS_AT_EVERYTHING = """
+import copy, inspect, pickle, sys
+sys.modules["transformers"] = sys.modules["trl"] = None  # as where they are not installed
+import fastdpop
+from fastdpop import *
+
+assert {name for name, _ in inspect.getmembers(fastdpop)} == set(dir(fastdpop))
+for name in ("attach", "patch_trl", "FastDPOTrainer"):
+    assert hasattr(fastdpop, name)
+    missing = getattr(fastdpop, name)
+    assert not hasattr(missing, "anything")
+    copies = copy.copy(missing), copy.deepcopy(missing), pickle.loads(pickle.dumps(missing))
+    for use in (
+        *copies,
+        lambda: missing("model", engine="cpu"),
+        lambda: type("Derived", (), {}, **missing.__mro_entries__(())),
+        lambda: isinstance(3, missing),
+        lambda: issubclass(int, missing),
+    ):
+        try:
+            use()
+        except ImportError as error:
+            print(name, error)
+print(attach)
+print(fused_logps.__name__)
+"""
+
+
+def test_what_is_not_installed_says_so_when_it_is_used(tmp_path: Path) -> None:
+    *uses, shown, other = run(LOOKS_AT_EVERYTHING, tmp_path).splitlines()
+    hf = "fastdpop.attach needs transformers: pip install 'fastdpop[hf]'"
+    trl = "fastdpop's TRL integration needs trl: pip install 'fastdpop[trl]'"
+    said = {"attach": hf, "patch_trl": trl, "FastDPOTrainer": trl}
+    assert uses == [f"{name} {text}" for name, text in said.items() for _ in range(7)]
+    assert shown == f"<fastdpop.attach, which is not to be had: {hf}>"
+    assert other == "fused_logps"
+
+
+def test_import_imports_nothing(tmp_path: Path) -> None:
+    code = "import sys, fastdpop; print(*{n.partition('.')[0] for n in sys.modules})"
+    assert not {"torch", "numpy", "triton", "transformers"} & set(run(code, tmp_path).split())
 
 
 def test_import_needs_torch_only(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from fastdpop.api import fused_logps, fused_preference_loss
 from fastdpop.distributed import Group
 from fastdpop.distributed.agreement import Approach, approach
 from fastdpop.distributed.parallel import ALONE, Parallel
-from fastdpop.exact import Exact, opened
 from fastdpop.hf.asked import Asked, Preference, RefLogps
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
@@ -31,6 +30,7 @@ from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.hf.zero import PartitionedHead, with_whole_head
 from fastdpop.rows import IGNORE
+from fastdpop.unrounded import Exact, opened
 
 
 @dataclass(frozen=True)

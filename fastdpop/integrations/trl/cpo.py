@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop import losses
-from fastdpop.exact import exact
 from fastdpop.losses.base import PreferenceLoss
+from fastdpop.unrounded import exact
 
 
 def serves(trainer: Any) -> bool:

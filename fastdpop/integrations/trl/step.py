@@ -17,10 +17,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastdpop.api import LOGGED
-from fastdpop.exact import exact
 from fastdpop.integrations.trl import batch, metrics
 from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
+from fastdpop.unrounded import exact
 
 Inputs = Mapping[str, Any]
 
