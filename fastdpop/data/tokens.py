@@ -250,10 +250,8 @@ def _look(row: dict[str, Any], processing: PairTokenizer) -> _Look:
             f"which TRL {trl.__version__} mangles (it cuts by the prompt's length): update to TRL "
             "1.15 or later, which needs Python 3.11"
         )
-    left, start = (
-        repr(texts.left_out)[:100],
-        inner.decode(chosen[shared : shared + 3], skip_special_tokens=True),
-    )
+    left = repr(texts.left_out)[:100]
+    start = inner.decode(chosen[shared : shared + 3], skip_special_tokens=True)
     notes = {
         _LEFT_OUT.format(left=left): texts.left_out,
         _MERGED.format(start=start): shared < len(prompt) and not texts.left_out,
