@@ -23,6 +23,15 @@ from fastdpop.call import (
     Reference,
     RefLogps,
 )
+from fastdpop.choices import (
+    EngineName,
+    Form,
+    GradReduction,
+    LogpsReduction,
+    Reduction,
+    Statistic,
+    words,
+)
 from fastdpop.distributed.parallel import Parallel, uncompiled_with_groups
 from fastdpop.output import PreferenceOutput
 from fastdpop.preference import logps, preference_loss
@@ -51,7 +60,7 @@ def fused_dpop_loss(
     hidden_index: Tensor | None = None,
     beta: float = 0.3,
     lam: float = 50.0,
-    form: str = "inside",
+    form: Form = "inside",
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -59,10 +68,10 @@ def fused_dpop_loss(
     pairs: Pairs | None = None,
     pair_values: PairValues | None = None,
     shift_labels: bool = True,
-    reduction: str = "mean",
-    engine: str = "auto",
+    reduction: Reduction = "mean",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[Statistic] = (),
     state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
@@ -70,7 +79,7 @@ def fused_dpop_loss(
     tp_group: Ranks | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> PreferenceOutput:
     """DPO-Positive, Eq. 3 of Smaug (arXiv:2402.13228), from hidden states to loss and gradients.
 
@@ -142,10 +151,10 @@ def fused_preference_loss(
     pairs: Pairs | None = None,
     pair_values: PairValues | None = None,
     shift_labels: bool = True,
-    reduction: str = "mean",
-    engine: str = "auto",
+    reduction: Reduction = "mean",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[Statistic] = (),
     state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
@@ -153,7 +162,7 @@ def fused_preference_loss(
     tp_group: Ranks | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> PreferenceOutput:
     """Any preference loss, from hidden states to loss and gradients.
 
@@ -249,17 +258,17 @@ def fused_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift_labels: bool = True,
-    reduction: str = "sequence",
+    reduction: LogpsReduction = "sequence",
     token_weights: Tensor | None = None,
     ld_alpha: float | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     dtype: torch.dtype = torch.float32,
     cp_group: Ranks | None = None,
     tp_group: Ranks | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> Tensor:
     """Differentiable log-probabilities of the labels, for anything that has no loss here.
 
@@ -285,7 +294,7 @@ def fused_logps(
     parallel = Parallel.of(None, cp_group, tp_group, grad_reduction)
 
     def given() -> Given:
-        checks.choice("reduction", reduction, ("sequence", "token"))
+        checks.choice("reduction", reduction, words(LogpsReduction))
         checks.choice("dtype", dtype, (torch.float32, torch.float64))
         transform = LogitTransform(softcap, logit_scale, temperature)
         return Given(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdpop.compiling import constant
 from fastdpop.engines.base import (
     DEFAULT_WORKSPACE_BYTES,
     NO_GRAD,
@@ -114,7 +115,7 @@ def available(
     return tuple(line.name for line in explain(device, dtype) if line.available)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the engine that ``engine=name`` means on a device, for products in a dtype.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,7 @@ from torch import Tensor
 
 from fastdpop import checks
 from fastdpop.api import fused_logps, fused_preference_loss
-from fastdpop.losses.base import PairLogps, PreferenceLoss
-
-Preference = str | PreferenceLoss | Callable[[PairLogps], Tensor]
-RefLogps = Tensor | Sequence[Tensor]
+from fastdpop.call import Loss, RefLogps
 
 _SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
 _SET_HERE |= {
@@ -33,7 +30,7 @@ _SET_HERE |= {
 class Asked:
     """The arguments of a call that are fastdpop's."""
 
-    preference: Preference | None
+    preference: Loss | None
     ref_logps: RefLogps | None
     return_logps: bool
     options: Mapping[str, Any] | None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from fastdpop import checks, engines
+from fastdpop.choices import EngineName, GradReduction
 from fastdpop.distributed.parallel import Parallel
 from fastdpop.hf import self_check
 from fastdpop.hf.forward import attached_forward, attachment_of
@@ -27,14 +28,14 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach(
     model: Model,
     *,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     check: bool = True,
     group: Ranks | None = None,
     cp_group: Ranks | None = None,
     tp_group: Ranks | None = None,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> Model:
     """Let a Hugging Face causal language model's ``forward`` compute preference losses, without logits.
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.api import fused_logps, fused_preference_loss
+from fastdpop.call import Loss, RefLogps
 from fastdpop.distributed import Group
 from fastdpop.distributed.agreement import Approach, approach
 from fastdpop.distributed.parallel import ALONE, Parallel
-from fastdpop.hf.asked import Asked, Preference, RefLogps
+from fastdpop.hf.asked import Asked
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
 from fastdpop.hf.lazy_logits import LazyLogits
@@ -67,7 +68,7 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
     def forward(
         self: nn.Module,
         *args: Any,
-        preference: Preference | None = None,
+        preference: Loss | None = None,
         ref_logps: RefLogps | Exact | None = None,
         return_logps: bool = False,
         preference_options: Mapping[str, Any] | None = None,

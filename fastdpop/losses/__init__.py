@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdpop.choices import LossName
+
 from .base import (
     FunctionLoss,
     LengthDesensitised,
@@ -149,7 +151,7 @@ def available() -> tuple[str, ...]:
     return tuple(_LOSSES)
 
 
-def get(name: str, **options: Any) -> PreferenceLoss:
+def get(name: LossName | str, **options: Any) -> PreferenceLoss:
     """The loss of that name.
 
     Args:
@@ -175,7 +177,9 @@ def get(name: str, **options: Any) -> PreferenceLoss:
     return _LOSSES[name](**options)
 
 
-def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> PreferenceLoss:
+def as_loss(
+    loss: LossName | str | PreferenceLoss | Callable[[PairLogps], Tensor],
+) -> PreferenceLoss:
     """A loss from its name, itself, or a function of :class:`PairLogps`.
 
     A plain function may compare pairs, so the whole batch is given to it at once; see
