@@ -35,6 +35,7 @@ from fastdpop.choices import (
 from fastdpop.distributed.parallel import Parallel, uncompiled_with_groups
 from fastdpop.output import PreferenceOutput
 from fastdpop.preference import logps, preference_loss
+from fastdpop.stray import known_keywords
 from fastdpop.transform import LogitTransform
 
 if TYPE_CHECKING:  # not every build of torch has them
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # not every build of torch has them
 __all__ = ["LOGGED", "fused_dpop_loss", "fused_logps", "fused_preference_loss"]
 
 
+@known_keywords
 def fused_dpop_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -130,6 +132,7 @@ def fused_dpop_loss(
     )
 
 
+@known_keywords
 @uncompiled_with_groups
 def fused_preference_loss(
     hidden: Tensor,
@@ -176,6 +179,7 @@ def fused_preference_loss(
         ref_logps: the reference's summed log-probs: ``(chosen, rejected)``, each ``(P,)``, or one ``(S,)`` tensor. In
             float64 they are compared with unrounded ones of the policy, in float32 with ones rounded alike (unless
             `hidden` is float64). With LD-DPO's token weights they must be weighted alike (`ld_alpha` of fused_logps).
+            An error, as `ref_hidden` is, for losses that do not read a reference.
         ref_hidden: the reference's hidden states instead, shaped as `hidden` up to H; scored in this call, without
             gradients, through `ref_weight` and `ref_bias`, or through the policy's lm_head where those are None.
         kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read it.
@@ -245,6 +249,7 @@ def fused_preference_loss(
     return preference_loss(found, parallel)
 
 
+@known_keywords
 @uncompiled_with_groups
 def fused_logps(
     hidden: Tensor,

@@ -63,9 +63,13 @@ class Reference(NamedTuple):
     bias: Tensor | None
     kl: Tensor | None
 
-    def check(self, needed: bool) -> None:
-        """One source of log-probs where they are needed."""
-        checks.reference(self.logps, self.hidden, self.weight, self.bias, needed)
+    def check(self, loss: PreferenceLoss) -> None:
+        """One source of log-probs where the loss needs them, none where it reads none."""
+        traits = loss.traits
+        checks.reference(self.logps, self.hidden, self.weight, self.bias, traits.needs_reference)
+        for name, value in (("ref_logps", self.logps), ("ref_hidden", self.hidden)):
+            if value is not None and not traits.may_read_reference:
+                raise ValueError(f"{name} is given, but this loss does not read it: {loss!r:.80}")
 
 
 NO_REFERENCE = Reference(None, None, None, None, None)

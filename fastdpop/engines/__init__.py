@@ -32,6 +32,7 @@ from fastdpop.engines.base import (
 from fastdpop.engines.cpu import CPUEngine
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.engines.triton import TritonEngine
+from fastdpop.names import hint
 
 __all__ = [
     "DEFAULT_WORKSPACE_BYTES",
@@ -87,7 +88,10 @@ def get(name: str) -> Engine:
         ValueError: there is none.
     """
     if not isinstance(name, str) or name not in _ENGINES:
-        raise ValueError(f"engine is {name!r}, expected 'auto' or one of {sorted(_ENGINES)}")
+        raise ValueError(
+            f"engine is {name!r}, expected 'auto' or one of {sorted(_ENGINES)}"
+            + hint(name, ("auto", *_ENGINES))
+        )
     return _ENGINES[name]
 
 

@@ -21,6 +21,7 @@ from fastdpop.distributed.parallel import ALONE, Parallel
 from fastdpop.hf.asked import Asked
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
+from fastdpop.hf.keywords import check_keywords
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.results import by_sequence, with_router_loss
@@ -112,7 +113,7 @@ def _answer(
     with _approach(model, settings, asked.options) as way:
         asked.check_options()
         asked.take_shifted(kwargs)
-        call, labels, as_dict = _arguments(model, signature, args, kwargs)
+        call, labels, as_dict = _arguments(model, signature, asked.preference, args, kwargs)
         run = functools.partial(_run, original, model)
         with PartitionedHead(model), HeadKeptWhole(output_head(model)) as whole:
             call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
@@ -301,10 +302,15 @@ def _extended(own: inspect.Signature, ours: inspect.Signature) -> inspect.Signat
 
 @torch.compiler.disable
 def _arguments(
-    model: nn.Module, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    signature: inspect.Signature,
+    preference: Loss | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[dict[str, Any], Tensor, bool]:
     """Keywords for the model's own forward; the labels, kept from its loss; whether to return a ModelOutput."""
     as_dict = kwargs.pop("return_dict", None)
+    check_keywords(model, signature, kwargs, preference)
     call = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

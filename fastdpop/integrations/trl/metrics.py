@@ -103,6 +103,8 @@ def _by_pair(outputs: Any, ref_logps: Tensor, beta: float) -> dict[str, Tensor]:
     ref_chosen, ref_rejected = ref_logps.to(chosen).chunk(2)
     chosen_logratios, rejected_logratios = chosen - ref_chosen, rejected - ref_rejected
     chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
+    penalty = outputs.penalty  # from unrounded log-probs, of a loss that has them
+    penalty = (0.0 - chosen_logratios).relu() if penalty is None else penalty
     return {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -112,8 +114,8 @@ def _by_pair(outputs: Any, ref_logps: Tensor, beta: float) -> dict[str, Tensor]:
         "logps/rejected": rejected,
         "logratios/chosen": chosen_logratios,
         "logratios/rejected": rejected_logratios,
-        "penalty": outputs.penalty,
-        "hinge_on": (outputs.penalty > 0).to(chosen),
+        "penalty": penalty,
+        "hinge_on": (penalty > 0).to(chosen),
         "ches": outputs.ches.to(chosen),
         "ches_normalised": outputs.ches_normalised.to(chosen),
     }
