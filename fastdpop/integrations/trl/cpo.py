@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop import checks, losses
+from fastdpop.integrations.trl import first_batch
 from fastdpop.losses.base import PreferenceLoss
 from fastdpop.unrounded import exact
 
@@ -66,6 +67,9 @@ def step(
         },
         router_loss_weight=float(trainer.aux_loss_coef) if routes else 0.0,
     )
+    if train_eval == "train":
+        call = {name: joined[f"concatenated_{name}"] for name in ("input_ids", "attention_mask")}
+        first_batch.look(trainer, call, labels, out.logps, None)
     with torch.no_grad():
         means = trainer.loss_type in ("ipo", "simpo")
         lengths = out.lengths.to(out.chosen_logps)

@@ -17,7 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastdpop.api import LOGGED
-from fastdpop.integrations.trl import batch, metrics
+from fastdpop.integrations.trl import batch, first_batch, metrics
 from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
 from fastdpop.unrounded import exact
@@ -56,6 +56,8 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         router_loss_weight=float(trainer.router_aux_loss_coef) if routes else 0.0,
     )
     total = outputs.loss
+    if part.options.get("pairs") is None:  # else it has none of its own
+        first_batch.look(trainer, call, labels, outputs.logps, ref_logps)
     with torch.no_grad():
         metrics.note(trainer, inputs, outputs, ref_logps, logged_beta(trainer))
         if return_outputs:  # the logits, of another pass, for those who ask for them
