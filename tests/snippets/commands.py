@@ -100,7 +100,9 @@ def _parse_trl(argv: list[str]) -> None:
     """All of TRL's and accelerate's parsers; the processes are not started."""
     from fastdpop.integrations.trl import command
 
-    with mock.patch.object(command, "launch_command") as start:
+    # What a page has patched stays so.
+    unpatch = mock.patch.object(command, "unpatch_trl")
+    with unpatch, mock.patch.object(command, "launch_command") as start:
         assert command.launch(argv) == 0
     assert start.called
 

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import yaml
+
 from tests.tiny_model import CHATML, tiny_llama, tiny_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "recipes" / "fixtures"
@@ -16,6 +18,7 @@ _PAIRS = ("--pairs", "--eval-pairs", "--dataset_name")
 _REST = ["--model", "PATH", "--pairs", "pairs.jsonl", "--output", "run"]
 """What stands for ``...`` behind ``fastdpop train`` and ``trl dpo``."""
 
+_CARD = "---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n"
 ROWS = [
     {"prompt": f"{n} + {n} = ", "chosen": f"{2 * n}, yes", "rejected": f"{2 * n + 1}, yes"}
     for n in range(10, 18)
@@ -33,15 +36,32 @@ def provide(argv: list[str]) -> list[str]:
             model(value)
         elif option in _PAIRS:
             pairs(value)
-        elif option == "--config" and value.endswith(".yaml") and not Path(value).exists():
-            model("PATH")
-            pairs("pairs.jsonl")
-            Path(value).write_text("model: PATH\npairs: pairs.jsonl\noutput: run\n")
+        elif option == "--config" and value.endswith(".yaml"):
+            _config(Path(value))
+        elif option in ("--output", "--out") and "--resume" not in whole:
+            _remove(value)  # of another line
     if whole[:2] == ["pairs", "stats"]:
         pairs(whole[2])
     if whole[:2] == ["pairs", "build"]:
         source(*whole[2:4])
     return whole
+
+
+def _config(path: Path) -> None:
+    if not path.exists():
+        path.write_text("model: PATH\npairs: pairs.jsonl\noutput: run\n")
+    given = yaml.safe_load(path.read_text())
+    model(given["model"])
+    pairs(given["pairs"])
+    _remove(given["output"])
+
+
+def _remove(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def model(name: str) -> None:
@@ -50,13 +70,16 @@ def model(name: str) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(_tiny(), target_is_directory=True)
+    path.symlink_to(tiny(), target_is_directory=True)
 
 
 @functools.cache
-def _tiny() -> Path:
+def tiny() -> Path:
+    """A folder with a tiny model and its tokenizer."""
     folder = Path(tempfile.mkdtemp())
-    tiny_llama(initializer_range=0.2).save_pretrained(folder)
+    made = tiny_llama(seed=1, tied=False, initializer_range=0.2)
+    made.config.max_position_embeddings = 2048  # of data in the documentation
+    made.save_pretrained(folder)
     tiny_tokenizer(CHATML).save_pretrained(folder)
     return folder
 
@@ -83,6 +106,7 @@ def source(kind: str, name: str) -> None:
     if kind == "gsm8k":
         rows = [{"question": "1+1?", "answer": "It is 1+1=<<1+1=2>>2.\n2+1=<<2+1=3>>3\n#### 3"}]
         path.mkdir()
+        (path / "README.md").write_text(_CARD)
         (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
         return
     found = sorted(FIXTURES.glob(f"{folders[kind]}/**/*.json*"))

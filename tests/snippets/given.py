@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 import fastdpop
-from tests.snippets.files import ROWS
+from tests.snippets import files
 from tests.tiny_model import CHATML, tiny_llama, tiny_tokenizer
 
 
@@ -21,7 +24,8 @@ class Given:
 
     beta = 0.3
     lam = 50.0
-    rank = 0
+    rank, n = 0, 1  # this process and the number of them
+    switched_off = contextlib.nullcontext()
 
     def names(self, wanted: str) -> dict[str, Any]:
         """The values of names that are separated by commas.
@@ -29,7 +33,8 @@ class Given:
         Raises:
             AttributeError: there is no such name.
         """
-        return {name: getattr(self, name) for name in map(str.strip, wanted.split(","))}
+        found = {name: getattr(self, name) for name in map(str.strip, wanted.split(","))}
+        return {**found, **found.pop("packed", {})}
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -38,7 +43,7 @@ class Given:
     @cached_property
     def model(self) -> Any:
         """A policy that has moved away from its reference; attached to nothing."""
-        return tiny_llama(seed=1, tied=False)
+        return AutoModelForCausalLM.from_pretrained(files.tiny())
 
     @cached_property
     def reference(self) -> Any:
@@ -55,7 +60,7 @@ class Given:
                 ]
                 for name in ("prompt", "chosen", "rejected")
             }
-            for row in ROWS[:2]
+            for row in files.ROWS[:2]
         ]
 
     @cached_property
@@ -107,10 +112,43 @@ class Given:
     def ref_rejected(self) -> Tensor:
         return self.ref_logps[len(self.pairs) :]
 
+    ids = property(lambda self: self.input_ids)
+    mask = property(lambda self: self.attention_mask)
+    hidden_of_own = property(lambda self: self.hidden)
+    T = property(lambda self: self.labels.shape[1])
+
+    @cached_property
+    def packed(self) -> dict[str, Tensor]:
+        """The batch without padding, under the names of its parts."""
+        keep = self.mask.bool()
+        lengths = keep.sum(1)
+        return {
+            "ids": self.ids[keep][None],
+            "labels": self.labels[keep][None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+            "ref_logps": self.ref_logps,
+        }
+
+    @cached_property
+    def mesh(self) -> Any:
+        """Of this process alone; whoever runs a page destroys its group."""
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        return torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("tp", "cp"))
+
     @cached_property
     def confidences(self) -> Tensor:
         """One number a pair."""
         return torch.tensor([1.0, 0.25])
+
+    weights = property(lambda self: self.confidences)
+
+    @cached_property
+    def loader(self) -> Any:
+        """Batches with their references' log-probs."""
+        return DataLoader([{**self.batch, "ref_logps": self.ref_logps}], batch_size=None)
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -121,4 +159,4 @@ class Given:
         """A dataset of text pairs, each with a number."""
         from datasets import Dataset
 
-        return Dataset.from_list([{**row, "quality": 1.0} for row in ROWS])
+        return Dataset.from_list([{**row, "quality": 1.0} for row in files.ROWS])

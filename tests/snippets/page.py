@@ -89,7 +89,8 @@ class Page:
             Path(name).write_text(example.parsed)
         if reason:
             self.marked.append((example.line, reason))
-        printed, self._printed = self._printed, None
+        printed = self._printed
+        self._printed = printed if language in ("json", "yaml") else None
         match language:
             case "python":
                 self._python(example, bool(reason))
@@ -124,7 +125,10 @@ class Page:
         printed = []
         for line, expected in commands.lines(example.parsed, prompt="$ " in example.parsed):
             with output() as out:
-                commands.check(line, parse_only=parse_only)
+                try:
+                    commands.check(line, parse_only=parse_only)
+                except (AssertionError, SystemExit) as error:
+                    raise AssertionError(f"{line}\n{error}\n{out.getvalue()[-800:]}") from error
             printed.append(out.getvalue())
             if expected and not parse_only:
                 compare(expected, printed[-1])
