@@ -84,17 +84,19 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] == __name__:
-            raise  # no package is missing, this one is broken
-        from fastdpop.missing import Missing
+if not TYPE_CHECKING:  # to a type checker a function of this name says that there are all names
 
-        return Missing(name, error)
-    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(_MODULES[name])
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] == __name__:
+                raise  # no package is missing, this one is broken
+            from fastdpop.missing import Missing
+
+            return Missing(name, error)
+        value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+        globals()[name] = value
+        return value

@@ -229,8 +229,7 @@ def _of_call(call: Call) -> str:
 
 def _layout(batch: Batch, rows: Rows) -> str:
     """What ranks that share sequences must have in common."""
-    inputs = rows.inputs[rows.pairs.clamp_min(0)].where(rows.pairs >= 0, -1).tolist()
-    return f"{batch.sequences} sequences in pairs {inputs}"
+    return f"{batch.sequences} sequences in pairs {rows.input_pairs().tolist()}"
 
 
 def _tokens(rows: Rows, parallel: Parallel) -> str:
@@ -400,6 +399,7 @@ def _output(
         accuracy=accuracy,
         penalty=penalty,
         lengths=lengths,
+        pairs=rows.input_pairs(),
         **means,
     )
 

@@ -253,7 +253,7 @@ def _fused(
     values["loss"] = with_router_loss(
         model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
     )
-    values["logps"] = by_sequence(result, options.get("pairs"))
+    values["logps"] = by_sequence(result)
     return PreferenceModelOutput(**values, **passed_on)
 
 
