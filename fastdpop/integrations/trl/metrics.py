@@ -103,6 +103,9 @@ def _against(outputs: Any, ref_logps: Tensor, beta: float) -> dict[str, Measure]
         named |= {
             f"{group}/{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)
         }
+    if outputs.penalty is None:  # of a loss that reads no reference
+        penalty = (0.0 - logratios[0]).relu()
+        named |= {"penalty": penalty, "hinge_on": penalty > 0}
     return {name: Measure(values, torch.ones_like(values)) for name, values in named.items()}
 
 
