@@ -24,6 +24,7 @@ from fastdpop.data.tokens import tokenize
 from fastdpop.doctor import has_bf16
 from fastdpop.installed import needs
 from fastdpop.integrations.trl import FastDPOConfig
+from fastdpop.train.picture import BLUE, GREY, MINUS, ORANGE, plain
 from fastdpop.train.report import evaluations, held_out_table
 from fastdpop.train.trainer import PairTrainer
 
@@ -59,8 +60,6 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 """Of TRL's ``DPOConfig``, for both runs."""
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#6B6B6B"  # of Okabe and Ito: safe for colour-blind eyes
 
 
 def load_smollm2() -> tuple[Any, Any]:
@@ -241,7 +240,7 @@ def _panel(axes: Axes, name: str, rows: list[Row]) -> None:
     axes.axhline(0, color=GREY, linewidth=1, zorder=0)
     for label, (end, colour) in ends.items():
         axes.annotate(
-            f"{label} {end:+.1f}".replace("-", "\N{MINUS SIGN}"),
+            f"{label} {end:+.1f}".replace("-", MINUS),
             (steps[-1], end),
             xytext=(8, 0),
             textcoords="offset points",
@@ -254,8 +253,6 @@ def _panel(axes: Axes, name: str, rows: list[Row]) -> None:
     verdict = "more likely" if rows[-1][CHOSEN] > 0 else "less likely"
     axes.set_title(f"{name}: correct solutions became {verdict}", loc="left", pad=10)
     axes.set_xlabel("training step", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, steps[-1] * 1.42)  # room for the labels
     axes.set_xticks(steps)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    plain(axes)

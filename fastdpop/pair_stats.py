@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastdpop.demo import BLUE, GREY, ORANGE
 from fastdpop.installed import needs
 from fastdpop.prefix.stats import PairStatistics, Work, pair_statistics
 from fastdpop.train.model import Source, load_tokenizer, model_source, trusts
 from fastdpop.train.parse import Asked, parse
+from fastdpop.train.picture import BLUE, GREY, ORANGE
 from fastdpop.train.run import read
 
 if TYPE_CHECKING:

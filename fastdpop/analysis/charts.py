@@ -16,7 +16,7 @@ from fastdpop.analysis.gradients import PAPERS_LAMBDA
 from fastdpop.analysis.numbers import BEFORE, Numbers, Scored
 from fastdpop.analysis.score import PARTS
 from fastdpop.analysis.words import signed
-from fastdpop.demo import BLUE, GREY, ORANGE
+from fastdpop.train.picture import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

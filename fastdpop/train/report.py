@@ -65,8 +65,13 @@ def _write(output: str, mode: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def evaluations(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations among what a trainer has logged, one per step."""
-    by_step = {row["step"]: row for row in history if "eval_logratios/chosen" in row}
-    return [by_step[step] for step in sorted(by_step)]
+    return by_step(history, "eval_logratios/chosen")
+
+
+def by_step(history: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The lines that have a metric, the last one of each step."""
+    found = {row["step"]: row for row in history if name in row}
+    return [found[step] for step in sorted(found)]
 
 
 def held_out_table(rows: dict[str, dict[str, Any]], seconds: dict[str, float] | None = None) -> str:

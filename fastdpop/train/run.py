@@ -23,7 +23,7 @@ from fastdpop.integrations.trl.order import prompts
 from fastdpop.integrations.trl.references import hash_of_tokens
 from fastdpop.integrations.trl.values import hash_of_values
 from fastdpop.prefix.sampler import PromptSampler
-from fastdpop.train import checkpoint, processes
+from fastdpop.train import checkpoint, picture, processes
 from fastdpop.train.consistency import evaluates
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
@@ -99,7 +99,11 @@ def run(argv: Sequence[str]) -> int:
         ]
     try:
         result = trainer.train(resume_from_checkpoint=start)
+    except FloatingPointError:
+        _draw(trainer)
+        raise
     except KeyboardInterrupt:
+        _draw(trainer)
         saved = checkpoint.checkpoints(output)
         hint = f"; go on from {saved[0].name} with --resume" if saved else ""
         raise KeyboardInterrupt(
@@ -112,6 +116,7 @@ def run(argv: Sequence[str]) -> int:
             trainer.evaluate()
     trainer.save_at_the_end()
     say(_summary(trainer, result))
+    _draw(trainer)
     trainer.accelerator.end_training()
     return 0
 
@@ -265,6 +270,14 @@ def _summary(trainer: PairTrainer, result: Any) -> str:
         )
     lines.append(f"Saved to {trainer.args.output_dir}")
     return "\n".join(lines)
+
+
+def _draw(trainer: PairTrainer) -> None:
+    """The picture of what was logged so far, by one process, which says where it is."""
+    if trainer.is_world_process_zero():
+        line = picture.drawn(trainer.state.log_history, Path(str(trainer.args.output_dir)))
+        if line is not None:
+            print(line)
 
 
 def _duration(seconds: float) -> str:

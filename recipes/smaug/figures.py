@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpop.demo import BLUE, GREY, ORANGE
+from fastdpop.train.picture import BLUE, GREY, ORANGE
 from recipes.smaug.runs import BETA, BETAS, LAMBDAS, UNTRAINED
 from recipes.smaug.tables import TITLES, Arm, Result, Results, Spread, course, last, side
 
