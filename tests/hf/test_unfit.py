@@ -21,6 +21,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama import modeling_llama
 
 from fastdpop.hf import attach, is_attached, preference_loss
 from tests.tiny_model import tiny_tokenizer
@@ -108,8 +109,10 @@ def test_a_forward_that_fails_by_itself() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Liger's kernels run here")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*deprecated")
-def test_kernels_of_liger_without_a_gpu() -> None:
+def test_kernels_of_liger_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     patches = pytest.importorskip("liger_kernel.transformers")
+    for name, value in vars(modeling_llama).items():
+        monkeypatch.setattr(modeling_llama, name, value)  # to be restored
     for rest in ({}, {"fused_linear_cross_entropy": False, "swiglu": False, "rope": False}):
         model = tiny(dtype=torch.float32)
         patches.apply_liger_kernel_to_llama(model=model, **rest)
