@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdpop import instead
 from fastdpop.names import hint
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -16,7 +17,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
+        raise TypeError(instead.of_no_tensor(name, value, "a torch.Tensor"))
     return value
 
 
@@ -51,7 +52,7 @@ def flag(name: str, value: object) -> None:
 def choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
-        meant = hint(value, (each for each in allowed if isinstance(each, str)))
+        meant = hint(value, [each for each in allowed if isinstance(each, str)])
         raise ValueError(f"{name} is {value!r}, expected one of {tuple(allowed)}{meant}")
 
 
@@ -63,9 +64,8 @@ def statistics(names: object, allowed: Sequence[str]) -> None:
         )
     for name in names:
         if name not in allowed:
-            raise ValueError(
-                f"statistics contains {name!r}, expected names among {tuple(allowed)}{hint(name, allowed)}"
-            )
+            among = f"expected names among {tuple(allowed)}{hint(name, allowed)}"
+            raise ValueError(f"statistics contains {name!r}, {among}")
 
 
 def no_transform(*tensors: Tensor | None) -> None:
@@ -104,7 +104,7 @@ def batch(
     if hidden.dtype not in FLOATS:
         raise ValueError(f"hidden has dtype {hidden.dtype}, expected one of {FLOATS}")
     if labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels has dtype {labels.dtype}, expected torch.int64")
+        raise ValueError(instead.of_labels(labels))
     _device("labels", labels, hidden.device)
     if hidden_index is not None:
         _places(hidden_index, hidden, labels)
@@ -195,6 +195,7 @@ def projection(
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) "
             f"to fit {prefix}hidden {tuple(hidden.shape)}, with V and H at least 1"
+            + instead.of_width(hidden, weight, prefix)
         )
     _device(name, weight, hidden.device)
     if bias is not None:
@@ -380,9 +381,8 @@ def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: boo
                 )
         return value.detach()[pairs.clamp_min(0)].T.contiguous()
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise TypeError(
-            f"ref_logps is {type(value).__name__}, expected a tensor ({sequences},) or a pair of tensors ({count},)"
-        )
+        expected = f"a tensor ({sequences},) or a pair of tensors ({count},)"
+        raise TypeError(instead.of_no_tensor("ref_logps", value, expected))
     for name, side in zip(("ref_logps[0]", "ref_logps[1]"), value, strict=True):
         _shape(name, _tensor(name, side), (count,), "one value per pair")
         _device(name, side, device)

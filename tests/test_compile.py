@@ -140,6 +140,7 @@ def test_a_beta_that_changes_is_followed() -> None:
         torch.testing.assert_close(compiled(beta), run(beta), rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:no token of the batch is scored")
 def test_no_recompilation_when_the_mask_or_the_length_changes() -> None:
     run = step(LOSSES["dpop"])
     counter = CompileCounterWithBackend("aot_eager")

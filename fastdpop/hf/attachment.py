@@ -16,6 +16,7 @@ from fastdpop.hf.guards import add_guards, remove_guards
 from fastdpop.hf.head import output_head
 from fastdpop.hf.interception import unwatch, watch
 from fastdpop.hf.tree_attention import uninstall
+from fastdpop.hf.unfit import no_model, other_model
 from fastdpop.hf.wrappers import innermost, wrapped
 from fastdpop.hf.zero import PartitionedHead
 
@@ -81,6 +82,9 @@ def attach(
             or its log-probs differ from fastdpop's.
     """
     target = causal_lm(model)
+    unfit = other_model(target)
+    if unfit is not None:
+        raise TypeError(unfit)
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
@@ -175,7 +179,8 @@ def causal_lm(model: Any) -> Any:
         raise TypeError(
             f"model is a {name}, expected the model inside it: attach before wrapping or compiling"
         )
-    target = model.get_base_model() if hasattr(model, "get_base_model") else model
+    peft = not isinstance(model, type) and hasattr(model, "get_base_model")
+    target = model.get_base_model() if peft else model
     if not isinstance(target, nn.Module) or not hasattr(target, "get_output_embeddings"):
-        raise TypeError(f"model is a {name}, expected a Hugging Face causal language model")
+        raise TypeError(no_model(model))
     return target

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdpop.hf import tensor_parallel
+from fastdpop.hf.unfit import no_head
 
 
 @torch.compiler.disable
@@ -19,7 +20,7 @@ def output_head(model: Any) -> Any:
     """
     owner, head = type(model).__name__, model.get_output_embeddings()
     if head is None:
-        raise RuntimeError(f"{owner} has no output embedding: get_output_embeddings() is None")
+        raise RuntimeError(no_head(model))
     name = next((name for name, module in model.named_modules() if module is head), "the head")
     weight = getattr(head, "weight", None)
     if "forward" in vars(head) and tensor_parallel.replaced(head) is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.hf import tensor_parallel
+from fastdpop.hf.unfit import failed
 from fastdpop.hf.zero import gathering, whole_shape
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -41,10 +42,7 @@ def check(model: Any, head: Any) -> None:
                 model(input_ids=ids, return_dict=True, **cacheless).logits
             )
         except Exception as error:
-            raise RuntimeError(
-                f"{owner} does not run on token ids alone, so it cannot be checked: pass check=False "
-                f"({type(error).__name__}: {error})"
-            ) from error
+            raise RuntimeError(failed(model, device, error)) from error
         finally:
             watch.remove()
         options = {"reduction": "token", "share_prefixes": False}

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdpop.choices import LossName
@@ -199,9 +200,17 @@ def as_loss(
     if isinstance(loss, PreferenceLoss):
         return loss
     if isinstance(loss, type) or not callable(loss):
-        made = isinstance(loss, type) and issubclass(loss, PreferenceLoss)
+        more = ""
+        if isinstance(loss, type) and issubclass(loss, PreferenceLoss):
+            more = f": {loss.__name__}(), not the class"
+        elif isinstance(loss, (list, tuple)):
+            more = ": a sum of losses is written get('dpop') + 0.1 * get('sft')"
         raise TypeError(
-            f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps"
-            + (f": {loss.__name__}(), not the class" if made else "")
+            f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps{more}"
+        )
+    if isinstance(loss, torch.nn.modules.loss._Loss):
+        raise TypeError(
+            f"loss is {loss!r}, which compares logits with labels, expected a name, a PreferenceLoss object or a "
+            "function of PairLogps"
         )
     return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True, reads=None))

@@ -23,6 +23,7 @@ def repeat(example: Batch, kept: list[int]) -> Batch:
     )
 
 
+@pytest.mark.filterwarnings("ignore:no token of the batch is scored")
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_is_scored(name: str, trained: bool) -> None:
@@ -39,6 +40,7 @@ def test_nothing_is_scored(name: str, trained: bool) -> None:
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
+@pytest.mark.filterwarnings("ignore:no token of the batch is scored")
 @pytest.mark.parametrize("length", [0, 1])
 @pytest.mark.parametrize("name", ["dpop", "aot", "ld"])
 def test_sequences_too_short_to_predict_anything(name: str, length: int) -> None:

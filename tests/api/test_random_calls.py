@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from tests.batches import (
     logits,
     token_logps,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:no token of the batch is scored")
 
 UNPAIRED = [name for name, loss in LOSSES.items() if loss.traits.accepts_unpaired]
 # Where the gradient jumps (a hinge, a sorted order) or is amplified beyond any bound, float32

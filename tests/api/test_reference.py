@@ -223,12 +223,13 @@ def test_a_policy_equal_to_its_desensitised_reference(alpha: float) -> None:
     assert not torch.equal(plain.margins, torch.zeros(3))
 
 
-def test_a_loss_without_a_reference_logs_the_penalty_when_there_is_one() -> None:
+def test_a_function_of_ones_own_logs_the_penalty_when_there_is_a_reference() -> None:
     example = batch(3)
-    without = fused(example, "simpo")
+    function = losses.pairwise(lambda pairs: pairs.rejected - pairs.chosen)
+    without = fused(example, function)
     assert without.penalty is None
     given = fused_preference_loss(
-        example.hidden, example.weight, example.labels, loss="simpo", ref_logps=example.ref_logps
+        example.hidden, example.weight, example.labels, loss=function, ref_logps=example.ref_logps
     )
     assert torch.equal(given.loss, without.loss)
     want = fused_dpop_loss(

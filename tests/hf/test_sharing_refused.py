@@ -250,6 +250,7 @@ DEGENERATE: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:no token of the batch is scored")
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_what_is_shared_all_the_same(name: str) -> None:
     inputs = batch()

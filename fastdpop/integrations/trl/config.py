@@ -24,7 +24,8 @@ class FastDPOConfig(DPOConfig):
     """TRL's ``DPOConfig`` with DPOP's lambda, and with prefixes that are computed once.
 
     Attributes:
-        dpop_lambda: weight of the penalty in ``loss_type="dpop"``, 0 or above; its beta is ``beta``.
+        dpop_lambda: weight of the penalty in ``loss_type="dpop"``, 0 or above; its beta is ``beta``. A trainer of other
+            loss types refuses all but the default.
         share_prefixes: compute what sequences of a batch begin with in common once, and no padding, as in
             :func:`fastdpop.attach`; pairs of one prompt are trained on side by side. None: if ``padding_free`` is set,
             or :func:`fastdpop.patch_trl` was told so.

@@ -173,10 +173,16 @@ def _configured(trainer: Any) -> PreferenceLoss:
     divergence = str(trainer.f_divergence_type)
     checks.choice("f_divergence_type", divergence, tuple(_DIVERGENCES))
     plain = divergence == "reverse_kl"
+    lam = getattr(trainer.args, "dpop_lambda", DEFAULT)
+    if lam != DEFAULT and "dpop" not in trainer.loss_types:
+        raise ValueError(
+            f"dpop_lambda is {lam!r} beside loss_type {trainer.loss_types}, which does not read it, expected "
+            f"loss_type 'dpop', or the default, {DEFAULT:g}"
+        )
     alpha = trainer.f_alpha_divergence_coef if divergence == "alpha_divergence" else None
     options = {
         "beta": trainer.beta,
-        "lam": getattr(trainer.args, "dpop_lambda", DEFAULT),
+        "lam": lam,
         "label_smoothing": trainer.label_smoothing,
         "tau": trainer.args.discopop_tau,
         "divergence": _DIVERGENCES[divergence],

@@ -15,7 +15,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from fastdpop.choices import EngineName
-from fastdpop.integrations.trl import cpo, metrics, online, references, values
+from fastdpop.integrations.trl import cpo, metrics, online, references, told, values
 from fastdpop.integrations.trl.config import ADDED, FastDPOConfig, check
 from fastdpop.integrations.trl.models import (
     AttachedWhenSet,
@@ -49,7 +49,8 @@ def patch_trl(
     from the command line; every trainer made from then on, of a subclass too, computes its log-probs and losses without
     logits. A trainer that exists already is left alone, also while it trains. The experimental ``CPOTrainer`` and
     ``OnlineDPOTrainer`` are patched too, if their modules have been imported. Patching again changes the settings for
-    trainers made later.
+    trainers made later. The patch, and each trainer that it serves, say so in one line: at level INFO of the logger
+    "fastdpop", and on stderr where no logging is set up.
 
     Args:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
@@ -83,6 +84,7 @@ def patch_trl(
                     _undo.pop()()
                 raise
             _patched.append(kind)
+    told.of_patch(_patched)
 
 
 def unpatch_trl() -> None:
@@ -143,9 +145,12 @@ def _mark_new_trainers(kind: Any) -> None:
 
     @functools.wraps(own_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        vars(self).setdefault("_fastdpop", _settings)  # FastDPOTrainer has its own
+        own = on_fastdpop(self)  # FastDPOTrainer has its own settings
+        vars(self).setdefault("_fastdpop", _settings)
         with without_padding_warning():
             own_init(self, *args, **kwargs)
+        if not own:
+            told.of_trainer(self)
 
     _set(kind, "__init__", init)
 
