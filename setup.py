@@ -56,9 +56,11 @@ def declared(key: str) -> str:
 
 
 def name_compiler() -> None:
-    """Let ``CXX`` name a compiler that is there, where Python's own build names one that is not."""
+    """Let ``CXX`` name a compiler that is there, where Python's own build names one that is not, or clang."""
     built_with = (sysconfig.get_config_var("CXX") or "").split()
-    if os.environ.get("CXX") or (built_with and shutil.which(built_with[0])):
+    # Clang builds no kernels for x86-64: it knows no `#pragma GCC target`.
+    fits = built_with and "clang" not in built_with[0] and shutil.which(built_with[0])
+    if os.environ.get("CXX") or fits:
         return
     found = next(filter(shutil.which, COMPILERS), None)
     if found is not None:
@@ -75,15 +77,16 @@ class BuildKernels(build_ext):
     def build_extension(self, extension: Extension) -> None:
         """GCC's OpenMP is compiled in and not linked: torch has brought the same run-time library when
         the library is loaded, under whatever name, and a second one would keep threads of its own.
-        Other compilers' need their own.
+        Clang's is another one, and linked.
         """
         for compiled, linked in ((True, False), (True, True), (False, False)):
             extension.extra_compile_args = [*FLAGS, *["-fopenmp"] * compiled]
             extension.extra_link_args = ["-fopenmp"] * linked
             try:
                 super().build_extension(extension)
-                built = Path(self.get_ext_fullpath(extension.name)).read_bytes()
-                if compiled and not linked and b"GOMP_parallel" not in built:
+                built = Path(self.get_ext_fullpath(extension.name))
+                if compiled and not linked and b"GOMP_parallel" not in built.read_bytes():
+                    built.unlink()  # or it would be up to date for the next try
                     raise OSError("this compiler's OpenMP is not the one that torch brings")
             except Exception as error:
                 how = "OpenMP " + ("linked" if linked else "from torch" if compiled else "left out")

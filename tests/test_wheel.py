@@ -148,3 +148,10 @@ def test_what_an_index_lists(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     versions = {f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)}
     assert versions <= set(metadata.get_all("Classifier", []))
+
+
+def test_a_citation_names_this_version() -> None:
+    said = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {VERSION}\n" in said
+    assert f"\nrepository-code: {REPOSITORY}\n" in said
+    assert "arXiv:2402.13228" in said
