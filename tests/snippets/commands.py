@@ -18,7 +18,7 @@ from tests.snippets import files
 
 ROOT = Path(__file__).parents[2]
 _TARGETS = re.compile(r"^([\w -]+):(?!=)", re.MULTILINE)
-_ELSEWHERE = ("git", "cd", "curl", "source")
+_ELSEWHERE = ("git", "cd", ".", "source", "export", "echo")
 """Programs that change nothing of ours."""
 
 

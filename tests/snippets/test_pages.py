@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 
 import fastdpop
+from tests.snippets import files
 from tests.snippets.page import Page
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +38,11 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty folder, and trainers that take the CPU where readers have a GPU."""
+    """A folder, empty but for the small model that the pages name, and trainers that take the CPU where readers
+    have a GPU.
+    """
     monkeypatch.chdir(tmp_path)
+    files.model("HuggingFaceTB/SmolLM2-135M-Instruct")
     monkeypatch.setattr(sys, "argv", ["script.py"])
     check = TrainingArguments.__post_init__
 
