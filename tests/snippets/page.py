@@ -55,12 +55,15 @@ class Page:
     def run(self) -> None:
         """Run every block in the working directory; go on after one that fails."""
         for example in Document.parse(str(self.path), self._regions).examples():
-            try:
-                example.evaluate()
-            except (Exception, SystemExit) as error:
-                self._not_run = self._file = ""
-                shown = "".join(traceback.format_exception(error)[-3:])
-                self.failures.append(f"{self.path.name}:{example.line}: {shown}")
+            with output() as said:
+                try:
+                    example.evaluate()
+                except (Exception, SystemExit) as error:
+                    self._not_run = self._file = ""
+                    shown = "".join(traceback.format_exception(error)[-3:])
+                    self.failures.append(
+                        f"{self.path.name}:{example.line}: {shown}{said.getvalue()[-800:]}"
+                    )
 
     def _regions(self, document: Document) -> Iterator[Region]:
         for lexer, evaluate in ((_FENCES, self._block), (_COMMENTS, self._comment)):
