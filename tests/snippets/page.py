@@ -24,12 +24,15 @@ from pathlib import Path
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator, pad
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
+from sybil.region import Lexeme
 
 from tests.snippets import commands, configs
 from tests.snippets.given import Given
 
 _FENCES = FencedCodeBlockLexer(language=r".*")
 _COMMENTS = DirectiveInHTMLCommentLexer(directive="given|file|not run", arguments=".*?")
+_INCLUDED = re.compile(r'\s*--8<-- "(.+)"\s*')
+"""A whole file, in the words of pymdownx.snippets."""
 _python = PythonEvaluator()
 
 
@@ -85,6 +88,10 @@ class Page:
 
     def _block(self, example: Example) -> None:
         language = example.region.lexemes["language"].split(" ")[0]
+        included = _INCLUDED.fullmatch(example.parsed)
+        if included:
+            text = (commands.ROOT / included[1]).read_text()
+            example.parsed = Lexeme(text, example.parsed.offset, example.parsed.line_offset)
         reason, self._not_run = self._not_run, ""
         name, self._file = self._file, ""
         if name:

@@ -60,6 +60,12 @@ def test_a_file_is_there_for_the_blocks_below(run: Runner) -> None:
     assert page.failures == []
 
 
+def test_a_file_of_the_repository_is_run_where_it_is_included(run: Runner) -> None:
+    page = run(block("python", '--8<-- "docs/render.py"') + block("python", "print(_ROLE.pattern)"))
+    assert page.failures == []
+    assert "No such file" in run(block("python", '--8<-- "docs/no.py"')).failures[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -82,6 +88,8 @@ def test_a_file_is_there_for_the_blocks_below(run: Runner) -> None:
         (block("console", "$ python -m tools.no"), "there is no module tools.no"),
         (block("console", "$ make nothing"), "the Makefile has no target nothing"),
         (block("console", "$ rm -rf x"), "how is this run"),
+        (block("console", "$ pip uninstall x"), "pip uninstall is not run"),
+        (block("console", "$ fastdpop doctor | python -c '1 +'"), "SyntaxError"),
         (block("console", "$ fastdpop trl dpo ... --lozz dpop"), "lozz"),
         (block("yaml", "fastdpop: true", "dpop_lambda: -1"), "dpop_lambda"),
         (block("yaml", "fastdpop: true", "lamda: 1"), "does not have .'lamda'"),
