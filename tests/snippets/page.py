@@ -87,7 +87,8 @@ class Page:
                 self._not_run = value
 
     def _block(self, example: Example) -> None:
-        language = example.region.lexemes["language"].split(" ")[0]
+        words = re.findall(r"[\w-]+", example.region.lexemes["language"])
+        language = words[0] if words else ""  # of `python` and of `{ .python title="..." }`
         included = _INCLUDED.fullmatch(example.parsed)
         if included:
             text = (commands.ROOT / included[1]).read_text()
