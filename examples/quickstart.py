@@ -28,4 +28,4 @@ for step in range(10):
     out.loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(step, out.metrics())  # rewards/chosen and rewards/margins should rise from 0
+    print(step, {name: round(value, 2) for name, value in out.metrics().items()})

@@ -12,11 +12,13 @@ from torch.utils.data import DataLoader
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from fastdpop.data.collate import collate
+from fastdpop.data.tokens import _TRL_SLICES
 from tests.data.tokenization import TOOL, WARNINGS, answer, dataset, pair, tokens, user
 from tests.data.tokenizers import CHATML, QWEN3, TOOLS, byte_level, sentencepiece
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 
+SLICES = pytest.mark.skipif(_TRL_SLICES, reason="this TRL cuts by the prompt's length")
 CHAT = [user("2+2?")]
 IDS = [
     {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [4]},
@@ -28,7 +30,7 @@ IDS = [
     ("tokenizer", "rows"),
     [
         (byte_level(), [pair("2+2=", "4", "5, no"), pair("a b", " c<|im_end|>", "")]),
-        (byte_level(merges=[("=", "4")]), [pair("2+2=", "4", "5")]),
+        pytest.param(byte_level(merges=[("=", "4")]), [pair("2+2=", "4", "5")], marks=SLICES),
         (sentencepiece(adds="<s> $A </s>"), [pair("Q: a", " 4", "5</s>")]),
         (byte_level(CHATML), [pair([user("x"), *answer("y"), user("z")], "4<|im_end|>", "")]),
         (byte_level(TOOLS), [pair(CHAT, tools=[TOOL]), pair(CHAT, tools=None)]),
@@ -99,6 +101,7 @@ def test_an_empty_completion_of_ids_scores_nothing() -> None:
     assert (batch["labels"] != -100).sum(1).tolist() == [3, 0]
 
 
+@SLICES
 def test_a_warning_comes_once_and_not_with_every_batch() -> None:
     tokenizer = byte_level(merges=[("=", "4")])
     with warnings.catch_warnings(record=True) as seen:

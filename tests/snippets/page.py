@@ -24,12 +24,15 @@ from pathlib import Path
 from sybil import Document, Example, Region
 from sybil.evaluators.python import PythonEvaluator, pad
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
+from sybil.region import Lexeme
 
 from tests.snippets import commands, configs
 from tests.snippets.given import Given
 
 _FENCES = FencedCodeBlockLexer(language=r".*")
 _COMMENTS = DirectiveInHTMLCommentLexer(directive="given|file|not run", arguments=".*?")
+_INCLUDED = re.compile(r'\s*--8<-- "(.+)"\s*')
+"""A whole file, in the words of pymdownx.snippets."""
 _python = PythonEvaluator()
 
 
@@ -55,12 +58,15 @@ class Page:
     def run(self) -> None:
         """Run every block in the working directory; go on after one that fails."""
         for example in Document.parse(str(self.path), self._regions).examples():
-            try:
-                example.evaluate()
-            except (Exception, SystemExit) as error:
-                self._not_run = self._file = ""
-                shown = "".join(traceback.format_exception(error)[-3:])
-                self.failures.append(f"{self.path.name}:{example.line}: {shown}")
+            with output() as said:
+                try:
+                    example.evaluate()
+                except (Exception, SystemExit) as error:
+                    self._not_run = self._file = ""
+                    shown = "".join(traceback.format_exception(error)[-3:])
+                    self.failures.append(
+                        f"{self.path.name}:{example.line}: {shown}{said.getvalue()[-800:]}"
+                    )
 
     def _regions(self, document: Document) -> Iterator[Region]:
         for lexer, evaluate in ((_FENCES, self._block), (_COMMENTS, self._comment)):
@@ -81,7 +87,12 @@ class Page:
                 self._not_run = value
 
     def _block(self, example: Example) -> None:
-        language = example.region.lexemes["language"].split(" ")[0]
+        words = re.findall(r"[\w-]+", example.region.lexemes["language"])
+        language = words[0] if words else ""  # of `python` and of `{ .python title="..." }`
+        included = _INCLUDED.fullmatch(example.parsed)
+        if included:
+            text = (commands.ROOT / included[1]).read_text()
+            example.parsed = Lexeme(text, example.parsed.offset, example.parsed.line_offset)
         reason, self._not_run = self._not_run, ""
         name, self._file = self._file, ""
         if name:
