@@ -1,7 +1,8 @@
 """MkDocs hook: what the pages need besides Markdown.
 
 The project's addresses come from pyproject.toml. TeX becomes MathML, which needs no script to be seen; docstrings'
-roles become links, and so do paths into the repository. The button on a block of commands copies the commands alone.
+roles become links, and so do paths into the repository. The button on a block of commands copies the commands alone,
+and a picture leads to its file.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ ROOT = Path(__file__).parents[1]
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth|attr|data|mod):<code>(~?)([\w.]+)</code>")
 _INTO_REPOSITORY = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
-_SIGN = re.compile(r"(<mo[^>]*>(?:[(\[{=,<>]|&#x0003[CDE];|&#x000(?:28|5B|7B|3D|2C);)</mo>)<mo>(?=(?:−|&#x02212;)<)")
-_FUNCTION = re.compile(r"(<mi>(?:log|exp|min|max)</mi>)(?=<m(?:i|n|row|sub|sup|frac)\b)")
-_COMMANDS = re.compile(
-    r'<div class="(language-console highlight)">(<pre>.*?</pre>)', re.DOTALL
+_PICTURE = re.compile(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>')
+_SIGN = re.compile(
+    r"(<mo[^>]*>(?:[(\[{=,<>]|&#x0003[CDE];|&#x000(?:28|5B|7B|3D|2C);)</mo>)<mo>(?=(?:−|&#x02212;)<)"
 )
+_FUNCTION = re.compile(r"(<mi>(?:log|exp|min|max)</mi>)(?=<m(?:i|n|row|sub|sup|frac)\b)")
+_OPERATOR = re.compile(r"<mo>([a-z]{3,})</mo>(?=<mo[^>]*>(?:\(|&#x00028;))")
+_COMMANDS = re.compile(r'<div class="(language-console highlight)">(<pre>.*?</pre>)', re.DOTALL)
 _SCRIPT = dict(zip("BEFHILMR", "ℬℰℱℋℐℒℳℛ", strict=True))  # these have code points out of the row
 
 
@@ -56,6 +59,7 @@ def on_page_markdown(markdown: str, *, config: Any, page: Any, **_: object) -> s
 
 def on_page_content(content: str, **_: object) -> str:
     """Called with every page's HTML; links are resolved later, by autorefs."""
+    content = _PICTURE.sub(r'<p class="picture"><a href="\2">\1</a></p>', content)
     return _COMMANDS.sub(_commands, _ROLE.sub(_link, _FORMULA.sub(_mathml, content)))
 
 
@@ -69,6 +73,7 @@ def _mathml(match: re.Match[str]) -> str:
     )
     # A minus behind an opening bracket or a relation is a sign, and a named function stands off its argument.
     mathml = _SIGN.sub(r'\1<mo form="prefix">', mathml)
+    mathml = _OPERATOR.sub(r'<mo lspace="0.17em" rspace="0">\1</mo>', mathml)
     mathml = _FUNCTION.sub(r'\1<mspace width="0.17em" />', mathml)
     return f'<{tag} class="math">{mathml}</{tag}>'
 

@@ -91,9 +91,7 @@ def three(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     rows = _steps_of(results)
     ours = results["auto"]
     plain = [
-        r
-        for r in rows
-        if r["loss"] and not r["contender"].startswith(("fastdpop", "TRL", "Liger"))
+        r for r in rows if r["loss"] and not r["contender"].startswith(("fastdpop", "TRL", "Liger"))
     ]
     fastest = min(plain, key=lambda r: r["seconds"])
     trl = next(r for r in rows if r["contender"].startswith("TRL"))

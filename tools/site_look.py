@@ -38,6 +38,7 @@ INSPECT = """
   const say = (message, key = message) => { if (!seen.has(key)) { seen.add(key); found.push(message); } };
   const shown = (text) => text.trim().replace(/\\s+/g, ' ').slice(0, 70);
   const root = document.documentElement;
+  document.querySelectorAll('details').forEach((details) => (details.open = true));
   if (root.scrollWidth > root.clientWidth) say(`the page is ${root.scrollWidth} wide`);
   for (const box of document.querySelectorAll('.md-content :is(pre > code, .md-typeset__scrollwrap, div.math)')) {
     if (wide && box.clientWidth && box.scrollWidth > box.clientWidth + 1)
@@ -52,7 +53,8 @@ INSPECT = """
     if (!image.naturalWidth && image.loading !== 'lazy') say(`no picture: ${image.src}`);
   const parse = (colour) => {
     const n = colour.match(/[\\d.]+/g).map(Number);
-    return colour.startsWith('color(srgb') ? [n[0] * 255, n[1] * 255, n[2] * 255, n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1];
+    const scale = colour.startsWith('color(srgb') ? 255 : 1;
+    return [n[0] * scale, n[1] * scale, n[2] * scale, n[3] ?? 1];
   };
   const over = (a, b) => a.slice(0, 3).map((x, i) => x * a[3] + b[i] * (1 - a[3])).concat(1);
   const light = (c) => c.slice(0, 3).map((x) => x / 255)
@@ -108,14 +110,18 @@ def look(browser: Any, base: str, name: str, output: Path) -> list[str]:
         for width in WIDTHS:
             where = f"{name or 'index'} at {width}, {scheme}"
             page = browser.new_page(
-                viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+                viewport={"width": width, "height": 900},
+                color_scheme=scheme,
+                reduced_motion="reduce",
             )
             said: list[str] = []
             page.on("request", functools.partial(_foreign, said, base))
             page.on("requestfailed", lambda r, said=said: said.append(f"failed: {r.url}"))
             page.on("response", lambda r, said=said: _bad_status(said, r))
             page.on("pageerror", lambda error, said=said: said.append(f"script: {error}"))
-            page.on("console", lambda m, said=said: said.append(m.text) if m.type == "error" else None)
+            page.on(
+                "console", lambda m, said=said: said.append(m.text) if m.type == "error" else None
+            )
             page.goto(f"{base}{name}{'' if not name or name.endswith('.html') else '/'}")
             page.wait_for_timeout(150)
             said += page.evaluate(INSPECT, width == max(WIDTHS))
@@ -139,7 +145,9 @@ def _bad_status(said: list[str], response: Any) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("site", type=Path, help="folder of the built site")
-    parser.add_argument("--pages", nargs="+", help="names of pages, such as losses; all without any")
+    parser.add_argument(
+        "--pages", nargs="+", help="names of pages, such as losses; all without any"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the screenshots")
     parser.add_argument("--prefix", default="/fastdpop", help="path of the site on its host")
     options = parser.parse_args()
