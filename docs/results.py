@@ -12,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def sharing(device: str) -> str:
     )
 
 
-def _race(header: tuple[str, ...], body: list[tuple[str, ...]], ours: Any = (0,)) -> str:
+def _race(header: tuple[str, ...], body: Sequence[tuple[str, ...]], ours: Any = (0,)) -> str:
     """A table of bars, in one line: Markdown leaves it alone."""
     head = "".join(f"<th>{name}</th>" for name in header)
     rows = "".join(
