@@ -51,7 +51,7 @@ def test_links_and_anchors_of_the_site(site: Site) -> None:
                 broken.append(f"{path.relative_to(site.folder)}: {link}")
             seen += 1
     assert not broken
-    assert seen > 1000
+    assert seen > 500
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -166,7 +166,7 @@ def _text(formula: str) -> str:
 
 def test_the_button_copies_commands_alone(site: Site) -> None:
     copied = [e["data-copy"] for page in site.pages.values() for e in page.having("data-copy")]
-    assert len(copied) > 20
+    assert len(copied) > 10
     assert "make bench" in "\n".join(copied)
     for text in copied:
         assert text.strip()
