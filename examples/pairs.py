@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+import fastdpop
 from fastdpop.data import load_pairs
 from fastdpop.data.tokens import tokenize
 
@@ -38,31 +39,16 @@ def load(options: argparse.Namespace) -> tuple[Any, DataLoader[Row]]:
     """A model in evaluation mode (no dropout), and batches of chosen sequences followed by the rejected ones."""
     torch.manual_seed(0)
     if options.model is None:
-        model, rows, pad_id = _tiny(), _made_up(32), 0
+        model, rows, pad = _tiny(), _made_up(32), 0
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         pairs = load_pairs(options.pairs).dataset
         rows, _ = tokenize(pairs, tokenizer, vocab_size=model.config.vocab_size)
-        pad_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-    batches = DataLoader(
-        rows, batch_size=options.batch_pairs, shuffle=True, collate_fn=Collator(pad_id)
-    )
+        pad = tokenizer
+    collate = partial(fastdpop.collate, tokenizer=pad)
+    batches = DataLoader(rows, batch_size=options.batch_pairs, shuffle=True, collate_fn=collate)
     return model.eval(), batches
-
-
-class Collator:
-    """TRL's collator of preference pairs, with labels: -100 where a token is not scored."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad = DataCollatorForPreference(pad_token_id=pad_id)
-
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        batch = self.pad(rows)
-        scored = batch.pop("completion_mask")
-        return {**batch, "labels": batch["input_ids"].masked_fill(scored == 0, -100)}
 
 
 def _tiny() -> Any:

@@ -23,9 +23,19 @@ from fastdpop.call import (
     Reference,
     RefLogps,
 )
+from fastdpop.choices import (
+    EngineName,
+    Form,
+    GradReduction,
+    LogpsReduction,
+    Reduction,
+    Statistic,
+    words,
+)
 from fastdpop.distributed.parallel import Parallel, uncompiled_with_groups
 from fastdpop.output import PreferenceOutput
 from fastdpop.preference import logps, preference_loss
+from fastdpop.stray import known_keywords
 from fastdpop.transform import LogitTransform
 
 if TYPE_CHECKING:  # not every build of torch has them
@@ -37,6 +47,7 @@ if TYPE_CHECKING:  # not every build of torch has them
 __all__ = ["LOGGED", "fused_dpop_loss", "fused_logps", "fused_preference_loss"]
 
 
+@known_keywords
 def fused_dpop_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -51,7 +62,7 @@ def fused_dpop_loss(
     hidden_index: Tensor | None = None,
     beta: float = 0.3,
     lam: float = 50.0,
-    form: str = "inside",
+    form: Form = "inside",
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -59,10 +70,10 @@ def fused_dpop_loss(
     pairs: Pairs | None = None,
     pair_values: PairValues | None = None,
     shift_labels: bool = True,
-    reduction: str = "mean",
-    engine: str = "auto",
+    reduction: Reduction = "mean",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[Statistic] = (),
     state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
@@ -70,7 +81,7 @@ def fused_dpop_loss(
     tp_group: Ranks | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> PreferenceOutput:
     """DPO-Positive, Eq. 3 of Smaug (arXiv:2402.13228), from hidden states to loss and gradients.
 
@@ -121,6 +132,7 @@ def fused_dpop_loss(
     )
 
 
+@known_keywords
 @uncompiled_with_groups
 def fused_preference_loss(
     hidden: Tensor,
@@ -142,10 +154,10 @@ def fused_preference_loss(
     pairs: Pairs | None = None,
     pair_values: PairValues | None = None,
     shift_labels: bool = True,
-    reduction: str = "mean",
-    engine: str = "auto",
+    reduction: Reduction = "mean",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[Statistic] = (),
     state_columns: int | None = None,
     check_finite: bool = False,
     group: Ranks | None = None,
@@ -153,7 +165,7 @@ def fused_preference_loss(
     tp_group: Ranks | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> PreferenceOutput:
     """Any preference loss, from hidden states to loss and gradients.
 
@@ -167,6 +179,7 @@ def fused_preference_loss(
         ref_logps: the reference's summed log-probs: ``(chosen, rejected)``, each ``(P,)``, or one ``(S,)`` tensor. In
             float64 they are compared with unrounded ones of the policy, in float32 with ones rounded alike (unless
             `hidden` is float64). With LD-DPO's token weights they must be weighted alike (`ld_alpha` of fused_logps).
+            An error, as `ref_hidden` is, for losses that do not read a reference.
         ref_hidden: the reference's hidden states instead, shaped as `hidden` up to H; scored in this call, without
             gradients, through `ref_weight` and `ref_bias`, or through the policy's lm_head where those are None.
         kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read it.
@@ -236,6 +249,7 @@ def fused_preference_loss(
     return preference_loss(found, parallel)
 
 
+@known_keywords
 @uncompiled_with_groups
 def fused_logps(
     hidden: Tensor,
@@ -249,17 +263,17 @@ def fused_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     shift_labels: bool = True,
-    reduction: str = "sequence",
+    reduction: LogpsReduction = "sequence",
     token_weights: Tensor | None = None,
     ld_alpha: float | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     dtype: torch.dtype = torch.float32,
     cp_group: Ranks | None = None,
     tp_group: Ranks | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> Tensor:
     """Differentiable log-probabilities of the labels, for anything that has no loss here.
 
@@ -285,7 +299,7 @@ def fused_logps(
     parallel = Parallel.of(None, cp_group, tp_group, grad_reduction)
 
     def given() -> Given:
-        checks.choice("reduction", reduction, ("sequence", "token"))
+        checks.choice("reduction", reduction, words(LogpsReduction))
         checks.choice("dtype", dtype, (torch.float32, torch.float64))
         transform = LogitTransform(softcap, logit_scale, temperature)
         return Given(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpop import checks, engines, losses, ops
+from fastdpop.choices import LossName, Reduction, Statistic, words
 from fastdpop.displacement import Displacement, displacement
 from fastdpop.distributed import collectives
 from fastdpop.distributed.parallel import Shard
@@ -23,13 +24,13 @@ from fastdpop.transform import LogitTransform
 Pairs = Tensor | Sequence[Sequence[int]]
 RefLogps = Tensor | Sequence[Tensor]
 PairValues = Mapping[str, Tensor]
-Loss = str | PreferenceLoss | Callable[[PairLogps], Tensor]
-
-LOGGED = ("entropy", "mean_logits", "token_accuracy")
-"""Statistics of rows that a caller may ask for."""
+Loss = LossName | str | PreferenceLoss | Callable[[PairLogps], Tensor]
 
 DISPLACEMENT = "displacement"
-"""What a caller may ask for besides; see :mod:`fastdpop.displacement`."""
+"""See :mod:`fastdpop.displacement`."""
+
+LOGGED = tuple(name for name in words(Statistic) if name != DISPLACEMENT)
+"""Statistics of rows that a caller may ask for."""
 
 
 class LMHead(NamedTuple):
@@ -62,9 +63,13 @@ class Reference(NamedTuple):
     bias: Tensor | None
     kl: Tensor | None
 
-    def check(self, needed: bool) -> None:
-        """One source of log-probs where they are needed."""
-        checks.reference(self.logps, self.hidden, self.weight, self.bias, needed)
+    def check(self, loss: PreferenceLoss) -> None:
+        """One source of log-probs where the loss needs them, none where it reads none."""
+        traits = loss.traits
+        checks.reference(self.logps, self.hidden, self.weight, self.bias, traits.needs_reference)
+        for name, value in (("ref_logps", self.logps), ("ref_hidden", self.hidden)):
+            if value is not None and not traits.may_read_reference:
+                raise ValueError(f"{name} is given, but this loss does not read it: {loss!r:.80}")
 
 
 NO_REFERENCE = Reference(None, None, None, None, None)
@@ -83,8 +88,8 @@ class Options(NamedTuple):
 
     def check(self, width: int) -> None:
         """Values among those that exist, and columns among the `width` that there are."""
-        checks.choice("reduction", self.reduction, ("mean", "sum", "none"))
-        checks.statistics(self.statistics, (*LOGGED, DISPLACEMENT))
+        checks.choice("reduction", self.reduction, words(Reduction))
+        checks.statistics(self.statistics, words(Statistic))
         checks.flag("check_finite", self.check_finite)
         columns = self.state_columns
         if columns is not None and (type(columns) is not int or not 1 <= columns <= width):

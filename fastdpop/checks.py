@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdpop.names import hint
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,7 +51,8 @@ def flag(name: str, value: object) -> None:
 def choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, expected one of {tuple(allowed)}")
+        meant = hint(value, (each for each in allowed if isinstance(each, str)))
+        raise ValueError(f"{name} is {value!r}, expected one of {tuple(allowed)}{meant}")
 
 
 def statistics(names: object, allowed: Sequence[str]) -> None:
@@ -60,7 +63,9 @@ def statistics(names: object, allowed: Sequence[str]) -> None:
         )
     for name in names:
         if name not in allowed:
-            raise ValueError(f"statistics contains {name!r}, expected names among {tuple(allowed)}")
+            raise ValueError(
+                f"statistics contains {name!r}, expected names among {tuple(allowed)}{hint(name, allowed)}"
+            )
 
 
 def no_transform(*tensors: Tensor | None) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastdpop.measures import means, shown
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PreferenceOutput:
     """Loss and logged values of P pairs of S sequences; float32, or float64 for float64 inputs.
 
@@ -24,6 +26,7 @@ class PreferenceOutput:
         penalty: ``(P,)`` DPOP's hinge ``max(0, log ref(y_w|x) - log pi(y_w|x))`` in nats, not
             scaled by lambda; None without a reference.
         lengths: ``(S,)`` scored tokens of each input sequence that a pair uses, else 0; int64.
+        pairs: ``(P, 2)`` which input sequence is each pair's chosen and its rejected one, else -1; int64.
         entropy, mean_logits, token_accuracy: ``(S,)`` token means over each input sequence (0 for
             an empty one, and for one that no pair uses) of the statistics in
             :data:`fastdpop.engines.STATISTICS`; None unless asked for.
@@ -47,6 +50,7 @@ class PreferenceOutput:
     accuracy: Tensor
     penalty: Tensor | None
     lengths: Tensor
+    pairs: Tensor
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None
@@ -56,3 +60,18 @@ class PreferenceOutput:
     differs: Tensor | None = None
     ches: Tensor | None = None
     ches_normalised: Tensor | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, under TRL's names: ``loss`` (the mean of losses for ``reduction="none"``), ``rewards/chosen``,
+        ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen`` and ``logps/rejected``; with
+        a reference ``penalty`` and ``hinge_on``, the part of the pairs whose hinge is on; and of the statistics that
+        were asked for ``entropy``, ``logits/chosen``, ``logits/rejected``, ``mean_token_accuracy``, ``ches``,
+        ``ches_normalised``, ``logps/first_difference`` and ``logps/after_difference``.
+
+        Each is the mean over the pairs of this process that have the sides that it is of (of the middle four, over
+        their tokens), and left out where there are none. Waits for the device, once.
+        """
+        return means(self)
+
+    def __repr__(self) -> str:
+        return shown(self)

@@ -7,6 +7,7 @@ With other processes, all make sure first that each of them will come as far as 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +143,7 @@ def _prepared(
     )
     if pairs is None:
         pairs = default_pairs(count, device)
-    reference.check(traits.needs_reference)
+    reference.check(options.loss)
     if kl is not None:
         checks.kl(kl, traits.uses_kl, device)
     checks.split_sequences(parallel.context is not None, batch.shift, traits.ld_alpha)
@@ -166,6 +167,7 @@ def _prepared(
     ref_logps = _given_logps(reference, batch, pairs, by_pair)
     ref_call = _ref_call(reference, batch, head)
     rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
+    _warn_where_none_is_scored(rows, parallel)
     return _Prepared(call, rows, ref_logps, ref_call, values)
 
 
@@ -227,8 +229,7 @@ def _of_call(call: Call) -> str:
 
 def _layout(batch: Batch, rows: Rows) -> str:
     """What ranks that share sequences must have in common."""
-    inputs = rows.inputs[rows.pairs.clamp_min(0)].where(rows.pairs >= 0, -1).tolist()
-    return f"{batch.sequences} sequences in pairs {inputs}"
+    return f"{batch.sequences} sequences in pairs {rows.input_pairs().tolist()}"
 
 
 def _tokens(rows: Rows, parallel: Parallel) -> str:
@@ -286,7 +287,23 @@ def _scored(
         token_weights=weighting.token_weights,
         ld_alpha=weighting.ld_alpha,
     )
+    _warn_where_none_is_scored(rows, parallel)
     return call, rows
+
+
+def _warn_where_none_is_scored(rows: Rows, parallel: Parallel) -> None:
+    """Once, as Python shows a warning: such a batch has a loss, and teaches nothing.
+
+    How many rows there are is known on the host, except to a compiler. Of other processes' tokens it is not.
+    """
+    if torch.compiler.is_compiling() or parallel.data is not None or parallel.context is not None:
+        return
+    if len(rows.index) == 0:
+        warnings.warn(
+            "no token of the batch is scored, so that nothing can be learned from it: its labels are all -100, or only "
+            "the first of a sequence, which nothing predicts, is not",
+            stacklevel=1,  # one place, whichever function it is
+        )
 
 
 def sequences_over(
@@ -382,6 +399,7 @@ def _output(
         accuracy=accuracy,
         penalty=penalty,
         lengths=lengths,
+        pairs=rows.input_pairs(),
         **means,
     )
 

@@ -89,6 +89,10 @@ class Rows:
         """``(S,)`` number of tokens of each sequence."""
         return self.offsets.diff()
 
+    def input_pairs(self) -> Tensor:
+        """``(P, 2)`` the input sequences of each pair; -1 where a side is absent."""
+        return self.inputs[self.pairs.clamp_min(0)].where(self.pairs >= 0, -1)
+
     @property
     def bounds(self) -> list[int]:
         """G + 1 bounds of the groups, counted in rows."""

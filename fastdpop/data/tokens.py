@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import trl
 from accelerate import PartialState
@@ -173,8 +173,49 @@ def _trl_tokens(dataset: Any, processing: Any, name: str, num_proc: int | None) 
         logger.setLevel(level)
 
 
+def pair_ids(row: dict[str, Any], tokenizer: Any) -> tuple[dict[str, list[int]], list[str]]:
+    """The ids of one pair, as :func:`tokenize` gives them, by no other process and no cache.
+
+    Args:
+        row: a row as in the dataset of :func:`tokenize`.
+        tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+        ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; and what :func:`tokenize` would warn of.
+
+    Raises:
+        ValueError: as :func:`tokenize`.
+    """
+    _check_tokenizer(tokenizer, row)
+    processing = PairTokenizer(tokenizer)
+    looked = _look(row, processing)
+    prompt, chosen, rejected = looked.sequences
+    shared = template.common_prefix(looked.sequences)
+    ids = dict(zip(_IDS, (prompt[:shared], chosen[shared:], rejected[shared:]), strict=True))
+    _length({**ids, "place": row["place"]}, processing, None)
+    return ids, [note for note in looked.notes if note]
+
+
+class _Look(NamedTuple):
+    """A pair whose completions bring no end of their own.
+
+    Attributes:
+        completions: as TRL gets them.
+        sequences: the ids of the prompt alone, and with each completion.
+        notes: what a user should know, each in its place, empty where there is nothing to say.
+    """
+
+    completions: dict[str, Any]
+    sequences: list[list[int]]
+    notes: list[str]
+
+
 def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
-    """A pair whose completions bring no end of their own, and what a user should know of it."""
+    looked = _look(row, processing)
+    return {**looked.completions, "notes": looked.notes}
+
+
+def _look(row: dict[str, Any], processing: PairTokenizer) -> _Look:
     place, chat, inner = row["place"], isinstance(row["prompt"], list), processing.inner
     for field in ("prompt", *_COMPLETIONS):
         if chat and not row[field]:
@@ -191,7 +232,11 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
         endless = said != "" and texts.chosen.endswith(said)
     else:
         texts = template.Conversation(
-            row["prompt"], *(row["prompt"] + row[field] for field in ended)
+            row["prompt"],
+            *(
+                row["prompt"] + completion.removesuffix(inner.eos_token) + inner.eos_token
+                for completion in ended.values()
+            ),
         )
         dropped, unused, endless = False, "", False
         sequences = [processing.encode(text) for text in texts]
@@ -205,7 +250,8 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
             f"which TRL {trl.__version__} mangles (it cuts by the prompt's length): update to TRL "
             "1.15 or later, which needs Python 3.11"
         )
-    left, start = repr(texts.left_out)[:100], inner.decode(chosen[shared : shared + 3])
+    left = repr(texts.left_out)[:100]
+    start = inner.decode(chosen[shared : shared + 3], skip_special_tokens=True)
     notes = {
         _LEFT_OUT.format(left=left): texts.left_out,
         _MERGED.format(start=start): shared < len(prompt) and not texts.left_out,
@@ -216,7 +262,7 @@ def _checked(row: dict[str, Any], processing: PairTokenizer) -> dict[str, Any]:
         _UNUSED.format(options=unused): unused,
         _UNKNOWN.format(unk=inner.unk_token): any(processing.unknown in ids for ids in sequences),
     }
-    return {**ended, "notes": [note if said else "" for note, said in notes.items()]}
+    return _Look(ended, sequences, [note if said else "" for note, said in notes.items()])
 
 
 def _length(row: dict[str, Any], processing: PairTokenizer, vocab_size: int | None) -> Any:

@@ -7,11 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-import torch
-
+from fastdpop.choices import GradReduction, words
 from fastdpop.distributed.groups import Group
-
-REDUCTIONS = ("mean", "sum")
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -21,13 +18,14 @@ def uncompiled_with_groups(function: Callable[Arguments, Result]) -> Callable[Ar
     """A function that ``torch.compile`` leaves alone where it is given groups: no graph holds what ranks tell each
     other on the way.
     """
-    alone = torch.compiler.disable(function)
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         for name in ("group", "cp_group", "tp_group"):
             if kwargs.get(name) is not None:
-                return alone(*args, **kwargs)
+                from fastdpop.distributed.uncompiled import uncompiled
+
+                return uncompiled(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -100,9 +98,10 @@ class Parallel:
         Raises:
             ValueError: `grad_reduction` is not as described.
         """
-        if self.grad_reduction not in REDUCTIONS:
+        allowed = words(GradReduction)
+        if self.grad_reduction not in allowed:
             raise ValueError(
-                f"grad_reduction is {self.grad_reduction!r}, expected one of {REDUCTIONS}"
+                f"grad_reduction is {self.grad_reduction!r}, expected one of {allowed}"
             )
 
     @property

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdpop.compiling import constant
 from fastdpop.engines.base import (
     DEFAULT_WORKSPACE_BYTES,
     NO_GRAD,
@@ -31,6 +32,7 @@ from fastdpop.engines.base import (
 from fastdpop.engines.cpu import CPUEngine
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.engines.triton import TritonEngine
+from fastdpop.names import hint
 
 __all__ = [
     "DEFAULT_WORKSPACE_BYTES",
@@ -86,7 +88,10 @@ def get(name: str) -> Engine:
         ValueError: there is none.
     """
     if not isinstance(name, str) or name not in _ENGINES:
-        raise ValueError(f"engine is {name!r}, expected 'auto' or one of {sorted(_ENGINES)}")
+        raise ValueError(
+            f"engine is {name!r}, expected 'auto' or one of {sorted(_ENGINES)}"
+            + hint(name, ("auto", *_ENGINES))
+        )
     return _ENGINES[name]
 
 
@@ -114,7 +119,7 @@ def available(
     return tuple(line.name for line in explain(device, dtype) if line.available)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the engine that ``engine=name`` means on a device, for products in a dtype.
 

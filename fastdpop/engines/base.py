@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpop.compiling import constant
 from fastdpop.transform import LogitTransform
 
 STATISTICS = ("entropy", "mean_logits", "token_accuracy", "aligned_logps", "max_logit")
@@ -42,7 +43,7 @@ DEFAULT_WORKSPACE_BYTES = 512 * 2**20
 """
 
 
-@torch.compiler.assume_constant_result
+@constant
 def default_workspace(device: torch.device) -> int:
     """The workspace of a call that names none, in bytes.
 

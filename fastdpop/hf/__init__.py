@@ -1,6 +1,8 @@
 """Preference losses inside a Hugging Face model's own ``forward``.
 
-    fastdpop.attach(model)
+    out = fastdpop.preference_loss(model, **batch, loss="dpop", ref_logps=ref_logps)
+
+    fastdpop.attach(model)                 the same, for a model that others call
     out = model(input_ids=ids, labels=labels, preference="dpop", ref_logps=ref_logps)
     out.loss.backward()
 
@@ -15,6 +17,7 @@ except ImportError as error:
     raise ImportError("fastdpop.attach needs transformers: pip install 'fastdpop[hf]'") from error
 
 from fastdpop.hf.attachment import attach, detach, is_attached
+from fastdpop.hf.on_demand import preference_loss
 from fastdpop.hf.output import PreferenceModelOutput
 
-__all__ = ["PreferenceModelOutput", "attach", "detach", "is_attached"]
+__all__ = ["PreferenceModelOutput", "attach", "detach", "is_attached", "preference_loss"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from fastdpop import checks
 from fastdpop.api import fused_logps, fused_preference_loss
-from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.call import Loss, RefLogps
+from fastdpop.names import hint
 
-Preference = str | PreferenceLoss | Callable[[PairLogps], Tensor]
-RefLogps = Tensor | Sequence[Tensor]
-
-_SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
-_SET_HERE |= {
+SET_HERE = {"loss", "ref_logps", "bias", "softcap", "logit_scale", "engine", "workspace_bytes"}
+SET_HERE |= {
     "hidden_index",
     "state_columns",
     "cp_group",
@@ -29,11 +27,22 @@ _SET_HERE |= {
 """Arguments of the fused functions that are no options of a call."""
 
 
+def _options_of(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - SET_HERE
+    return frozenset(names | {"share_prefixes"})
+
+
+OPTIONS = _options_of(fused_preference_loss)
+"""What ``preference_options`` may contain; with ``return_logps``:"""
+_OPTIONS_OF_LOGPS = _options_of(fused_logps)
+
+
 @dataclass
 class Asked:
     """The arguments of a call that are fastdpop's."""
 
-    preference: Preference | None
+    preference: Loss | None
     ref_logps: RefLogps | None
     return_logps: bool
     options: Mapping[str, Any] | None
@@ -102,13 +111,10 @@ class Asked:
                 f"preference_options is a {type(self.options).__name__}, expected a dict"
             )
         checks.flag("share_prefixes", self.options.get("share_prefixes", False))
-        function = fused_logps if self.preference is None else fused_preference_loss
-        parameters = inspect.signature(function).parameters.values()
-        names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - _SET_HERE
-        names |= {"share_prefixes"}
+        names = _OPTIONS_OF_LOGPS if self.preference is None else OPTIONS
         for name in self.options:
             if name not in names:
                 raise ValueError(
-                    f"preference_options contains {name!r}, expected names among {sorted(names)}; "
+                    f"preference_options contains {name!r}{hint(name, names)}, expected names among {sorted(names)}; "
                     "a loss's own options go to losses.get, engine, workspace_bytes and groups to attach"
                 )

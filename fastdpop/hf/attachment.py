@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from fastdpop import checks, engines
+from fastdpop.choices import EngineName, GradReduction
 from fastdpop.distributed.parallel import Parallel
 from fastdpop.hf import self_check
 from fastdpop.hf.forward import attached_forward, attachment_of
@@ -27,14 +28,14 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach(
     model: Model,
     *,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     check: bool = True,
     group: Ranks | None = None,
     cp_group: Ranks | None = None,
     tp_group: Ranks | None = None,
-    grad_reduction: str = "mean",
+    grad_reduction: GradReduction = "mean",
 ) -> Model:
     """Let a Hugging Face causal language model's ``forward`` compute preference losses, without logits.
 
@@ -79,7 +80,7 @@ def attach(
         RuntimeError: the head has no floating-point weight, head or model do to the logits what fastdpop cannot follow,
             or its log-probs differ from fastdpop's.
     """
-    target = _causal_lm(model)
+    target = causal_lm(model)
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
@@ -130,7 +131,7 @@ def detach(model: Model) -> Model:
     Raises:
         RuntimeError: ``forward`` was wrapped again after `attach`, for example by accelerate.
     """
-    target = _causal_lm(model)
+    target = causal_lm(model)
     attachment = attachment_of(target)
     if attachment is not None:
         if hasattr(target.forward, "__wrapped__"):
@@ -164,10 +165,10 @@ def is_attached(model: nn.Module) -> bool:
     Raises:
         TypeError: there is no causal language model in `model`.
     """
-    return attachment_of(_causal_lm(innermost(model))) is not None
+    return attachment_of(causal_lm(innermost(model))) is not None
 
 
-def _causal_lm(model: Any) -> Any:
+def causal_lm(model: Any) -> Any:
     """The model to attach to; inside a PEFT model, the one it adapts."""
     name = type(model).__name__
     if wrapped(model) is not None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.api import fused_logps, fused_preference_loss
+from fastdpop.call import Loss, RefLogps
 from fastdpop.distributed import Group
 from fastdpop.distributed.agreement import Approach, approach
 from fastdpop.distributed.parallel import ALONE, Parallel
-from fastdpop.exact import Exact, opened
-from fastdpop.hf.asked import Asked, Preference, RefLogps
+from fastdpop.hf.asked import Asked
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
+from fastdpop.hf.keywords import check_keywords
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.results import by_sequence, with_router_loss
@@ -31,6 +32,7 @@ from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
 from fastdpop.hf.zero import PartitionedHead, with_whole_head
 from fastdpop.rows import IGNORE
+from fastdpop.unrounded import Exact, opened
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
     def forward(
         self: nn.Module,
         *args: Any,
-        preference: Preference | None = None,
+        preference: Loss | None = None,
         ref_logps: RefLogps | Exact | None = None,
         return_logps: bool = False,
         preference_options: Mapping[str, Any] | None = None,
@@ -111,7 +113,7 @@ def _answer(
     with _approach(model, settings, asked.options) as way:
         asked.check_options()
         asked.take_shifted(kwargs)
-        call, labels, as_dict = _arguments(model, signature, args, kwargs)
+        call, labels, as_dict = _arguments(model, signature, asked.preference, args, kwargs)
         run = functools.partial(_run, original, model)
         with PartitionedHead(model), HeadKeptWhole(output_head(model)) as whole:
             call, batch = _laid_out(model, signature, run, asked, settings, call, labels)
@@ -251,7 +253,7 @@ def _fused(
     values["loss"] = with_router_loss(
         model, result.loss, passed_on["aux_loss"], asked.router_loss_weight
     )
-    values["logps"] = by_sequence(result, options.get("pairs"))
+    values["logps"] = by_sequence(result)
     return PreferenceModelOutput(**values, **passed_on)
 
 
@@ -300,10 +302,15 @@ def _extended(own: inspect.Signature, ours: inspect.Signature) -> inspect.Signat
 
 @torch.compiler.disable
 def _arguments(
-    model: nn.Module, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    signature: inspect.Signature,
+    preference: Loss | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[dict[str, Any], Tensor, bool]:
     """Keywords for the model's own forward; the labels, kept from its loss; whether to return a ModelOutput."""
     as_dict = kwargs.pop("return_dict", None)
+    check_keywords(model, signature, kwargs, preference)
     call = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -31,6 +31,11 @@ def remove_guards(model: Any) -> None:
         hooks.remove(module, (_refuse_unanswered, _refuse_passed_on))
 
 
+def guarded(model: nn.Module) -> bool:
+    """Whether a model has the guards of one that was attached, and not detached since."""
+    return _refuse_unanswered in model._forward_hooks.values()
+
+
 def _trunk(model: Any) -> Any:
     """The model inside the model, or None."""
     trunk = getattr(model, "base_model", model)

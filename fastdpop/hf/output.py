@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from fastdpop.measures import means, shown
+
 
 class _Source:
     """Which output one is a copy of. Casts pass it on as it is; a pickle does not know."""
@@ -23,7 +25,7 @@ class _Source:
         return _Source, ()
 
 
-@dataclass
+@dataclass(repr=False)
 class PreferenceModelOutput(ModelOutput):
     """What an attached model returns for ``preference=`` or ``return_logps=True``, and only then.
 
@@ -52,6 +54,7 @@ class PreferenceModelOutput(ModelOutput):
     accuracy: Tensor | None = None
     penalty: Tensor | None = None
     lengths: Tensor | None = None
+    pairs: Tensor | None = None
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None
@@ -65,6 +68,22 @@ class PreferenceModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     _source: _Source | None = field(default=None, repr=False, compare=False)
+
+    def metrics(self) -> dict[str, float]:
+        """As :meth:`PreferenceOutput.metrics`; with the router's ``aux_loss`` where the model reports one.
+
+        Raises:
+            ValueError: there is no loss, as with ``return_logps=True``.
+        """
+        if self.loss is None or self.pairs is None:
+            raise ValueError(
+                "metrics() needs the loss of pairs, expected a call with preference=: return_logps=True gives "
+                "log-probs alone, which are in .logps"
+            )
+        return means(self)
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __post_init__(self) -> None:
         source = None if self._source is None else self._source.find()

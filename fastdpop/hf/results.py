@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from fastdpop.output import PreferenceOutput
-from fastdpop.rows import default_pairs
 
 
-def by_sequence(result: PreferenceOutput, pairs: Any) -> Tensor:
+def by_sequence(result: PreferenceOutput) -> Tensor:
     """The ``(S,)`` log-probs of a result, in the order of the batch."""
     logps = result.chosen_logps.new_zeros(len(result.lengths))
-    if pairs is None:
-        pairs = default_pairs(len(logps), logps.device)
-    sequences = torch.as_tensor(pairs, device=logps.device)
     for side, values in enumerate((result.chosen_logps, result.rejected_logps)):
-        present = sequences[:, side] >= 0
-        logps[sequences[present, side]] = values[present]
+        sequences = result.pairs[:, side]
+        present = sequences >= 0
+        logps[sequences[present]] = values[present]
     return logps
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 
 from fastdpop import engines
 from fastdpop.integrations import dpop_lambda as lambdas
+from fastdpop.names import hint
 
 TRAINERS = ("dpo", "ipo")
 """Values of ``rl`` that Axolotl trains with TRL's ``DPOTrainer``."""
@@ -120,7 +121,9 @@ class FastDpopArgs(BaseModel):
             if str(key) in ("share_prefixes", "padding_free"):  # TRL's names
                 raise ValueError(f"{key} is no key of Axolotl's, expected fastdpop_share_prefixes")
             if str(key).startswith(("fastdpop", "dpop")) and key not in own:
-                raise ValueError(f"{key} is not a key that fastdpop knows, expected one of {own}")
+                raise ValueError(
+                    f"{key} is not a key that fastdpop knows, expected one of {own}{hint(key, own)}"
+                )
         if data.get("fastdpop") is True:
             _check_on(data)
         elif data.get("fastdpop") in (None, False):  # anything else is refused as a value
@@ -147,7 +150,9 @@ def _check_on(data: Mapping[str, Any]) -> None:
         raise ValueError(f"dpo_loss_type is {types!r}, expected a list such as ['dpop']")
     for name in types or ():
         if name not in LOSS_TYPES:
-            raise ValueError(f"dpo_loss_type contains {name!r}, expected names among {LOSS_TYPES}")
+            raise ValueError(
+                f"dpo_loss_type contains {name!r}, expected names among {LOSS_TYPES}{hint(name, LOSS_TYPES)}"
+            )
     if data.get("dpop_lambda") is not None and "dpop" not in (types or ()):
         raise ValueError(
             f"dpop_lambda is {data['dpop_lambda']!r}, expected none unless dpo_loss_type contains 'dpop': "

@@ -13,12 +13,14 @@ in :mod:`.ranking`, and sums that have a name in :mod:`.presets`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from fastdpop.choices import LossName
+from fastdpop.names import hint
 
 from .base import (
     FunctionLoss,
@@ -98,6 +100,7 @@ __all__ = [
     "get",
     "key_of",
     "length_desensitised",
+    "options_of",
     "pairwise",
     "ranked",
     "wpo_weighted",
@@ -149,7 +152,12 @@ def available() -> tuple[str, ...]:
     return tuple(_LOSSES)
 
 
-def get(name: str, **options: Any) -> PreferenceLoss:
+def options_of(name: str) -> tuple[str, ...]:
+    """The names of the options of the loss of that name, one of :func:`available`."""
+    return tuple(_OPTIONS[name])
+
+
+def get(name: LossName | str, **options: Any) -> PreferenceLoss:
     """The loss of that name.
 
     Args:
@@ -162,20 +170,22 @@ def get(name: str, **options: Any) -> PreferenceLoss:
         TypeError: the loss has no such option, or a value is of the wrong type.
     """
     if not isinstance(name, str) or name not in _LOSSES:
-        near = difflib.get_close_matches(str(name).lower(), _LOSSES, n=3)
-        hint = "did you mean " + " or ".join(map(repr, near)) if near else "expected one of"
-        names = "" if near else " " + ", ".join(_LOSSES)
-        raise ValueError(f"loss is {name!r}, which is not a loss: {hint}{names}")
+        raise ValueError(
+            f"loss is {name!r}, which is not a loss{hint(name, _LOSSES)}: expected one of "
+            + ", ".join(_LOSSES)
+        )
     for option in options:
         if option not in _OPTIONS[name]:
             raise TypeError(
-                f"the loss {name!r} has no option {option!r}; it has "
+                f"the loss {name!r} has no option {option!r}{hint(option, _OPTIONS[name])}; it has "
                 + (", ".join(_OPTIONS[name]) or "no options")
             )
     return _LOSSES[name](**options)
 
 
-def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> PreferenceLoss:
+def as_loss(
+    loss: LossName | str | PreferenceLoss | Callable[[PairLogps], Tensor],
+) -> PreferenceLoss:
     """A loss from its name, itself, or a function of :class:`PairLogps`.
 
     A plain function may compare pairs, so the whole batch is given to it at once; see
@@ -189,7 +199,9 @@ def as_loss(loss: str | PreferenceLoss | Callable[[PairLogps], Tensor]) -> Prefe
     if isinstance(loss, PreferenceLoss):
         return loss
     if isinstance(loss, type) or not callable(loss):
+        made = isinstance(loss, type) and issubclass(loss, PreferenceLoss)
         raise TypeError(
             f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps"
+            + (f": {loss.__name__}(), not the class" if made else "")
         )
     return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True, reads=None))

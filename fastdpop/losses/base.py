@@ -124,7 +124,7 @@ class Traits:
         ld_alpha: weight of the tokens past the shorter completion's length (LD-DPO), or None for
             plain sums.
         reads: names of the pairs' values that the loss can read, besides ``"weight"``, which every
-            loss is multiplied by; None for a function that may read any.
+            loss is multiplied by; None for a function that may read any, and the reference too.
         needs: names of those that it cannot do without.
     """
 
@@ -137,6 +137,11 @@ class Traits:
     ld_alpha: float | None = None
     reads: tuple[str, ...] | None = ()
     needs: tuple[str, ...] = ()
+
+    @property
+    def may_read_reference(self) -> bool:
+        """Whether a reference has an effect, needed or not."""
+        return self.needs_reference or self.reads is None
 
     @staticmethod
     def of_sum(parts: tuple[Traits, ...]) -> Traits:

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpop.choices import Divergence
+
 from .algebra import bounded_expm1
 from .base import PairLogps, Traits
 from .options import CheckedLoss, one_of, optional_number, positive
@@ -32,7 +34,7 @@ class DivergenceLoss(CheckedLoss):
     """
 
     beta: float = positive(0.1)
-    divergence: str = one_of("reverse_kl", "forward_kl", "js", "alpha")
+    divergence: Divergence = one_of(Divergence)
     alpha: float | None = optional_number()
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastdpop.choices import Form
+
 from .algebra import smoothed_nll
 from .base import PairLogps, Traits
 from .options import CheckedLoss, noise_rate, non_negative, one_of, positive
@@ -40,7 +42,7 @@ class DPOP(CheckedLoss):
 
     beta: float = positive(0.3)
     lam: float = non_negative(50.0)
-    form: str = one_of("inside", "outside", "additive")
+    form: Form = one_of(Form)
     label_smoothing: float = noise_rate(0.0)
     _traits: ClassVar[Traits] = Traits(reads=SHIFTS)
 

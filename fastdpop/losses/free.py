@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpop.choices import Per
+
 from .algebra import bounded_expm1, per_token, smoothed_nll
 from .base import PairLogps, Traits
 from .options import CheckedLoss, flag, noise_rate, non_negative, number, one_of, positive
@@ -40,7 +42,7 @@ class SFT(CheckedLoss):
     of each completion over its own tokens, ``-a_w``. A pair without a chosen side adds 0.
     """
 
-    per: str = one_of("token", "sequence")
+    per: Per = one_of(Per)
     _traits: ClassVar[Traits] = Traits(needs_reference=False, accepts_unpaired=True)
 
     def __call__(self, pairs: PairLogps) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastdpop.compiling import constant
+
 from .base import FunctionLoss, PreferenceLoss, WeightedSum
 
 _VALUES: dict[str, PreferenceLoss] = {}
@@ -59,12 +61,12 @@ def _of_recipe(recipe: Any) -> Any:
     return recipe
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _key_of_recipe(recipe: Any) -> str:
     return _key_of_object(_of_recipe(recipe))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _key_of_object(loss: PreferenceLoss) -> str:
     table = _OBJECTS if _is_opaque(loss) else _VALUES
     key = own = repr(loss)

@@ -1,7 +1,7 @@
 """Options of losses: dataclass fields that know which values they accept.
 
 beta: float = positive(0.1)
-form: str = one_of("inside", "outside", "additive")     # the first is the default
+form: Form = one_of(Form)     # a Literal, whose first word is the default
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from numbers import Real
 from typing import Any
+
+from fastdpop.choices import words
 
 from .base import PreferenceLoss
 
@@ -67,11 +69,11 @@ def flag(default: bool) -> Any:
     return _option(default, (bool,), "True or False", lambda x: True)
 
 
-def one_of(default: str, *others: str) -> Any:
-    """One of some words; the first is the default."""
-    words = (default, *others)
-    expected = "one of " + ", ".join(map(repr, words))
-    return _option(default, (str,), expected, lambda word: word in words)
+def one_of(kind: Any) -> Any:
+    """One of the words of a ``Literal``; the first is the default."""
+    allowed = words(kind)
+    expected = "one of " + ", ".join(map(repr, allowed))
+    return _option(allowed[0], (str,), expected, lambda word: word in allowed)
 
 
 def _number(default: float, expected: str, accepts: Callable[[float], bool]) -> Any:

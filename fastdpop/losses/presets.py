@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastdpop.choices import Per
+
 from .base import PreferenceLoss
 from .batch import BCO
 from .free import SFT
@@ -17,7 +19,7 @@ def mpo(*, beta: float = 0.1) -> PreferenceLoss:
 
 
 def rpo(
-    *, alpha: float = 1.0, beta: float = 0.1, label_smoothing: float = 0.0, per: str = "token"
+    *, alpha: float = 1.0, beta: float = 0.1, label_smoothing: float = 0.0, per: Per = "token"
 ) -> PreferenceLoss:
     """DPO with NLL (iterative reasoning preference optimisation, arXiv:2404.19733):
     ``dpo + alpha * sft``, TRL's former ``rpo_alpha``. TRL's NLL is the mean over the tokens of a

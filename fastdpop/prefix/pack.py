@@ -101,7 +101,7 @@ def pack(
     for i, sides in enumerate(zip(prompts, chosen, rejected, strict=True)):
         names = ("prompts", "chosen", "rejected")
         prompt, *completions = (
-            _token_ids(f"{name}[{i}]", ids) for name, ids in zip(names, sides, strict=True)
+            token_ids(f"{name}[{i}]", ids) for name, ids in zip(names, sides, strict=True)
         )
         if not len(prompt):
             raise ValueError(
@@ -133,7 +133,12 @@ def _positive(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}, expected a positive whole number")
 
 
-def _token_ids(name: str, value: object) -> Ints:
+def token_ids(name: str, value: object) -> Ints:
+    """A sequence of token ids as int64.
+
+    Raises:
+        ValueError: it is none; the message begins with `name`.
+    """
     try:
         array = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
         if array.size == 0 and array.ndim == 1:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpop.compiling import constant
 from fastdpop.prefix.chunks import Problem, with_sinks
 from fastdpop.prefix.plan import Plan
 
@@ -61,7 +62,7 @@ class Lengths(NamedTuple):
     calls: tuple[Call, ...]
 
 
-@torch.compiler.assume_constant_result
+@constant
 def capability(device: int) -> tuple[int, int]:
     """A GPU's, as (9, 0)."""
     return torch.cuda.get_device_capability(device)

@@ -1,6 +1,6 @@
 """The options of ``fastdpop train`` that are its own, and its defaults for TRL's.
 
-This module imports nothing beyond torch, so that ``--help`` and ``--version`` cost little.
+This module imports nothing, torch neither, so that ``--help`` and ``--version`` cost little.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fastdpop import losses
+from fastdpop.choices import LossName, words
 
 TOO_LONG = ("error", "drop")
 """What may become of a pair beyond the greatest length; the first is the default."""
@@ -174,9 +174,9 @@ class PairArguments:
     loss: str | None = field(
         default=None,
         metadata=_help(
-            "a loss of fastdpop's family with its --loss-option: " + ", ".join(losses.available()),
+            "a loss of fastdpop's family with its --loss-option: " + ", ".join(words(LossName)),
             "NAME",
-            choices=losses.available(),
+            choices=words(LossName),
         ),
     )
     loss_option: list[str] | None = field(

@@ -35,6 +35,9 @@ class PairTrainer(FastDPOTrainer):
         OSError: a checkpoint cannot be written.
     """
 
+    said_of_data = ("chosen-equals-rejected",)
+    """Findings of a first batch that ``fastdpop train`` has said of all its data."""
+
     def __init__(
         self,
         *args: Any,

@@ -336,7 +336,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "shift_labels is 1, expected True or False", {"shift_labels": 1}),
     (TypeError, "check_finite is 'yes', expected True or False", {"check_finite": "yes"}),
     # the loss
-    (ValueError, "loss is 'dppo', which is not a loss: did you mean", {"loss": "dppo"}),
+    (ValueError, "loss is 'dppo', which is not a loss (did you mean", {"loss": "dppo"}),
     (TypeError, "loss is 3, expected a name, a PreferenceLoss object or a function", {"loss": 3}),
     (TypeError, "expected a name, a PreferenceLoss object", {"loss": type(losses.get("dpo"))}),
     (

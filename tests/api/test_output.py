@@ -150,9 +150,9 @@ def test_rewards_are_the_losss_own(name: str) -> None:
 def test_sixteen_bit_inputs_give_float32_results() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         out = fused(batch(3, dtype=dtype), "dpop", statistics=LOGGED)
-        lengths = out.lengths
-        assert lengths.dtype == torch.int64
-        assert {v.dtype for v in logged(out).values() if v is not lengths} == {torch.float32}
+        found = logged(out)
+        assert {found.pop(name).dtype for name in ("lengths", "pairs")} == {torch.int64}
+        assert {value.dtype for value in found.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])

@@ -172,3 +172,9 @@ def test_the_button_copies_commands_alone(site: Site) -> None:
         assert text.strip()
         assert not re.search(r"^\$", text, re.MULTILINE), text
     assert any(re.search(r"--num_processes 32 \\\n +--machine_rank \$N", text) for text in copied)
+
+
+@pytest.mark.parametrize("name", ["trl_dpop.py", "quickstart.py"])
+def test_scripts_stand_whole_on_the_first_page(site: Site, name: str) -> None:
+    script = (ROOT / "examples" / name).read_text(encoding="utf-8")
+    assert script.strip() in site.page("index").text

@@ -194,6 +194,31 @@ def test_a_prediction_is_no_part_of_the_next_evaluation(tmp_path: Path) -> None:
         assert again[f"eval_{name}"] == alone[f"eval_{name}"]
 
 
+@pytest.mark.parametrize("loss", ["dpop", "sigmoid", "ipo"])
+def test_a_step_logs_what_its_output_says(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"loss_type": loss, "max_steps": 1, "logging_steps": 1}
+    of = trainer(FastDPOTrainer, tmp_path, config=FastDPOConfig, **options)
+    own, outputs = metrics.note, []
+
+    def note(*args: Any) -> None:
+        outputs.append(args[2])
+        own(*args)
+
+    monkeypatch.setattr(metrics, "note", note)
+    of.train()
+    (out,), row = outputs, of.state.log_history[0]
+    found = out.metrics()
+    assert found.keys() >= {"loss", "hinge_on", "rewards/margins", *BY_PAIR, *BY_TOKEN} - {
+        "logratios/chosen"
+    }
+    # TRL rounds the loss.
+    assert row["loss"] == pytest.approx(found.pop("loss"), abs=1e-4)
+    # Its own rewards are of log-probs that were rounded to float32.
+    assert {name: row[name] for name in found} == pytest.approx(found, rel=1e-6, abs=5e-6)
+
+
 # ---- what a step costs --------------------------------------------------------------------------
 
 

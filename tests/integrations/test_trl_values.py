@@ -18,9 +18,9 @@ from torch import Tensor
 
 import fastdpop
 from fastdpop import losses
-from fastdpop.exact import opened
 from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, batch, values
 from fastdpop.integrations.trl.values import WithValues
+from fastdpop.unrounded import opened
 from tests.integrations.trl_setup import (
     WARNINGS,
     DPOConfig,

@@ -70,7 +70,7 @@ def test_examples_that_stand_alone_run() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="'DPPO', which is not a loss: did you mean 'dpo'"):
+    with pytest.raises(ValueError, match=r"'DPPO', which is not a loss \(did you mean 'dpo'"):
         losses.get("DPPO")
     with pytest.raises(ValueError, match="'xyzzy', which is not a loss: expected one of dpop, dpo"):
         losses.get("xyzzy")

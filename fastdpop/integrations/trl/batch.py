@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpop.exact import Exact, opened
 from fastdpop.rows import wide_dtype
+from fastdpop.unrounded import Exact, opened
 
 Inputs = Mapping[str, Any]
 KEY = "pair_values"
-"""Of a batch, where there are any: an :class:`~fastdpop.exact.Exact` of ``(B,)`` float64 tensors by name."""
+"""Of a batch, where there are any: an :class:`~fastdpop.unrounded.Exact` of ``(B,)`` float64 tensors by name."""
 
 
 class Part(NamedTuple):

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpop import losses
-from fastdpop.exact import exact
+from fastdpop import checks, losses
+from fastdpop.integrations.trl import first_batch
 from fastdpop.losses.base import PreferenceLoss
+from fastdpop.unrounded import exact
 
 
 def serves(trainer: Any) -> bool:
@@ -30,11 +31,9 @@ def preference(trainer: Any) -> PreferenceLoss:
     elif trainer.loss_type == "simpo":
         gamma = trainer.simpo_gamma
         loss = losses.get("simpo", beta=beta, gamma=gamma, label_smoothing=smoothing)
-    elif trainer.loss_type in ("hinge", "ipo"):
-        loss = losses.get(trainer.loss_type, beta=beta)
     else:
-        known = ("sigmoid", "hinge", "ipo", "simpo")
-        raise ValueError(f"loss_type is {trainer.loss_type!r}, expected one of {known}")
+        checks.choice("loss_type", trainer.loss_type, ("sigmoid", "hinge", "ipo", "simpo"))
+        loss = losses.get(trainer.loss_type, beta=beta)
     return loss + trainer.cpo_alpha * losses.get("sft")
 
 
@@ -50,6 +49,8 @@ def step(
         batch, padding_value=trainer.pad_token_id, device=trainer.accelerator.device
     )
     labels = joined["concatenated_labels"]
+    loss = preference(trainer)
+    zeros = torch.zeros(len(labels), device=labels.device)
     routes = bool(trainer.aux_loss_enabled)
     out = model(
         input_ids=joined["concatenated_input_ids"],
@@ -57,15 +58,18 @@ def step(
         use_cache=False,
         **({"output_router_logits": True} if routes else {}),
         labels=labels,
-        preference=preference(trainer),
+        preference=loss,
         # No reference: log-ratios are log-probs.
-        ref_logps=exact(torch.zeros(len(labels), device=labels.device)),
+        ref_logps=exact(zeros) if loss.traits.needs_reference else None,
         preference_options={
             "statistics": ("mean_logits", "displacement"),
             "share_prefixes": trainer._fastdpop.share_prefixes,
         },
         router_loss_weight=float(trainer.aux_loss_coef) if routes else 0.0,
     )
+    if train_eval == "train":
+        call = {name: joined[f"concatenated_{name}"] for name in ("input_ids", "attention_mask")}
+        first_batch.look(trainer, call, labels, out.logps, None)
     with torch.no_grad():
         means = trainer.loss_type in ("ipo", "simpo")
         lengths = out.lengths.to(out.chosen_logps)

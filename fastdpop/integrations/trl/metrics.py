@@ -21,7 +21,7 @@ from fastdpop.integrations.displacement import Watch
 from fastdpop.integrations.trl import batch
 from fastdpop.integrations.trl.config import warns_displacement
 from fastdpop.integrations.trl.loss import preference
-from fastdpop.rows import wide_dtype
+from fastdpop.measures import Measure, measures
 
 _logger = logging.getLogger(__name__)
 
@@ -69,79 +69,44 @@ def note(
     mode = "train" if trainer.model.training else "eval"
     pairs = batch.count(inputs)
     own = batch.counted(trainer, pairs)
-    dtype = wide_dtype(ref_logps.device)
-    by_pair, weighted = _by_pair(outputs, ref_logps, beta), _weighted(outputs, own, dtype)
+    found = measures(outputs) | _against(outputs, ref_logps, beta)
+    ones = torch.ones_like(outputs.losses)
     if getattr(trainer, "aux_loss_enabled", False):
-        by_pair["aux_loss"] = outputs.aux_loss.expand_as(outputs.losses)
+        found["aux_loss"] = Measure(outputs.aux_loss.expand_as(ones), ones)
     if mode == "eval":
         # Of what is no pair's own, a router's loss, each pair has the mean.
-        by_pair["loss"] = outputs.losses + (outputs.loss - outputs.losses.mean())
-    values = torch.stack(list(by_pair.values())).detach()[:, :own].to(dtype)
-    sums = values.sum(1)
-    squares = (values - sums[:, None] / max(own, 1)).square().sum(1)
+        losses = outputs.losses + (outputs.loss - outputs.losses.mean())
+        found["loss"] = Measure(losses, ones)
+    columns = [torch.stack(measure.sums(own)) for measure in found.values()]
     # Of every process with these pairs: `fill` divides.
     seen = inputs["attention_mask"].view(2, pairs, -1)[:, : batch.kept(trainer, pairs)]
-    seen = seen.sum().to(dtype)
-    nothing = torch.zeros_like(seen)
-    columns = [
-        torch.stack([sums, torch.full_like(sums, own), squares]),
-        *(torch.stack([*pair, nothing])[:, None] for pair in weighted.values()),
-        torch.stack([seen, nothing, nothing])[:, None],
-    ]
-    step = trainer.accelerator.gather(torch.cat(columns, dim=1)[None])
+    tokens_seen = seen.sum().to(columns[0])
+    nothing = torch.zeros_like(tokens_seen)
+    columns.append(torch.stack([tokens_seen, nothing, nothing]))
+    step = trainer.accelerator.gather(torch.stack(columns, dim=1)[None])
     kept = pending(trainer)
-    kept.names[mode] = (*by_pair, *weighted)
+    kept.names[mode] = tuple(found)
     kept.steps[mode].append(step[..., :-1])
     if mode == "train":
         tokens = step[:, 0, -1].sum().long()
         kept.tokens = tokens if kept.tokens is None else kept.tokens + tokens
 
 
-def _by_pair(outputs: Any, ref_logps: Tensor, beta: float) -> dict[str, Tensor]:
-    """Metrics that are means over pairs, ``(B,)`` each."""
-    chosen, rejected = outputs.chosen_logps, outputs.rejected_logps
-    ref_chosen, ref_rejected = ref_logps.to(chosen).chunk(2)
-    chosen_logratios, rejected_logratios = chosen - ref_chosen, rejected - ref_rejected
-    chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
-    return {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen),
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        "logratios/chosen": chosen_logratios,
-        "logratios/rejected": rejected_logratios,
-        "penalty": outputs.penalty,
-        "hinge_on": (outputs.penalty > 0).to(chosen),
-        "ches": outputs.ches.to(chosen),
-        "ches_normalised": outputs.ches_normalised.to(chosen),
-    }
-
-
-def _weighted(outputs: Any, own: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-    """Metrics that are means over tokens, or over some of the pairs: each one's sum and number of those, 0-d, of the
-    first `own` pairs.
-    """
-
-    def by_side(values: Tensor) -> Tensor:
-        return values.to(dtype).view(2, -1)[:, :own].sum(1)
-
-    lengths = outputs.lengths.to(dtype)
-    tokens = by_side(lengths)
-    entropy = by_side(outputs.entropy * lengths)
-    logits = by_side(outputs.mean_logits * lengths)
-    correct = by_side(outputs.token_accuracy * lengths)
-    # 0 where a pair does not differ, or has nothing behind the difference.
-    first, after = outputs.first_logps[:own].to(dtype), outputs.after_logps[:own].to(dtype)
-    return {
-        "entropy": (entropy.sum(), tokens.sum()),
-        "logits/chosen": (logits[0], tokens[0]),
-        "logits/rejected": (logits[1], tokens[1]),
-        "mean_token_accuracy": (correct[0], tokens[0]),
-        "logps/first_difference": (first.sum(), outputs.differs[:own].sum().to(dtype)),
-        "logps/after_difference": (after.sum(), (after != 0).sum().to(dtype)),
-    }
+def _against(outputs: Any, ref_logps: Tensor, beta: float) -> dict[str, Measure]:
+    """Log-ratios, and rewards with this beta, whichever the loss is; a trainer's pairs have both sides."""
+    logps = torch.stack([outputs.chosen_logps, outputs.rejected_logps])
+    logratios = logps - ref_logps.to(logps).view(2, -1)
+    chosen, rejected = rewards = beta * logratios
+    found = {"accuracies": chosen > rejected, "margins": chosen - rejected}
+    named = {f"rewards/{name}": values for name, values in found.items()}
+    for group, sides in (("rewards", rewards), ("logratios", logratios)):
+        named |= {
+            f"{group}/{side}": v for side, v in zip(("chosen", "rejected"), sides, strict=True)
+        }
+    if outputs.penalty is None:  # of a loss that reads no reference
+        penalty = (0.0 - logratios[0]).relu()
+        named |= {"penalty": penalty, "hinge_on": penalty > 0}
+    return {name: Measure(values, torch.ones_like(values)) for name, values in named.items()}
 
 
 def fill(trainer: Any, mode: str) -> None:

@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from fastdpop import checks, engines
+from fastdpop.choices import EngineName
 from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
@@ -33,7 +34,7 @@ class Settings:
         global_batch: losses are those of all processes' pairs; likewise.
     """
 
-    engine: str = "auto"
+    engine: EngineName = "auto"
     workspace_bytes: int | None = None
     loss: PreferenceLoss | None = None
     share_prefixes: bool = False
@@ -41,7 +42,7 @@ class Settings:
 
 
 def checked_settings(
-    engine: str,
+    engine: EngineName,
     workspace_bytes: int | None,
     loss: PreferenceLoss | None = None,
     share_prefixes: bool = False,

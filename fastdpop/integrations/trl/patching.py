@@ -14,6 +14,7 @@ from torch import nn
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fastdpop.choices import EngineName
 from fastdpop.integrations.trl import cpo, metrics, online, references, values
 from fastdpop.integrations.trl.config import ADDED, FastDPOConfig, check
 from fastdpop.integrations.trl.models import (
@@ -37,7 +38,7 @@ _running: list[tuple[Any, str]] = []
 
 def patch_trl(
     *,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     global_batch: bool = False,

@@ -17,10 +17,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from fastdpop.api import LOGGED
-from fastdpop.exact import exact
-from fastdpop.integrations.trl import batch, metrics
+from fastdpop.integrations.trl import batch, first_batch, metrics
 from fastdpop.integrations.trl.loss import logged_beta, preference
 from fastdpop.rows import IGNORE, wide_dtype
+from fastdpop.unrounded import exact
 
 Inputs = Mapping[str, Any]
 
@@ -40,12 +40,14 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         options = {"dtype": wide_dtype(labels.device)}
         ref_logps = _reference(trainer, trainer.ref_model, call, labels, options)
     routes = bool(getattr(trainer, "aux_loss_enabled", False))
+    loss = preference(trainer)
     outputs = model(
         **call,
         **({"output_router_logits": True} if routes else {}),
         labels=labels,
-        preference=preference(trainer),
-        ref_logps=exact(ref_logps),
+        preference=loss,
+        # That of a loss without one is for what is logged.
+        ref_logps=exact(ref_logps) if loss.traits.may_read_reference else None,
         preference_options={
             "statistics": (*LOGGED, "displacement"),
             "share_prefixes": _shares(trainer),
@@ -53,12 +55,14 @@ def step(trainer: Any, model: nn.Module, inputs: Inputs, return_outputs: bool) -
         },
         router_loss_weight=float(trainer.router_aux_loss_coef) if routes else 0.0,
     )
-    loss = outputs.loss
+    total = outputs.loss
+    if part.options.get("pairs") is None:  # else it has none of its own
+        first_batch.look(trainer, call, labels, outputs.logps, ref_logps)
     with torch.no_grad():
         metrics.note(trainer, inputs, outputs, ref_logps, logged_beta(trainer))
         if return_outputs:  # the logits, of another pass, for those who ask for them
             outputs = model(**_call(trainer, inputs)[0])
-    return (loss, outputs) if return_outputs else loss
+    return (total, outputs) if return_outputs else total
 
 
 def _call(trainer: Any, inputs: Inputs) -> tuple[dict[str, Any], Tensor]:

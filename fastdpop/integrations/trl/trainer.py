@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fastdpop.choices import EngineName
 from fastdpop.integrations.trl import metrics, references, values
 from fastdpop.integrations.trl.models import AttachedWhenSet, checked_settings
 from fastdpop.integrations.trl.order import by_prompt, without_padding_warning
@@ -47,7 +48,7 @@ class FastDPOTrainer(DPOTrainer):
     def __init__(
         self,
         *args: Any,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         workspace_bytes: int | None = None,
         loss: PreferenceLoss | None = None,
         **kwargs: Any,

@@ -18,12 +18,12 @@ from datasets import Dataset, Value
 
 from fastdpop import pair_values
 from fastdpop.data.formats import PAIR_VALUES, number
-from fastdpop.exact import Exact
 from fastdpop.integrations.trl.batch import KEY
 from fastdpop.integrations.trl.config import value_names
 from fastdpop.integrations.trl.loss import configured
 from fastdpop.integrations.trl.models import Held, on_fastdpop
 from fastdpop.losses.base import PreferenceLoss
+from fastdpop.unrounded import Exact
 
 _logger = logging.getLogger(__name__)
 _WEIGHT = PAIR_VALUES[0]

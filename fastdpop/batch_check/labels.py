@@ -1,0 +1,272 @@
+"""Mistakes in the labels, which need no model: labels stand where their ids stand, -100 where none is scored."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastdpop.batch_check.report import Finding
+from fastdpop.batch_check.view import BatchView
+from fastdpop.batch_check.vocabulary import Vocabulary
+from fastdpop.rows import IGNORE
+
+_OFFSETS = (-2, -1, 1, 2, 3)
+
+
+def check_ids(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Ids that the model's embedding has no row for: a forward would fail, on a GPU for good."""
+    size, ids = vocabulary.size, view.ids.flatten()
+    low, high = int(ids.min()), int(ids.max())
+    if low >= 0 and (size is None or high < size):
+        return []
+    count = int(((ids < 0) | (ids >= (size or high + 1))).sum())
+    return [
+        Finding(
+            "ids-out-of-vocabulary",
+            "error",
+            f"{count} of {len(ids)} input_ids lie outside [0, {size if size is not None else 'vocabulary'}), "
+            f"from {low} to {high}",
+            "Labels are masked with -100, input_ids never are"
+            if low < 0
+            else "Use the model's own tokenizer, or resize the model's embedding",
+        )
+    ]
+
+
+def check_labels(view: BatchView) -> list[Finding]:
+    """What labels are, if they are not the ids at their places: a mask, shifted, or others; at most one finding."""
+    marked = view.labels != IGNORE
+    total, wrong = int(marked.sum()), marked & (view.labels != view.ids)
+    if total == 0 or not bool(wrong.any()):
+        return []
+    if not view.label_dtype.is_floating_point or _whole(view):
+        for finding in (
+            _mask(view, marked, wrong),
+            _shifted(view, marked),
+            _other_ignore(view, wrong),
+        ):
+            if finding:
+                return [finding]
+    s, t = wrong.nonzero()[0].tolist()
+    return [
+        Finding(
+            "labels-differ",
+            "error",
+            f"{int(wrong.sum())} of {total} labels are not the ids at their places; sequence {s} has label "
+            f"{int(view.labels[s, t])} at {t}, where the id is {int(view.ids[s, t])}",
+            "labels are a copy of input_ids with -100 where a token is not scored: make them from the same "
+            "tokenizer's output, padded alike",
+        )
+    ]
+
+
+def _whole(view: BatchView) -> bool:
+    """Whether labels are a mask of numbers, though no integers."""
+    return set(view.labels.unique().tolist()) <= {IGNORE, 0, 1}
+
+
+def _mask(view: BatchView, marked: Tensor, wrong: Tensor) -> Finding | None:
+    values = set(view.labels.unique().tolist())
+    if not values <= {IGNORE, 0, 1} or int(wrong.sum()) * 2 < int(marked.sum()):
+        return None
+    ones = int((view.labels == 1).sum())
+    return Finding(
+        "labels-mask",
+        "error",
+        f"labels hold {sorted(values - {IGNORE})} only ({ones} ones of {view.labels.numel()}), which is a mask "
+        "and not token ids",
+        "Pass labels = input_ids.masked_fill(mask == 0, -100)",
+    )
+
+
+def _shifted(view: BatchView, marked: Tensor) -> Finding | None:
+    """Labels are the ids of another place; that of their own is rarely the same token."""
+    own = _agreement(view, marked, 0)
+    by, share = max(
+        ((k, _agreement(view, marked, k)) for k in _OFFSETS), key=lambda found: found[1]
+    )
+    if share < 0.9 or share - own < 0.1:
+        return None
+    place = "next one" if by == 1 else f"one {abs(by)} places {'on' if by > 0 else 'back'}"
+    often = "twice" if by == 1 else f"{by + 1} times" if by > 0 else "the wrong way"
+    return Finding(
+        "labels-shifted",
+        "error",
+        f"{share:.0%} of the labels are the id of the {place}, {own:.0%} that of their own: labels are shifted "
+        f"already, and with the loss's own shift {often}",
+        "Leave labels aligned with input_ids, as Hugging Face has them: the loss shifts them. Labels that must "
+        "come shifted need shift_labels=False, in the call and here",
+    )
+
+
+def _agreement(view: BatchView, marked: Tensor, by: int) -> float:
+    """The share of the labels that are the id `by` places on, of those for which there is one."""
+    width = view.ids.shape[1]
+    if abs(by) >= width:
+        return 0.0
+    to = slice(max(-by, 0), width - max(by, 0))
+    of = slice(max(by, 0), width - max(-by, 0))
+    labels, kept = view.labels[:, to], marked[:, to]
+    return float((labels == view.ids[:, of])[kept].float().mean()) if bool(kept.any()) else 0.0
+
+
+def _other_ignore(view: BatchView, wrong: Tensor) -> Finding | None:
+    """Everything that is not an id is one and the same number, in the place of -100."""
+    values = view.labels[wrong].unique().tolist()
+    right = (view.labels != IGNORE) & ~wrong
+    if len(values) != 1 or not bool(right.any()):
+        return None
+    return Finding(
+        "labels-ignore-index",
+        "error",
+        f"{int(wrong.sum())} labels are {values[0]} where the id is another, all others are ids: {values[0]} "
+        "seems to mean 'not scored', and would be scored as a token",
+        "Mark what is not scored with -100",
+    )
+
+
+def check_scored(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Which tokens are scored: none, padding, the prompt, everything but the end."""
+    empty = (view.lengths == 0).nonzero()[:, 0].tolist()
+    if len(empty) == len(view.ids):
+        return [
+            Finding(
+                "nothing-scored",
+                "error",
+                f"no token of the {len(view.ids)} sequences is scored: every label is -100 (or at a first place, "
+                "which nothing precedes). The loss is a constant, its gradient 0",
+                "Look at how the completions are marked: a response template that is not found, or a prompt as "
+                "long as the greatest length",
+            )
+        ]
+    found = []
+    if empty:
+        found.append(
+            Finding(
+                "sequence-not-scored",
+                "warning",
+                f"no token is scored in {len(empty)} of {len(view.ids)} sequences, first in {empty[0]}: their "
+                "log-prob is 0, which is more than any other's",
+                "Give every completion a token (its end, at least), and cut prompts, not completions",
+            )
+        )
+    return found + [
+        f for check in (_padding, _prompt, _end, _twice) for f in check(view, vocabulary)
+    ]
+
+
+def _padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    by_mask = view.scored & ~view.attended
+    guessed = view.scored & _runs(view, vocabulary.pad, vocabulary)
+    if bool(by_mask.any()):
+        count, rows = int(by_mask.sum()), int(by_mask.any(1).sum())
+        how, severity = "where attention_mask is 0", "error"
+    elif bool(guessed.any()):
+        count, rows = int(guessed.sum()), int(guessed.any(1).sum())
+        how, severity = (
+            f"in runs of the padding token {vocabulary.pad} at the sequences' ends",
+            "error",
+        )
+    else:
+        return []
+    return [
+        Finding(
+            "padding-scored",
+            severity,  # type: ignore[arg-type]
+            f"{count} of {int(view.scored.sum())} scored tokens are padding, {how}, in {rows} of {len(view.ids)} "
+            "sequences",
+            "Set labels to -100 where attention_mask is 0",
+        )
+    ]
+
+
+def _runs(view: BatchView, pad: int | None, vocabulary: Vocabulary) -> Tensor:
+    """Padding by its looks: the padding token at a sequence's end, but for one that may be its end."""
+    is_pad = view.ids == (-1 if pad is None else pad)
+    run = is_pad.flip(1).cumprod(1).flip(1).bool()
+    if pad in vocabulary.ends:
+        run[:, 1:] &= run[:, :-1].clone()
+        run[:, 0] = False
+    return run
+
+
+def first_tokens(view: BatchView) -> Tensor:
+    """``(S,)`` where the first token that is no padding stands."""
+    return view.attended.int().argmax(1)
+
+
+def _prompt(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Everything but a first token is scored, and both sides of a pair begin alike."""
+    begin, scored = first_tokens(view), view.scored.int().argmax(1)
+    rows = [row for pair in view.pairs for row in pair if view.lengths[row] > 0]
+    if not rows or any(int(scored[row] - begin[row]) > 1 for row in rows):
+        return []
+    shared = [shared_beginning(view, c, r) for c, r in view.pairs]
+    alike = [s for s, (c, r) in zip(shared, view.pairs, strict=True) if not equal(view, c, r)]
+    if not alike or min(alike) < 3:
+        return []
+    return [
+        Finding(
+            "prompt-scored",
+            "warning",
+            f"every sequence is scored from its first token on, and chosen and rejected begin with the same "
+            f"{min(alike)} to {max(alike)} tokens: the prompt is scored too",
+            "Set labels to -100 on the prompt: what both sides have cancels in the margin, but not in DPOP's "
+            "penalty or in averages",
+        )
+    ]
+
+
+def _end(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """The token behind the last scored one ends the text, and is not scored."""
+    rows = [row for row in range(len(view.ids)) if view.lengths[row] > 0]
+    left = 0
+    for row in rows:
+        behind = int(view.scored[row].nonzero()[-1]) + 1
+        if behind < view.ids.shape[1] and bool(view.attended[row, behind]):
+            left += int(view.ids[row, behind]) in vocabulary.ends
+    if not vocabulary.ends or left * 2 < len(rows):
+        return []
+    return [
+        Finding(
+            "end-not-scored",
+            "warning",
+            f"{left} of {len(rows)} completions are followed by their end token, which is not scored: the model "
+            "does not learn to stop",
+            "Score it. Where the padding token is the end token, mask labels by attention_mask and not by the id",
+        )
+    ]
+
+
+def _twice(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Two tokens that begin a text, one behind the other."""
+    bos = vocabulary.bos
+    if bos is None or view.ids.shape[1] < 2 or bos in (vocabulary.pad, *vocabulary.ends):
+        return []
+    begin = first_tokens(view)
+    twice = sum(
+        int(at) + 1 < view.ids.shape[1] and view.ids[row, at : at + 2].tolist() == [bos, bos]
+        for row, at in enumerate(begin.tolist())
+    )
+    if not twice:
+        return []
+    return [
+        Finding(
+            "bos-twice",
+            "warning",
+            f"{twice} of {len(view.ids)} sequences begin with two BOS tokens ({bos})",
+            "A chat template writes one already: tokenise its text with add_special_tokens=False",
+        )
+    ]
+
+
+def shared_beginning(view: BatchView, one: int, other: int) -> int:
+    """How many tokens two sequences begin with in common."""
+    a, b = (view.ids[row][view.attended[row]] for row in (one, other))
+    least = min(len(a), len(b))
+    return int((a[:least] == b[:least]).int().cumprod(0).sum())
+
+
+def equal(view: BatchView, one: int, other: int) -> bool:
+    """Whether two sequences are the same tokens."""
+    a, b = (view.ids[row][view.attended[row]] for row in (one, other))
+    return len(a) == len(b) and bool((a == b).all())

@@ -1,0 +1,274 @@
+"""A batch in one form, however it was laid out: padded, packed, as a tree, or TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpop.rows import IGNORE
+from fastdpop.unrounded import opened
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
+_NOT_OF_THE_MODEL = {
+    *("input_ids", "attention_mask", "labels", "shift_labels", "completion_mask"),
+    *("prefix_tree", "ref_logps", "pair_values", *_REFERENCES),
+}
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """S sequences of at most T tokens, on the CPU.
+
+    Attributes:
+        ids: ``(S, T)`` int64.
+        labels: ``(S, T)`` int64, aligned with the ids if they are as they should be.
+        attended: ``(S, T)`` bool, the attention mask; all true where none was given.
+        masked: whether an attention mask was given.
+        pairs: (chosen, rejected) sequences.
+        label_dtype: as they were given.
+        kind: how the batch was laid out, in words.
+        extra: further arguments of the model, a row for each sequence where they are tensors.
+        hidden: ``(S, T, H)``, what a caller passes to the fused functions.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    attended: Tensor
+    masked: bool
+    pairs: tuple[tuple[int, int], ...]
+    label_dtype: torch.dtype = torch.int64
+    kind: str = "padded"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """``(S, T)`` bool: which tokens the loss counts. None stands before the first one of a sequence."""
+        scored = self.labels != IGNORE
+        scored[:, 0] = False
+        return scored
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """``(S,)`` tokens counted."""
+        return self.scored.sum(1)
+
+    def rows(self, rows: Sequence[int]) -> BatchView:
+        """Some of the sequences, whose pairs are those that are there."""
+        place = {row: i for i, row in enumerate(rows)}
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        kept = self.attended[index].any(0).nonzero()
+        first, last = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, 1)
+
+        def cut(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.shape[:1] != self.ids.shape[:1]:
+                return value
+            value = value[index.to(value.device)]
+            return value[:, first:last] if value.shape[1:2] == self.ids.shape[1:] else value
+
+        return BatchView(
+            cut(self.ids),
+            cut(self.labels),
+            cut(self.attended),
+            self.masked,
+            tuple((place[c], place[r]) for c, r in self.pairs if c in place and r in place),
+            self.label_dtype,
+            self.kind,
+            {name: cut(value) for name, value in self.extra.items()},
+            cut(self.hidden),
+        )
+
+
+def read_batch(
+    batch: Mapping[str, Any],
+    pairs: Any = None,
+    cu_seqlens: Tensor | None = None,
+    shift_labels: bool = True,
+    hidden: Tensor | None = None,
+) -> BatchView:
+    """
+    Raises:
+        TypeError, ValueError: `batch` is no batch; the message names the entry.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch is a {type(batch).__name__}, expected a mapping with input_ids and labels"
+        )
+    ids = _integers(batch, "input_ids")
+    labels, dtype = _labels(batch, ids)
+    attended = batch.get("attention_mask")
+    kind = "padded"
+    if "prefix_tree" in batch:
+        kind = "a tree of prefixes (prefix_tree)"
+        ids, attended = _of_tree(ids, batch["prefix_tree"], labels)
+    elif cu_seqlens is not None:
+        kind = "packed (cu_seqlens)"
+        ids, labels, attended = _of_packed(ids, labels, cu_seqlens)
+    if ids.shape != labels.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, expected {tuple(ids.shape)}, that of input_ids"
+        )
+    masked = attended is not None
+    if attended is None:
+        attended = torch.ones_like(ids)
+    if not isinstance(attended, Tensor) or attended.shape != ids.shape:
+        shape = tuple(getattr(attended, "shape", ()))
+        raise ValueError(
+            f"attention_mask has shape {shape}, expected {tuple(ids.shape)}, that of input_ids"
+        )
+    if not shift_labels or "shift_labels" in batch:
+        labels = torch.cat([labels.new_full((len(labels), 1), IGNORE), labels[:, :-1]], 1)
+    extra = {n: v for n, v in batch.items() if n not in _NOT_OF_THE_MODEL}
+    if kind != "padded":
+        extra.pop("position_ids", None)
+    return BatchView(
+        ids.cpu(),
+        labels.cpu(),
+        attended.bool().cpu(),
+        masked,
+        _pairs(pairs, len(ids)),
+        dtype,
+        kind,
+        extra,
+        _hidden(hidden, ids, kind),
+    )
+
+
+def _hidden(hidden: Any, ids: Tensor, kind: str) -> Tensor | None:
+    """What a caller passes to the fused functions, laid out as the ids."""
+    if hidden is None:
+        return None
+    if kind != "padded":
+        raise ValueError(
+            f"hidden is given for a batch that is {kind}, expected a padded one: give a padded batch of the same pairs"
+        )
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != ids.shape:
+        shape = tuple(getattr(hidden, "shape", ()))
+        raise ValueError(
+            f"hidden has shape {shape}, expected {(*ids.shape, 'H')}, a state for each of input_ids"
+        )
+    return hidden.detach()
+
+
+def _integers(batch: Mapping[str, Any], name: str) -> Tensor:
+    value = batch.get(name)
+    if value is None:
+        raise ValueError(f"batch has {sorted(batch)}, expected {name} among them")
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS or value.dim() != 2:
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} is {what:.80}, expected a tensor (2B, T) of int64")
+    if value.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected at least one token")
+    return value.long()
+
+
+def _labels(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Labels, made from TRL's ``completion_mask`` where there are none; and their dtype."""
+    name = next((n for n in ("labels", "shift_labels", "completion_mask") if n in batch), None)
+    if name is None:
+        raise ValueError(
+            f"batch has {sorted(batch)}, expected labels (or TRL's completion_mask) among them"
+        )
+    value = batch[name]
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        shape = tuple(getattr(value, "shape", ()))
+        raise ValueError(f"{name} has shape {shape}, expected a tensor (2B, T)")
+    if name == "completion_mask":
+        if value.shape != ids.shape:
+            raise ValueError(
+                f"completion_mask has shape {tuple(value.shape)}, expected {tuple(ids.shape)}, that of input_ids"
+            )
+        return ids.masked_fill(value == 0, IGNORE), torch.int64
+    return value.long(), value.dtype
+
+
+def _of_tree(ids: Tensor, tree: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask ``(2P, T)`` of what :func:`fastdpop.pack` has laid out."""
+    index = tree.get("hidden_index") if isinstance(tree, Mapping) else None
+    if not isinstance(index, Tensor) or index.shape != labels.shape:
+        raise ValueError(
+            f"prefix_tree has no hidden_index of shape {tuple(labels.shape)}, that of labels: expected what "
+            "fastdpop.pack gives"
+        )
+    first = torch.zeros_like(index, dtype=torch.bool)
+    first[:, 0] = True  # elsewhere 0 says that there is no token
+    attended = (index > 0) | first
+    return ids[0][index.to(ids.device)].masked_fill(~attended.to(ids.device), 0), attended
+
+
+def _of_packed(ids: Tensor, labels: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of sequences one behind the other, labels too."""
+    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if len(ids) != 1 or ids.shape != labels.shape:
+        raise ValueError(
+            f"input_ids has shape {tuple(ids.shape)} and labels {tuple(labels.shape)}, expected (1, N) with cu_seqlens"
+        )
+    if bounds[:1] != [0] or bounds[-1] != ids.shape[1] or sorted(bounds) != bounds:
+        raise ValueError(
+            f"cu_seqlens is {bounds!r:.80}, expected to rise from 0 to {ids.shape[1]}, the tokens of input_ids"
+        )
+    sizes = [end - start for start, end in pairwise(bounds)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    parts = [torch.ones(size, dtype=torch.int64) for size in sizes]
+    return (
+        pad(ids[0].split(sizes), batch_first=True),
+        pad(labels[0].split(sizes), batch_first=True, padding_value=IGNORE),
+        pad(parts, batch_first=True),
+    )
+
+
+def _pairs(given: Any, sequences: int) -> tuple[tuple[int, int], ...]:
+    """Chosen and rejected sequences; none where their number is odd, which is a finding."""
+    if given is None:
+        half = sequences // 2
+        return () if sequences % 2 else tuple((i, i + half) for i in range(half))
+    table = torch.as_tensor(given)
+    if table.dim() != 2 or table.shape[1] != 2 or table.is_floating_point():
+        raise ValueError(
+            f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers"
+        )
+    if len(table) and not -1 <= int(table.min()) <= int(table.max()) < sequences:
+        raise ValueError(
+            f"pairs reaches from {int(table.min())} to {int(table.max())}, expected sequences below {sequences}, or -1"
+        )
+    return tuple((c, r) for c, r in table.tolist() if c >= 0 and r >= 0)
+
+
+def references_of(batch: Mapping[str, Any], ref_logps: Any, view: BatchView) -> Tensor | None:
+    """The reference's log-probs ``(P, 2)``, float64 on the CPU: those given, else those in the batch.
+
+    Raises:
+        TypeError, ValueError: they are no tensor of a value for each sequence, or two of a value for each pair.
+    """
+    given = opened(ref_logps)
+    if given is None and all(name in batch for name in _REFERENCES):
+        given = tuple(batch[name] for name in _REFERENCES)
+    if given is None:
+        given = opened(batch.get("ref_logps"))
+    if given is None or not view.pairs:
+        return None
+    if isinstance(given, Tensor):
+        if given.shape != (len(view.ids),):
+            raise ValueError(
+                f"ref_logps has shape {tuple(given.shape)}, expected ({len(view.ids)},), one value per sequence, "
+                "or (chosen, rejected)"
+            )
+        return given.detach().cpu().double()[torch.tensor(view.pairs)]
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise TypeError(
+            f"ref_logps is {type(given).__name__}, expected a tensor ({len(view.ids)},) or (chosen, rejected)"
+        )
+    for i, side in enumerate(given):
+        if not isinstance(side, Tensor) or side.shape != (len(view.pairs),):
+            shape = tuple(getattr(side, "shape", ()))
+            raise ValueError(
+                f"ref_logps[{i}] has shape {shape}, expected ({len(view.pairs)},), one value per pair"
+            )
+    return torch.stack([side.detach().cpu().double() for side in given], 1)
