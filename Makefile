@@ -33,7 +33,7 @@ $(foreach name,VENV AXOLOTL,$(if $(and $($(name)),$(filter 1,$(words [$($(name))
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-axolotl test-llamafactory lint format docs look models bench kernels kernels-36 kernels-38 estimate sanitize demo smaug smaug-quick clean
+.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize wheels demo smaug smaug-quick clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -158,6 +158,14 @@ sanitize: setup ## the CPU engine's tests under AddressSanitizer and UBSan
 	  -Wno-maybe-uninitialized -o build/sanitize/_cpu.so csrc/*.cpp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 FASTDPOP_LIBRARY=build/sanitize/_cpu.so $(BIN)/python -m pytest tests/engines $(ARGS)
+
+wheels: build/wheels/.ready ## an sdist and an audited wheel into dist/, tried where there is no compiler (2 minutes)
+	build/wheels/bin/python -m tools.wheels $(ARGS)
+
+build/wheels/.ready: requirements/wheels.txt
+	@$(call environment,build/wheels)
+	@build/wheels/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 demo: setup ## train a small language model with DPO and with DPOP, and see the difference
 	$(BIN)/fastdpop demo $(ARGS)

@@ -17,3 +17,9 @@
 #endif
 
 #include "interface.h"
+
+#if defined(__GLIBC__) && defined(__x86_64__)
+// glibc 2.29 brought a `log` that differs from the one before in how it sets errno, nothing else.
+// With that one the library loads on every glibc that torch does.
+__asm__(".symver log,log@GLIBC_2.2.5");
+#endif

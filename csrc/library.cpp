@@ -31,6 +31,15 @@ EXPORT const char* fastdpop_name(int32_t index) { return kAll[index]->name; }
 
 EXPORT bool fastdpop_supported(int32_t index) { return kAll[index]->supported(); }
 
+// Whether there are threads.
+EXPORT bool fastdpop_openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
 EXPORT int64_t fastdpop_panel(int32_t index) { return kAll[index]->panel; }
 
 EXPORT int64_t fastdpop_tile(int32_t index) { return kAll[index]->tile; }

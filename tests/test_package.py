@@ -303,6 +303,8 @@ def test_command_line_entry_point() -> None:
     [
         (None, "g++ -pthread", {"g++", "clang++"}, None),  # as Python says
         (None, "clang++ -pthread", {"g++"}, "g++"),
+        (None, "clang++ -pthread", {"g++", "clang++"}, "g++"),
+        (None, "clang++ -pthread", {"clang++"}, "clang++"),
         (None, None, {"clang++"}, "clang++"),
         (None, "g++", set(), None),
         ("mine", "clang++", {"g++"}, "mine"),

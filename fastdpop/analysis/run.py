@@ -21,6 +21,7 @@ from fastdpop.analysis.page import page
 from fastdpop.analysis.score import score_pairs
 from fastdpop.analysis.words import summary
 from fastdpop.hf import attach
+from fastdpop.installed import needs
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
 from fastdpop.train.run import read
@@ -73,9 +74,7 @@ def analyze(job: Job) -> None:
         ValueError, OSError, ImportError: with a message for the user.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(
-            "fastdpop analyze needs matplotlib: pip install 'fastdpop[analyze]'"
-        )
+        raise ModuleNotFoundError(needs("fastdpop analyze", "matplotlib", "analyze"))
     names = _names(job)
     if "--model_revision" in job.reading and len(job.models) > 1:
         raise ValueError(

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from fastdpop.cli import analyze, demo, doctor, pairs, plan, train, trl
-from fastdpop.version import VERSION
+from fastdpop.installed import message
 
 COMMANDS = (pairs, analyze, plan, demo, doctor)
 WITH_OWN_PARSER = (train, trl)
@@ -82,7 +82,7 @@ def _code(run: Callable[[], int]) -> int:
     except BrokenPipeError as error:  # it may be another than that of the output
         return _UNREAD if _is_unread() else _failed(str(error))
     except _MISTAKES as error:
-        return _failed(str(error))
+        return _failed(message(error))
     except (RuntimeError, MemoryError) as error:
         # Any other RuntimeError is a fault of the program: those of a user's mistake have
         # become a ValueError where it is known what was asked for.

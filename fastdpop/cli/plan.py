@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpop.cli.pairs import add_reading, reading_options
 from fastdpop.cli.values import above_zero, positive, share
+from fastdpop.installed import needs
 
 if TYPE_CHECKING:
     from fastdpop.plan import Job
@@ -172,7 +173,7 @@ def _job(args: argparse.Namespace) -> Job:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError("fastdpop plan needs transformers: pip install 'fastdpop[hf]'") from error
+        raise ImportError(needs("fastdpop plan", "transformers", "hf")) from error
     from fastdpop.plan import Job, Lora, Model, hardware, read_config
 
     cluster = hardware.parse(

@@ -30,6 +30,7 @@ from fastdpop.engines.base import (
     default_workspace,
 )
 from fastdpop.engines.cpu import CPUEngine
+from fastdpop.engines.cpu_library import DTYPES, warn_if_missing
 from fastdpop.engines.eager import EagerEngine
 from fastdpop.engines.triton import TritonEngine
 from fastdpop.names import hint
@@ -123,10 +124,14 @@ def available(
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the engine that ``engine=name`` means on a device, for products in a dtype.
 
+    Warns once where ``"auto"`` would have meant ``"cpu"``, had its C++ library been built.
+
     Raises:
         ValueError: there is no such engine, or it cannot compute that.
     """
     if name == "auto":
+        if device.type == "cpu" and dtype in DTYPES:
+            warn_if_missing()
         return available(device, dtype)[0]
     reason = get(name).unavailable(device, dtype)
     if reason is not None:

@@ -34,7 +34,7 @@ from fastdpop.engines.base import (
     Problem,
 )
 from fastdpop.engines.chunks import Chunk, Pass, pieces_of, plan, rows_that_fit
-from fastdpop.engines.cpu_library import DTYPES, CProblem, Library, instruction_sets, load
+from fastdpop.engines.cpu_library import DTYPES, CProblem, Library, instruction_sets, load, missing
 
 __all__ = ["CPUEngine", "instruction_sets"]
 
@@ -64,12 +64,13 @@ class CPUEngine(Engine):
             return f"it computes on the CPU, not on {device.type}"
         if dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
-        library = load(self.instructions)
-        return library if isinstance(library, str) else None
+        return missing() if isinstance(load(self.instructions), str) else None
 
     def describe(self) -> str:
-        """The instruction set in use."""
-        return f"C++ kernels for {self._loaded().instructions}"
+        """The instruction set in use, and whether it is used on one thread alone."""
+        library = self._loaded()
+        alone = "" if library.openmp else ", on one thread: its compiler had no OpenMP"
+        return f"C++ kernels for {library.instructions}{alone}"
 
     def _loaded(self) -> Library:
         library = load(self.instructions)

@@ -7,10 +7,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastdpop import installed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -54,7 +57,8 @@ class Library:
     def __init__(self, path: Path, instructions: str | None) -> None:
         self.calls = ctypes.CDLL(str(path))
         self.calls.fastdpop_name.restype = ctypes.c_char_p
-        self.calls.fastdpop_supported.restype = ctypes.c_bool
+        for name in ("supported", "openmp"):
+            getattr(self.calls, f"fastdpop_{name}").restype = ctypes.c_bool
         for name in ("panel", "tile", "problem_size", "distinct"):
             getattr(self.calls, f"fastdpop_{name}").restype = ctypes.c_int64
         if self.calls.fastdpop_problem_size() != ctypes.sizeof(CProblem):
@@ -69,6 +73,7 @@ class Library:
         self.index = names.index(self.instructions)
         self.panel: int = self.calls.fastdpop_panel(self.index)
         self.tile: int = self.calls.fastdpop_tile(self.index)
+        self.openmp: bool = self.calls.fastdpop_openmp()
 
     def forward(self, problem: CProblem) -> None:
         self.calls.fastdpop_forward(self.index, ctypes.byref(problem))
@@ -93,17 +98,53 @@ class Library:
 
 @functools.cache
 def load(instructions: str | None = None) -> Library | str:
-    """The library, or why there is none."""
+    """The library, or why there is none; :func:`missing` says what to do about it."""
     other = os.environ.get("FASTDPOP_LIBRARY")  # another build of it, for `make sanitize`
-    found = [Path(other)] if other else sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not found:
+    path = Path(other) if other else Path(__file__).with_name("_cpu.so")
+    if not other and not path.exists():
         return (
-            "its C++ library was not built: no C++ compiler was found when fastdpop was installed"
+            "its C++ library was not built: when fastdpop was installed, there was no C++ compiler, or none that "
+            "could build it"
         )
     try:
-        return Library(found[0], instructions)
+        _provide_openmp(path)
+        return Library(path, instructions)
+    except (OSError, AttributeError) as error:  # an older build lacks functions
+        return f"its C++ library cannot be loaded: {error}"
+
+
+def _provide_openmp(path: Path) -> None:
+    """The library takes OpenMP's functions from what the process has: torch loads GNU's run-time library for
+    all to see. Where it does not, the system's is loaded.
+    """
+    try:
+        ctypes.CDLL(str(path))
     except OSError as error:
-        return str(error)
+        if "GOMP_" in str(error):
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+def missing() -> str | None:
+    """Why the CPU engine has no library, and the command that gives it one; None where it has one."""
+    library = load()
+    if not isinstance(library, str):
+        return None
+    return (
+        f"{library}. With a C++ compiler (on Debian and Ubuntu: apt install g++), this builds it: "
+        + installed.reinstall()
+    )
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Say once in a process that plain torch takes the place of the library, and why."""
+    reason = missing()
+    if reason is not None:
+        warnings.warn(
+            "fastdpop computes on this CPU with plain torch, which takes more time and memory than its engine 'cpu': "
+            f"{reason} (engine='eager' asks for plain torch without this warning)",
+            stacklevel=2,
+        )
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from fastdpop.engines.base import (
     PairLossPlan,
     Problem,
 )
+from fastdpop.installed import install
 
 if TYPE_CHECKING:
     from fastdpop.engines.triton_pass import TritonPass
@@ -94,7 +95,7 @@ class TritonEngine(Engine):
         if device.type not in ("cuda", "cpu"):
             return f"it computes on CUDA devices, not on {device.type}"
         if not _has_triton():
-            return "triton is not installed: pip install 'fastdpop[triton]'"
+            return f"triton is not installed: {install('triton')}"
         interpreted = _interpreted()
         if device.type == "cpu" and not interpreted:
             return "it needs a CUDA device, or TRITON_INTERPRET=1 when triton is first imported"

@@ -11,10 +11,12 @@ is patched by name. The model runs its own code on logits that do not exist (:mo
 fused loss takes over from the hidden states, the weight and the transform that they stand for.
 """
 
+from fastdpop.installed import needs
+
 try:
     import transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError("fastdpop.attach needs transformers: pip install 'fastdpop[hf]'") from error
+    raise ImportError(needs("fastdpop.attach", "transformers", "hf")) from error
 
 from fastdpop.hf.attachment import attach, detach, is_attached
 from fastdpop.hf.on_demand import preference_loss

@@ -324,7 +324,7 @@ def test_without_triton(
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert run(tmp_path) == 1
-    assert "needs triton: pip install 'fastdpop[triton]'" in capsys.readouterr().err
+    assert "needs triton: pip install 'triton>=3.6' (Linux)" in capsys.readouterr().err
 
 
 def test_without_the_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from fastdpop.installed import install
 from tools.kernels import disassembly, report
 from tools.kernels.chips import chip
 from tools.kernels.gate import judge
 from tools.kernels.report import Entry
 from tools.kernels.variant import Variant, Variants
 
-INSTALL = "pip install 'fastdpop[triton]' (Linux)"
+INSTALL = f"{install('triton')} (Linux)"
 
 
 def compile_all(

@@ -7,12 +7,12 @@ or :class:`FastDPOTrainer`, which changes nothing outside itself. What TRL's tra
 data, references, logging, checkpoints. Its step is replaced (:mod:`fastdpop.integrations.trl.step`).
 """
 
+from fastdpop.installed import needs
+
 try:
     import trl
 except ImportError as error:
-    raise ImportError(
-        "fastdpop's TRL integration needs trl: pip install 'fastdpop[trl]'"
-    ) from error
+    raise ImportError(needs("fastdpop's TRL integration", "trl", "trl")) from error
 
 from fastdpop.integrations.trl.version import check_version
 
