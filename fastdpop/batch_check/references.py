@@ -9,12 +9,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastdpop.batch_check.report import Finding
 
 _EXACT = 0.05
 """Share of a log-prob by which one explanation may miss, to be taken for the right one."""
+_LEAST = 0.5
+"""Nats that chosen and rejected must be apart, for their order to show."""
+_GUESSED, _WORSE = 0.75, 3.0
+"""A share of a guess's log-prob, and nats per token below the policy's; no reference that can read is there."""
+_FEW, _MANY = 6, 12
+"""Sequences of at least 5 tokens that say something of the others, and that say more."""
+_OTHER = {False: (1.0, 0.5, 0.5), True: (0.7, 0.25, 0.4)}
+"""For few and for many: a spread of the logarithm of reference over policy that is too much by itself, one that is too
+much below a correlation, and that. Measured on 6,000 batches of 4 and 8 pairs: references with two layers less, with
+noise in all weights, or before DPO and DPOP training stay below; of those of other batches 66 % and 97 % do not."""
 _SWAP = "Give the chosen side first: ref_logps=(chosen, rejected), or (2B,) with all chosen sequences first"
 _SUMS = (
     "A loss needs the sum over the scored tokens of each sequence, in nats, from the same labels: "
@@ -64,9 +75,9 @@ def check_references(
         finding = check(scores)
         if finding:
             return [finding]
-    worse = _unlikely(scores, vocabulary) or _unrelated(scores)
-    if worse:
-        return [worse]
+    finding = _unlikely(scores, vocabulary) or _opposed(scores) or _unrelated(scores)
+    if finding:
+        return [finding]
     return _stale(scores, noise) if at_start else []
 
 
@@ -105,29 +116,30 @@ def _misses(scores: Scores, other: Tensor) -> Tensor:
     return (scores.reference - other).abs() / other.abs().clamp_min(1e-9)
 
 
-def _fits(scores: Scores, other: Tensor, exact: float = _EXACT) -> bool:
-    """Whether the reference is that other thing, and not the policy's log-prob."""
-    miss, own = _misses(scores, other).flatten(), _misses(scores, scores.policy).flatten()
-    return float(miss.median()) <= exact and float(miss.median()) * 4 <= float(own.median())
+def _fits(scores: Scores, other: Tensor) -> bool:
+    """Whether the reference is that other thing in every sequence, and not the policy's log-prob in any."""
+    miss, own = _misses(scores, other), _misses(scores, scores.policy)
+    return float(miss.max()) <= 0.02 and 4 * float(miss.max()) <= float(own.min())
 
 
 def _averaged(scores: Scores) -> Finding | None:
     """Means over tokens: so little for so many tokens, in every sequence."""
-    long = scores.lengths >= 8
-    if int(long.sum()) < 2:
+    long = scores.lengths >= 5
+    given, counts, sums = (x[long] for x in (scores.reference, scores.lengths, scores.policy))
+    if len(given) < 2:
         return None
-    means = (scores.policy / scores.lengths)[long]
-    given, counts = scores.reference[long], scores.lengths[long]
-    ratio = (given / means).log()
-    # Another model may be better, but not by the number of tokens, in each sequence alike.
-    if not float(ratio.abs().max()) <= 0.7 or not float(ratio.std()) <= 0.35:
+    ratio = (given * counts / sums).log()
+    # Another model may be better, but not by the number of tokens in each sequence alike, nor near 0 everywhere.
+    alike = float(ratio.abs().max()) <= 0.7 and float(ratio.std()) <= 0.35
+    small = bool(((given > -0.15 * counts) & (given > 0.2 * sums) & (counts >= 8)).all())
+    if not alike and not small:
         return None
     return Finding(
         "ref-averaged",
-        "error",
+        "error" if alike else "warning",
         f"reference log-probs are {float(given.mean()):.2f} nats in the mean, over {int(counts.min())} to "
-        f"{int(counts.max())} tokens; the policy's mean per token is {float(means.mean()):.2f}, its sum "
-        f"{float(scores.policy[long].mean()):.1f}: these are means over tokens, not sums",
+        f"{int(counts.max())} tokens; the policy's are {float((sums / counts).mean()):.2f} per token and "
+        f"{float(sums.mean()):.1f} in sum: these seem to be means over tokens, not sums",
         _SUMS,
     )
 
@@ -139,7 +151,8 @@ def _scaled(scores: Scores) -> Finding | None:
         return None
     factor, spread = float(ratio.median()), float(ratio.log().std())
     varied = float(scores.policy.abs().log().std())
-    if not (spread <= 0.01 and abs(math.log(factor)) >= 0.2 and varied >= 0.1):
+    exact = spread <= (0.01 if varied >= 0.1 else 0.001)  # other models of one text are alike, too
+    if not exact or abs(math.log(factor)) < 0.2:
         return None
     return Finding(
         "ref-scaled",
@@ -164,21 +177,41 @@ def _whole(scores: Scores) -> Finding | None:
 
 
 def _swapped(scores: Scores) -> Finding | None:
-    """The sides' order: margins of the opposite sign, pair by pair."""
-    own = scores.policy[:, 0] - scores.policy[:, 1]
-    given = scores.reference[:, 0] - scores.reference[:, 1]
+    """Each side's reference is the policy's log-prob of the other side."""
+    own, given = _margins(scores)
+    missed = _misses(scores, scores.policy.flip(1))
     straight, swapped = float((given - own).abs().sum()), float((given + own).abs().sum())
-    flipped = scores.policy.flip(1)
-    near = float(_misses(scores, flipped).median()) <= _EXACT
-    size = float(own.abs().mean())
-    if size < 0.5 or swapped * (5 if near and len(own) > 1 else 10) > straight or not near:
+    factor = 5 if len(own) > 1 else 10
+    if (
+        float(missed.median()) > _EXACT
+        or float(own.abs().mean()) < _LEAST
+        or swapped * factor > straight
+    ):
         return None
+    evidence = f"each side's is {float(missed.median()):.1%} from the policy's other side"
+    return _as_swapped(own, given, evidence)
+
+
+def _opposed(scores: Scores) -> Finding | None:
+    """Another model's, or an earlier one's, whose margins have the policy's size and the opposite sign."""
+    own, given = _margins(scores)
+    if len(own) < 4 or float(own.abs().mean()) < _LEAST:
+        return None
+    cosine = float((own * given).sum() / (own.norm() * given.norm()).clamp_min(1e-9))
+    return _as_swapped(own, given, f"their cosine is {cosine:.2f}") if cosine <= -0.8 else None
+
+
+def _margins(scores: Scores) -> tuple[Tensor, Tensor]:
+    """``(P,)`` chosen minus rejected, of policy and reference."""
+    return tuple(x[:, 0] - x[:, 1] for x in (scores.policy, scores.reference))  # type: ignore[return-value]
+
+
+def _as_swapped(own: Tensor, given: Tensor, evidence: str) -> Finding:
     return Finding(
         "ref-swapped",
         "warning",
-        f"chosen minus rejected is {float(given.mean()):+.2f} nats for the reference and {float(own.mean()):+.2f} for "
-        f"the policy, and each side's reference is {float(_misses(scores, flipped).median()):.1%} from the policy's "
-        "other side: the sides seem swapped",
+        f"chosen minus rejected is {float(given.mean()):+.2f} nats in the mean for the reference and "
+        f"{float(own.mean()):+.2f} for the policy, and {evidence}: the sides seem swapped",
         _SWAP,
     )
 
@@ -186,59 +219,55 @@ def _swapped(scores: Scores) -> Finding | None:
 def _moved(scores: Scores) -> Finding | None:
     """The right numbers in other places: shuffled, sorted, or alternating."""
     own, given = scores.policy.T.flatten(), scores.reference.T.flatten()
-    if len(own) < 4 or float(_misses(scores, scores.policy).median()) < 0.1:
+    placed = own.argsort()[given.argsort().argsort()]  # where each one's like stands
+    missed = float(((given - own[placed]) / own[placed]).abs().mean())
+    straight = float(_misses(scores, scores.policy).mean())
+    if len(own) < 4 or missed > 0.02 or straight < max(0.05, 10 * missed):
         return None
-    missed = ((own.sort().values - given.sort().values).abs() / own.sort().values.abs()).max()
-    if float(missed) > _EXACT:
-        return None
-    order = [0] * len(own)
-    for at, source in zip(given.argsort().tolist(), own.argsort().tolist(), strict=True):
-        order[at] = source
+    other = int((placed != placed.sort().values).nonzero()[0])
     return Finding(
         "ref-order",
         "warning",
-        f"reference log-probs are the policy's in another order (sequence 0 has that of {order[0]}, 1 that of "
-        f"{order[1]}), to within {float(missed):.1%}",
+        f"reference log-probs are the policy's in another order ({missed:.1%} away, {straight:.0%} in the order "
+        f"given): that of sequence {other} fits sequence {int(placed[other])}",
         "Keep them in the order of the batch, chosen sequences first; a shuffled data set shuffles them too",
     )
 
 
 def _unlikely(scores: Scores, vocabulary: int | None) -> Finding | None:
-    """Worse than a guess among all tokens."""
+    """Near a guess among all tokens, or below, where the policy knows better."""
     if vocabulary is None or int(scores.lengths.sum()) < 4:
         return None
-    mean, guess = float(scores.reference.sum() / scores.lengths.sum()), -math.log(vocabulary)
-    own = float(scores.policy.sum() / scores.lengths.sum())
-    if not (mean < guess - 1.0 and mean < own - 1.0):
+    own, mean = (float(x.sum() / scores.lengths.sum()) for x in (scores.policy, scores.reference))
+    guess = -math.log(vocabulary)
+    if not (mean < _GUESSED * guess and mean < own - _WORSE):
         return None
     return Finding(
         "ref-unlikely",
         "warning",
-        f"reference log-probs are {mean:.1f} nats per token in the mean, less than a guess among all tokens "
-        f"({guess:.1f}); the policy's are {own:.1f}: the reference read other tokens, as with another tokenizer",
+        f"reference log-probs are {mean:.1f} nats per token in the mean, where a guess among all tokens has "
+        f"{guess:.1f} and the policy {own:.1f}: the reference read other tokens, as with another tokenizer",
         "Score the reference on this batch's input_ids; a reference needs the policy's tokenizer",
     )
 
 
 def _unrelated(scores: Scores) -> Finding | None:
-    """Of other sequences: what they have in common with the policy's is no more than chance gives."""
-    own, given, counts = (x.flatten() for x in (scores.policy, scores.reference, scores.lengths))
-    kept = (counts >= 5) & (given < 0)
-    if int(kept.sum()) < 6:
+    """Of other sequences: reference and policy part by other factors in each, and do not rise and fall together."""
+    kept = scores.lengths >= 5
+    own, given = (x[kept].abs().log() for x in (scores.policy, scores.reference))
+    if len(own) < _FEW:
         return None
-    ratio = (given[kept] / own[kept]).log()
-    spread, varied = float(ratio.std()), float(own[kept].abs().log().std())
-    return _other(spread, varied, ratio)
-
-
-def _other(spread: float, varied: float, ratio: Tensor) -> Finding | None:
-    if not (spread > 0.5 and varied > 0.2):
+    ratio = given - own
+    spread, together = float(ratio.std()), float(torch.corrcoef(torch.stack([own, given]))[0, 1])
+    far, apart, loose = _OTHER[len(own) >= _MANY]
+    if not (spread > far or (spread > apart and together < loose)):
         return None
     return Finding(
         "ref-other-batch",
         "warning",
         f"reference log-probs are {math.exp(float(ratio.min())):.2g} to {math.exp(float(ratio.max())):.2g} times the "
-        "policy's: they do not go with these sequences. They seem to be of another batch, or of other tokens",
+        f"policy's, with a correlation of {together:.2f} over {len(own)} sequences: they seem to be of another batch, "
+        "or of other tokens",
         _RESCORE,
     )
 
