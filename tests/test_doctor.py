@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -51,12 +52,12 @@ def test_a_gpu_and_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    said = doctor.report()
-    assert "GPU: none that this torch can use\n  triton " in said
-    assert "would compile with ptxas " in said
-    assert "sm_90a" in said
+def test_what_triton_would_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.facts()["cuda"]["compilers"]
+    assert set(found) == {"sm_80", "sm_90a", "sm_100"}
+    assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in found.values())
+    forget_triton(monkeypatch)
+    assert doctor.facts()["cuda"]["compilers"] == {}
 
 
 @needs_triton
@@ -66,9 +67,8 @@ def test_a_triton_without_assemblers(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("Cannot find ptxas")
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(self_check, "ptxas_version", broken)
-    assert "triton cannot compile for one: Cannot find ptxas" in doctor.report()
+    assert doctor.facts()["cuda"]["compilers"] == {}
     plant_gpu(monkeypatch)
     monkeypatch.setattr(self_check, "combination", broken)
     assert "triton cannot compile for it: Cannot find ptxas" in doctor.report()
@@ -76,10 +76,33 @@ def test_a_triton_without_assemblers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_triton(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "  without triton, there are no kernels for one\n" in doctor.report()
     plant_gpu(monkeypatch)
     assert "  without triton, no kernels are compiled for it\n" in doctor.report()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "why"),
+    [
+        (None, None, "torch 2.9.0 is built for CPUs alone"),
+        (
+            None,
+            "550.54",
+            "torch 2.9.0 is built for CPUs alone; https://pytorch.org/get-started/locally has others",
+        ),
+        ("12.8", None, "there is no NVIDIA driver"),
+        ("12.8", "550.54", "torch sees none"),
+    ],
+)
+def test_why_no_gpu_is_used(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, driver: str | None, why: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor, "driver", lambda: driver)
+    assert f"\n  no   GPUs: {why}\n" in doctor.report()
+    assert doctor.facts()["uses"]["gpu"]["missing"] == (why,)
 
 
 MODULE = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
