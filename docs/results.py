@@ -118,11 +118,15 @@ def steps(device: str) -> str:
             name,
             _bar(r["seconds"] / seconds, time(r["seconds"])),
             _bar(r["peak_extra_bytes"] / memory, f"{r['peak_extra_bytes'] / 2**20:,.0f} MiB"),
-            f"{r['logp_error_nat']:.1g} nat",
+            _error(r["logp_error_nat"]),
         )
         for name, r in rows
     ]
     return _race(("", "time of a step", "peak memory", "worst log-prob error"), body)
+
+
+def _error(nats: float) -> str:
+    return f"{nats:.2g} nat" if nats >= 0.01 else f"{nats:.0e} nat".replace("e-0", "e-")
 
 
 def time(seconds: float) -> str:
