@@ -105,6 +105,14 @@ format: setup ## let ruff rewrite the code
 docs: setup ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
+# playwright has a folder of its own; Chromium is the system's.
+look: docs build/playwright/playwright ## the site in Chromium: screenshots into build/look, and what is cut or hard to read
+	PYTHONPATH=build/playwright $(BIN)/python -m tools.site_look site --output build/look $(ARGS)
+
+build/playwright/playwright: | setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --target build/playwright playwright
+	@touch $@
+
 models: setup ## every causal language model of transformers against its own logits, into docs/models.md (2 minutes)
 	$(BIN)/python -m tests.models.sweep $(ARGS)
 

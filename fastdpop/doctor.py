@@ -1,56 +1,85 @@
-"""``fastdpop doctor``: what this machine has, and which engine would run on it."""
+"""``fastdpop doctor``: what can be done with fastdpop here, what is missing, and which engine would run.
+
+``report`` says what ``facts`` found.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastdpop
-from fastdpop import engines
+from fastdpop import capabilities, engines
+from fastdpop.engines.triton import unusable
 
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "flash-attn")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "peft", "trl", "datasets", "flash-attn"),
+    "axolotl",
+)
 _NO_COMPILER = (ImportError, OSError, RuntimeError)
 """What triton raises where it comes without NVIDIA's tools."""
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
-def report() -> str:
-    """Versions, processor, GPUs and engines, as text."""
-    versions = [f"python {platform.python_version()}"]
-    versions += [f"{name} {_version(name)}" for name in _PACKAGES]
+def facts() -> dict[str, Any]:
+    """What ``fastdpop doctor --json`` prints; docs/versions.md says what each key holds."""
     name, flags = cpu()
-    features = " ".join(flag for flag in _CPU_FEATURES if flag in flags) or "none that matter here"
-    lines = [
-        f"fastdpop {fastdpop.__version__}",
-        "  " + ", ".join(versions),
-        f"CPU: {name}",
-        f"  {torch.get_num_threads()} threads; {features}",
-        f"CUDA: {torch.version.cuda or 'none'} in torch, driver {driver() or 'none'}",
-    ]
-    devices = ["cpu"]
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        lines.append(f"GPU {i}: {gpu.name}")
-        lines.append(f"  {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}")
-        lines.append(f"  {_trust(torch.device('cuda', i))}")
-        devices = ["cpu", "cuda"]
-    if len(devices) == 1:
-        lines.append("GPU: none that this torch can use")
-        lines.append(f"  {_assemblers()}")
-    for device in devices:
+    gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
+    uses = capabilities.capabilities(None if gpus else _no_gpu())
+    return {
+        "fastdpop": fastdpop.__version__,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "uses": {use: _as_json(what) for use, what in uses.items()},
+        "cpu": {
+            "name": name,
+            "threads": torch.get_num_threads(),
+            "features": [flag for flag in _CPU_FEATURES if flag in flags],
+            "library": _as_json(capabilities.library()),
+        },
+        "cuda": {"torch": torch.version.cuda, "driver": driver(), "compilers": _assemblers()},
+        "gpus": gpus,
+        "engines": {
+            device: [line._asdict() for line in engines.explain(device)]
+            for device in ("cpu", *(["cuda"] if gpus else []))
+        },
+    }
+
+
+def report(found: dict[str, Any] | None = None) -> str:
+    """What was found (by :func:`facts` unless it is given), as text."""
+    found = facts() if found is None else found
+    there = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    lines = [f"fastdpop {found['fastdpop']}, python {found['python']}, {', '.join(there)}"]
+    lines.append("What can be used here:")
+    for use in found["uses"].values():
+        lines += _verdict("yes " if use["ready"] else "no  ", use)
+    processor = found["cpu"]
+    lines.append(f"CPU: {processor['name']}")
+    features = " ".join(processor["features"]) or "no instructions that matter here"
+    lines.append(f"  {processor['threads']} threads; {features}")
+    if not processor["library"]["ready"]:
+        lines += _verdict("without", processor["library"])
+    cuda = found["cuda"]
+    lines.append(f"CUDA: {cuda['torch'] or 'none'} in torch, driver {cuda['driver'] or 'none'}")
+    for gpu in found["gpus"]:
+        lines.append(f"GPU {gpu['index']}: {gpu['name']}")
+        lines.append(f"  {gpu['memory_gib']:.0f} GiB, compute {gpu['compute']}")
+        lines.append(f"  {gpu['kernels']}")
+    for device, answers in found["engines"].items():
         lines.append(f"Engines on {device}, best first:")
-        for engine in engines.explain(device):
-            mark = "->" if engine.chosen else "  "
-            verdict = "" if engine.available else "not available: "
-            lines.append(f"  {mark} {engine.name}: {verdict}{engine.reason}")
+        for engine in answers:
+            mark = "->" if engine["chosen"] else "  "
+            verdict = "" if engine["available"] else "not available: "
+            lines.append(f"  {mark} {engine['name']}: {verdict}{engine['reason']}")
     return "\n".join(lines)
 
 
@@ -72,10 +101,45 @@ def driver() -> str | None:
     return next(iter(said.split()), None)
 
 
+def _as_json(what: capabilities.Capability) -> dict[str, Any]:
+    return {"ready": what.ready, **what._asdict()}
+
+
+def _verdict(mark: str, use: dict[str, Any]) -> list[str]:
+    """A line of what is missing, and a line for each command that gets it."""
+    because = f": {', '.join(use['missing'])}" if use["missing"] else ""
+    return [
+        f"  {mark} {use['about']}{because}",
+        *(f"        $ {command}" for command in use["commands"]),
+    ]
+
+
+def _no_gpu() -> str:
+    """Why this torch can use no GPU, where it sees none."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        builds = "; https://pytorch.org/get-started/locally has others" if driver() else ""
+        return f"torch {torch.__version__} is built for CPUs alone{builds}"
+    if torch.version.hip is None and driver() is None:
+        return "there is no NVIDIA driver"
+    return "torch sees none"
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_properties(index)
+    return {
+        "index": index,
+        "name": gpu.name,
+        "memory_gib": gpu.total_memory / 2**30,
+        "compute": f"{gpu.major}.{gpu.minor}",
+        "kernels": _trust(torch.device("cuda", index)),
+    }
+
+
 def _trust(device: torch.device) -> str:
     """With what triton compiles for a GPU, and what follows for its results."""
-    if importlib.util.find_spec("triton") is None:
-        return "without triton, no kernels are compiled for it"
+    reason = unusable()
+    if reason is not None:
+        return f"no kernels are compiled for it: {reason}"
     try:
         from fastdpop.engines import self_check
 
@@ -90,20 +154,17 @@ def _trust(device: torch.device) -> str:
     return f"{compiler}: not verified, so kernels are checked when they are first used"
 
 
-def _assemblers() -> str:
-    """With what triton would compile, without a GPU to ask for."""
-    if importlib.util.find_spec("triton") is None:
-        return "without triton, there are no kernels for one"
+def _assemblers() -> dict[str, str]:
+    """The version of the ptxas that triton would call for each chip; none where it cannot compile."""
+    if unusable() is not None:
+        return {}
     try:
         from fastdpop.engines import self_check
 
-        by_version: dict[str, list[str]] = {}
-        for target, capability in (("sm_80", 80), ("sm_90a", 90), ("sm_100", 100)):
-            by_version.setdefault(self_check.ptxas_version(capability), []).append(target)
-    except _NO_COMPILER as error:
-        return f"triton cannot compile for one: {error}"
-    said = "; ".join(f"ptxas {v} for {', '.join(found)}" for v, found in by_version.items())
-    return f"triton {_version('triton')} would compile with {said}"
+        chips = {"sm_80": 80, "sm_90a": 90, "sm_100": 100}
+        return {chip: self_check.ptxas_version(number) for chip, number in chips.items()}
+    except _NO_COMPILER:
+        return {}
 
 
 def cpu() -> tuple[str, frozenset[str]]:
@@ -124,8 +185,8 @@ def has_bf16() -> bool:
     return not cpu()[1].isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return None

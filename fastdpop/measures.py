@@ -92,9 +92,7 @@ def shown(output: Any) -> str:
     if output.loss is not None and output.pairs is not None:
         try:
             found = means(output)
-        except (
-            RuntimeError
-        ):  # values cannot be read in a graph, on the meta device, under a transform
+        except RuntimeError:  # not to be read: in a graph, on the meta device, under a transform
             found = {}
         if found:
             first = {

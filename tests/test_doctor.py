@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from fastdpop import doctor
+from fastdpop.engines import triton
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -25,11 +29,15 @@ def plant_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def forget_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "triton" else real(name, *a)
-    )
+@pytest.fixture(autouse=True)
+def look_again() -> Iterator[None]:
+    triton.unusable.cache_clear()
+    yield
+    triton.unusable.cache_clear()
+
+
+def plant_triton(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    monkeypatch.setattr(triton, "_version", lambda: version)
 
 
 @needs_triton
@@ -51,12 +59,13 @@ def test_a_gpu_and_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    said = doctor.report()
-    assert "GPU: none that this torch can use\n  triton " in said
-    assert "would compile with ptxas " in said
-    assert "sm_90a" in said
+def test_what_triton_would_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.facts()["cuda"]["compilers"]
+    assert set(found) == {"sm_80", "sm_90a", "sm_100"}
+    assert all(re.fullmatch(r"\d+(\.\d+)+", version) for version in found.values())
+    plant_triton(monkeypatch, None)
+    triton.unusable.cache_clear()
+    assert doctor.facts()["cuda"]["compilers"] == {}
 
 
 @needs_triton
@@ -66,20 +75,67 @@ def test_a_triton_without_assemblers(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("Cannot find ptxas")
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(self_check, "ptxas_version", broken)
-    assert "triton cannot compile for one: Cannot find ptxas" in doctor.report()
+    assert doctor.facts()["cuda"]["compilers"] == {}
     plant_gpu(monkeypatch)
     monkeypatch.setattr(self_check, "combination", broken)
     assert "triton cannot compile for it: Cannot find ptxas" in doctor.report()
 
 
-def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_triton(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "  without triton, there are no kernels for one\n" in doctor.report()
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        (None, "triton is not installed: pip install 'fastdpop[triton]'"),
+        ("3.5.1", "triton is 3.5.1, expected 3.6 or later, which comes with torch 2.10"),
+    ],
+)
+def test_no_triton_or_an_old_one(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, why: str
+) -> None:
+    plant_triton(monkeypatch, version)
     plant_gpu(monkeypatch)
-    assert "  without triton, no kernels are compiled for it\n" in doctor.report()
+    said = doctor.report()
+    assert f"  no kernels are compiled for it: {why}\n" in said
+    assert f"\n     triton: not available: {why}" in said
+
+
+@needs_triton
+def test_the_version_of_a_nightly_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose distribution has another name."""
+    import triton as module
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(module, "__version__", "3.7.0+git1234")
+    assert triton.unusable() is None
+    assert triton._version() == "3.7.0+git1234"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "why"),
+    [
+        (None, None, "torch 2.9.0 is built for CPUs alone"),
+        (
+            None,
+            "550.54",
+            "torch 2.9.0 is built for CPUs alone; https://pytorch.org/get-started/locally has others",
+        ),
+        ("12.8", None, "there is no NVIDIA driver"),
+        ("12.8", "550.54", "torch sees none"),
+    ],
+)
+def test_why_no_gpu_is_used(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, driver: str | None, why: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor, "driver", lambda: driver)
+    assert f"\n  no   GPUs: {why}\n" in doctor.report()
+    assert doctor.facts()["uses"]["gpu"]["missing"] == (why,)
 
 
 MODULE = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpop.batch_check.labels import check_ids, check_labels, check_scored
+from fastdpop.batch_check.labels import (
+    check_ids,
+    check_labels,
+    check_scored,
+    leading_padding,
+)
 from fastdpop.batch_check.pairs import check_pairs
 from fastdpop.batch_check.references import Scores, check_references, differences
 from fastdpop.batch_check.report import BatchReport, Finding
@@ -131,6 +136,9 @@ def without_model(view: BatchView, vocabulary: Vocabulary, given: bool = False) 
     """
     findings = check_ids(view, vocabulary) + check_labels(view)
     if findings:  # of which tokens are scored, such labels say nothing
+        return findings
+    findings = leading_padding(view, vocabulary)
+    if findings:  # of where sequences begin
         return findings
     findings = check_scored(view, vocabulary)
     if any(finding.code == "nothing-scored" for finding in findings):

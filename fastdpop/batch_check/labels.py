@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastdpop.batch_check.report import Finding
@@ -154,6 +155,27 @@ def check_scored(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     ]
 
 
+def leading_padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Padding in front that no attention mask covers, by its looks."""
+    pad = vocabulary.pad
+    if pad is None or not view.ids.shape[1] > 2:
+        return []
+    run = ((view.ids == pad) & view.attended).int().cumprod(1).sum(1)
+    rows = (run >= 2) & (run < view.ids.shape[1])
+    if not bool(rows.any()):
+        return []
+    return [
+        Finding(
+            "padding-attended",
+            "error",
+            f"{int(rows.sum())} of {len(view.ids)} sequences begin with 2 to {int(run[rows].max())} padding tokens "
+            f"({pad}) that the model attends to"
+            + ("" if view.masked else ": there is no attention_mask"),
+            "Pass attention_mask, 0 on padding",
+        )
+    ]
+
+
 def _padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     by_mask = view.scored & ~view.attended
     guessed = view.scored & _runs(view, vocabulary.pad, vocabulary)
@@ -217,21 +239,21 @@ def _prompt(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
 
 
 def _end(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
-    """The token behind the last scored one ends the text, and is not scored."""
-    rows = [row for row in range(len(view.ids)) if view.lengths[row] > 0]
-    left = 0
-    for row in rows:
-        behind = int(view.scored[row].nonzero()[-1]) + 1
-        if behind < view.ids.shape[1] and bool(view.attended[row, behind]):
-            left += int(view.ids[row, behind]) in vocabulary.ends
-    if not vocabulary.ends or left * 2 < len(rows):
+    """An end token behind the first scored one that is not scored, in completions of which no other one is."""
+    if not vocabulary.ends or (vocabulary.pad in vocabulary.ends and not view.masked):
+        return []  # without a mask it may be padding
+    ends = torch.isin(view.ids, torch.tensor(sorted(vocabulary.ends)))
+    behind = view.scored.int().cummax(1).values.bool() & view.attended & ends
+    rows = view.lengths > 0
+    left = int(((behind & ~view.scored).any(1) & ~(behind & view.scored).any(1) & rows).sum())
+    if left == 0 or left * 2 < int(rows.sum()):
         return []
     return [
         Finding(
             "end-not-scored",
             "warning",
-            f"{left} of {len(rows)} completions are followed by their end token, which is not scored: the model "
-            "does not learn to stop",
+            f"in {left} of {int(rows.sum())} completions there is an end token, and it is not scored: the model does "
+            "not learn to stop",
             "Score it. Where the padding token is the end token, mask labels by attention_mask and not by the id",
         )
     ]

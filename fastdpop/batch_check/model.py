@@ -114,27 +114,6 @@ def check_padding(runner: Runner, view: BatchView, logps: Tensor) -> list[Findin
     ]
 
 
-def leading_padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
-    """Padding in front that no attention mask covers, by its looks."""
-    pad = vocabulary.pad
-    if pad is None or not view.ids.shape[1] > 2:
-        return []
-    run = ((view.ids == pad) & view.attended).int().cumprod(1).sum(1)
-    rows = (run >= 2) & (run < view.ids.shape[1])
-    if not bool(rows.any()):
-        return []
-    return [
-        Finding(
-            "padding-attended",
-            "error",
-            f"{int(rows.sum())} of {len(view.ids)} sequences begin with 2 to {int(run[rows].max())} padding tokens "
-            f"({pad}) that the model attends to"
-            + ("" if view.masked else ": there is no attention_mask"),
-            "Pass attention_mask, 0 on padding",
-        )
-    ]
-
-
 def check_likelihood(view: BatchView, logps: Tensor, vocabulary: Vocabulary) -> list[Finding]:
     """Tokens that the model finds less likely than any guess are another tokenizer's, or not shown in this order."""
     scored = logps[view.scored]

@@ -18,14 +18,14 @@ _EXACT = 0.05
 """Share of a log-prob by which one explanation may miss, to be taken for the right one."""
 _LEAST = 0.5
 """Nats that chosen and rejected must be apart, for their order to show."""
-_WORSE = 1.0
-"""Nats per token below a guess among all tokens."""
+_GUESSED, _WORSE = 0.75, 3.0
+"""A share of a guess's log-prob, and nats per token below the policy's; no reference that can read is there."""
 _FEW, _MANY = 6, 12
 """Sequences of at least 5 tokens that say something of the others, and that say more."""
-_OTHER = {False: (1.0, 0.5, 0.5), True: (0.6, 0.35, 0.2)}
+_OTHER = {False: (1.0, 0.5, 0.5), True: (0.7, 0.25, 0.4)}
 """For few and for many: a spread of the logarithm of reference over policy that is too much by itself, one that is too
-much below a correlation, and that. References with two layers less, with noise in all weights, or before DPO and DPOP
-training stay below (0 of 4,400 batches of 4 and 8 pairs); of those of other batches 66 % and 95 % do not."""
+much below a correlation, and that. Measured on 6,000 batches of 4 and 8 pairs: references with two layers less, with
+noise in all weights, or before DPO and DPOP training stay below; of those of other batches 66 % and 97 % do not."""
 _SWAP = "Give the chosen side first: ref_logps=(chosen, rejected), or (2B,) with all chosen sequences first"
 _SUMS = (
     "A loss needs the sum over the scored tokens of each sequence, in nats, from the same labels: "
@@ -71,13 +71,13 @@ def check_references(
     scores = scores.of((scores.lengths > 0).all(1) & (scores.policy < 0).all(1))
     if not len(scores.policy):
         return []
-    for check in (_averaged, _scaled, _whole, _swapped, _moved, _opposed):
+    for check in (_averaged, _scaled, _whole, _swapped, _moved):
         finding = check(scores)
         if finding:
             return [finding]
-    worse = _unlikely(scores, vocabulary) or _unrelated(scores)
-    if worse:
-        return [worse]
+    finding = _unlikely(scores, vocabulary) or _opposed(scores) or _unrelated(scores)
+    if finding:
+        return [finding]
     return _stale(scores, noise) if at_start else []
 
 
@@ -151,7 +151,8 @@ def _scaled(scores: Scores) -> Finding | None:
         return None
     factor, spread = float(ratio.median()), float(ratio.log().std())
     varied = float(scores.policy.abs().log().std())
-    if not (spread <= 0.01 and abs(math.log(factor)) >= 0.2 and varied >= 0.1):
+    exact = spread <= (0.01 if varied >= 0.1 else 0.001)  # other models of one text are alike, too
+    if not exact or abs(math.log(factor)) < 0.2:
         return None
     return Finding(
         "ref-scaled",
@@ -234,18 +235,18 @@ def _moved(scores: Scores) -> Finding | None:
 
 
 def _unlikely(scores: Scores, vocabulary: int | None) -> Finding | None:
-    """Worse than a guess among all tokens."""
+    """Near a guess among all tokens, or below, where the policy knows better."""
     if vocabulary is None or int(scores.lengths.sum()) < 4:
         return None
-    mean, guess = float(scores.reference.sum() / scores.lengths.sum()), -math.log(vocabulary)
-    own = float(scores.policy.sum() / scores.lengths.sum())
-    if not (mean < guess - _WORSE and mean < own - _WORSE):
+    own, mean = (float(x.sum() / scores.lengths.sum()) for x in (scores.policy, scores.reference))
+    guess = -math.log(vocabulary)
+    if not (mean < _GUESSED * guess and mean < own - _WORSE):
         return None
     return Finding(
         "ref-unlikely",
         "warning",
-        f"reference log-probs are {mean:.1f} nats per token in the mean, less than a guess among all tokens "
-        f"({guess:.1f}); the policy's are {own:.1f}: the reference read other tokens, as with another tokenizer",
+        f"reference log-probs are {mean:.1f} nats per token in the mean, where a guess among all tokens has "
+        f"{guess:.1f} and the policy {own:.1f}: the reference read other tokens, as with another tokenizer",
         "Score the reference on this batch's input_ids; a reference needs the policy's tokenizer",
     )
 

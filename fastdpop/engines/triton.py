@@ -37,7 +37,6 @@ from fastdpop.engines.base import (
     PairLossPlan,
     Problem,
 )
-from fastdpop.installed import install
 
 if TYPE_CHECKING:
     from fastdpop.engines.triton_pass import TritonPass
@@ -46,6 +45,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PRODUCTS = ("auto", "kernels")
 """Who forms dHidden and dWeight: cuBLAS where it can, or our kernels always."""
+
+OLDEST = (3, 6)
+"""The oldest triton that compiles the kernels."""
 
 FORWARDS = ("plain", "gluon")
 """Which forward product: the plain one, or the warp-specialised one on Hopper."""
@@ -94,8 +96,9 @@ class TritonEngine(Engine):
             return f"it computes in float32, bfloat16 and float16, not in {dtype}"
         if device.type not in ("cuda", "cpu"):
             return f"it computes on CUDA devices, not on {device.type}"
-        if not _has_triton():
-            return f"triton is not installed: {install('triton')}"
+        reason = unusable()
+        if reason is not None:
+            return reason
         interpreted = _interpreted()
         if device.type == "cpu" and not interpreted:
             return "it needs a CUDA device, or TRITON_INTERPRET=1 when triton is first imported"
@@ -110,7 +113,7 @@ class TritonEngine(Engine):
     def describe(self) -> str:
         """Triton's version, and how it runs."""
         how = " in the interpreter" if _interpreted() else ""
-        return f"Triton {importlib.metadata.version('triton')} kernels{how}"
+        return f"Triton {_version()} kernels{how}"
 
     def chunk_rows(
         self, problem: Problem, statistics: tuple[str, ...], needs_grad: NeedsGrad
@@ -195,8 +198,28 @@ def _of_environment(name: str, allowed: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def unusable() -> str | None:
+    """Why no kernels can be had on any device: there is no triton, or one that is too old."""
+    version = _version()
+    if version is None:
+        return "triton is not installed: pip install 'fastdpop[triton]'"
+    from packaging.version import Version
+
+    if Version(version).release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"triton is {version}, expected {oldest} or later, which comes with torch 2.10"
+    return None
+
+
+def _version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # that of nightly builds has another name
+        import triton
+
+        return str(triton.__version__)
 
 
 def _interpreted() -> bool:

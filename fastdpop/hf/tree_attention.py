@@ -133,7 +133,7 @@ def _mask(name: str, *args: Any, **kwargs: Any) -> Any:
     if layout is None:
         of_original: Any = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(name)
         return None if of_original is None else of_original(*args, **kwargs)
-    lengths = (kwargs.get("q_length"), kwargs.get("kv_length"))
+    lengths = (_queries(kwargs), kwargs.get("kv_length"))
     tokens = layout.mask.shape[-1]
     if args or lengths != (tokens, tokens):
         raise Unshareable(
@@ -157,6 +157,12 @@ def _mask(name: str, *args: Any, **kwargs: Any) -> Any:
     return _dense(name, layout.mask, function, kwargs)
 
 
+def _queries(kwargs: dict[str, Any]) -> int | None:
+    """How many tokens a mask is asked for; transformers before 5.4 gives their positions instead."""
+    positions = kwargs.get("cache_position")
+    return kwargs.get("q_length") if positions is None else len(positions)
+
+
 def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
     """The mask functions that all have to hold, one after the other."""
     if getattr(function, "__qualname__", "") != "and_masks.<locals>.and_mask":
@@ -167,7 +173,8 @@ def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 def _dense(name: str, mask: Tensor, function: Callable[..., Any], kwargs: dict[str, Any]) -> Tensor:
     """Any causal mask that is a function of the positions in a sequence, for implementations that read dense ones."""
-    device = kwargs.get("device") or torch.device("cpu")
+    positions = kwargs.get("cache_position")
+    device = kwargs.get("device") or ("cpu" if positions is None else positions.device)
     end, position = mask[0, 0].to(device)
     place = torch.arange(len(end), device=device)
     below = sees(end, place[:, None], place)

@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from fastdpop.choices import words
 
 from .base import PreferenceLoss
+
+KIND = "kind"
+"""Where a field has it in its metadata."""
+
+
+class Kind(NamedTuple):
+    """Which values an option accepts."""
+
+    types: tuple[type, ...]
+    expected: str
+    accepts: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -27,10 +38,19 @@ class CheckedLoss(PreferenceLoss):
         what was expected.
     """
 
+    _kinds: ClassVar[dict[str, Kind]] = {}
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Note what is checked beside the fields: the compilers of torch 2.9 and 2.10 cannot read their metadata."""
+        super().__init_subclass__(**given)
+        own = {name: kind_of(option) for name, option in vars(cls).items()}
+        cls._kinds = {
+            name: kind for name, kind in {**cls._kinds, **own}.items() if kind is not None
+        }
+
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if "accepts" in option.metadata:
-                check(type(self).__name__, option.name, getattr(self, option.name), option)
+        for name, kind in self._kinds.items():
+            check(type(self).__name__, name, getattr(self, name), kind)
 
 
 def positive(default: float) -> Any:
@@ -83,21 +103,24 @@ def _number(default: float, expected: str, accepts: Callable[[float], bool]) -> 
 def _option(
     default: Any, types: tuple[type, ...], expected: str, accepts: Callable[[Any], bool]
 ) -> Any:
-    metadata = {"types": types, "expected": expected, "accepts": accepts}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={KIND: Kind(types, expected, accepts)})
 
 
-def check(owner: str, option: str, value: Any, kind: Field[Any]) -> None:
+def kind_of(option: Any) -> Kind | None:
+    """What one of the functions above gave, if it is that."""
+    return option.metadata.get(KIND) if isinstance(option, Field) else None
+
+
+def check(owner: str, option: str, value: Any, kind: Kind) -> None:
     """
     Args:
-        kind: what one of the functions above gave.
+        kind: of one of the functions above.
 
     Raises:
         TypeError, ValueError: `value` is none of its kind; the message names owner and option.
     """
-    types, expected, accepts = (kind.metadata[name] for name in ("types", "expected", "accepts"))
     # bool is a Real to Python, but beta=True is a slip.
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(f"{owner}: {option} is {value!r}, expected {expected}")
-    if (isinstance(value, Real) and not math.isfinite(value)) or not accepts(value):
-        raise ValueError(f"{owner}: {option} is {value!r}, expected {expected}")
+    if not isinstance(value, kind.types) or (isinstance(value, bool) and bool not in kind.types):
+        raise TypeError(f"{owner}: {option} is {value!r}, expected {kind.expected}")
+    if (isinstance(value, Real) and not math.isfinite(value)) or not kind.accepts(value):
+        raise ValueError(f"{owner}: {option} is {value!r}, expected {kind.expected}")

@@ -7,7 +7,7 @@ from fastdpop.choices import Per
 from .base import PreferenceLoss
 from .batch import BCO
 from .free import SFT
-from .options import check, non_negative
+from .options import KIND, check, non_negative
 from .ratio import DPO
 
 
@@ -25,5 +25,5 @@ def rpo(
     ``dpo + alpha * sft``, TRL's former ``rpo_alpha``. TRL's NLL is the mean over the tokens of a
     batch, that of the paper is ``per="sequence"``.
     """
-    check("rpo", "alpha", alpha, non_negative(1.0))
+    check("rpo", "alpha", alpha, non_negative(1.0).metadata[KIND])
     return DPO(beta=beta, label_smoothing=label_smoothing) + alpha * SFT(per=per)

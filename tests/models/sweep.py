@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastdpop import attach, losses, naive
 from fastdpop.hf.sharing_check import verdict_of
+from tests.models.outcome import Outcome
+from tests.models.page import page
 from tests.models.shrink import LEFT_OUT, V, build
 
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -37,22 +38,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 DPOP = losses.get("dpop", beta=0.3, lam=50.0)
 LOGPS, LOSS, GRADIENTS = 2e-6, 2e-5, 2e-4
 """Allowed relative differences in fp32. The loss multiplies log-ratios by 15; gradients have gone through the trunk."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one model."""
-
-    name: str
-    error: str | None = None
-    """None for a model that is right."""
-    router_loss: bool = False
-    head: tuple[str, ...] = ()
-    """What the head does beyond a product with an untied weight."""
-    sharing: str = ""
-    """How prefixes are shared: "shared", "packed" or "padded"."""
-    reason: str = ""
-    """Why no more than that."""
 
 
 def compare(name: str) -> Outcome:
@@ -228,86 +213,6 @@ def _limited(
     except Exception as error:
         outcome = Outcome(name, f"{type(error).__name__}: {' '.join(str(error).split())}")
     pipe.send(outcome)
-
-
-# ---- the page -----------------------------------------------------------------------------------
-
-
-def page(outcomes: list[Outcome]) -> str:
-    """docs/models.md."""
-    right = [outcome for outcome in outcomes if outcome.error is None]
-    wrong = [outcome for outcome in outcomes if outcome.error is not None]
-    heads = sorted({kind for outcome in right for kind in outcome.head})
-    lines = [
-        "# Tested models",
-        "",
-        "<!-- Written by `make models`: change tests/models/sweep.py instead. -->",
-        "",
-        f"transformers {transformers.__version__} has {len(outcomes)} types of model that `AutoModelForCausalLM` "
-        "builds. `make models` makes a tiny random one of each, [attaches](attach.md) it and compares the loss, the "
-        "log-probs and the gradient of every parameter with those of the model's own full logits in fp32. "
-        f"**{len(right)} agree.** fastdpop has no code for any of them: a new architecture, or one of your own, works "
-        "by the same rules, and the check in `attach` compares it before you train.",
-        "",
-        "## Right",
-        "",
-        _listed(right),
-        "",
-        "Among them, by what the head does besides multiplying by a weight of its own:",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {kind} | {_listed([o for o in right if kind in o.head])} |" for kind in heads),
-        f"| router loss, kept | {_listed([o for o in right if o.router_loss])} |",
-        "",
-        "## Shared prefixes",
-        "",
-        "With [`share_prefixes`](sharing.md) each model then computes two pairs again, with a common prompt, different "
-        "lengths and padding, and every number is compared with those without. What cannot share says so once, with "
-        "the reason, and computes the padded batch. The shrunken models stand for their type; a larger one may have "
-        "other layers.",
-        "",
-        "| | | |",
-        "|---|---|---|",
-        *(
-            f"| {kind} | {len(of_kind)} | {_listed(of_kind)} |"
-            for kind, of_kind in _by_sharing(right).items()
-        ),
-        "",
-        "## Not",
-        "",
-        "| model | why |",
-        "|---|---|",
-        *(f"| `{o.name}` | {LEFT_OUT.get(o.name) or _short(o.error)} |" for o in wrong),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-_REASONS = {
-    "whose state runs along": "padded: layers whose state runs along the sequence",
-    "takes no position_ids": "padded: positions cannot be given",
-    "attention by itself": "padded: attention of their own, not transformers' interface",
-}
-
-
-def _by_sharing(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
-    kinds: dict[str, list[Outcome]] = {"shared": [], **{kind: [] for kind in _REASONS.values()}}
-    for outcome in outcomes:
-        known = (kind for text, kind in _REASONS.items() if text in outcome.reason)
-        other = "padded: attention that uses its mask in ways of its own"
-        kind = outcome.sharing if outcome.sharing != "padded" else next(known, other)
-        kinds.setdefault(kind, []).append(outcome)
-    return kinds
-
-
-def _listed(outcomes: list[Outcome]) -> str:
-    return ", ".join(f"`{outcome.name}`" for outcome in outcomes)
-
-
-def _short(error: str | None) -> str:
-    text = (error or "").replace("|", "\\|")
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def main() -> int:

