@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -161,6 +162,40 @@ def test_all_layouts_have_the_same_references() -> None:
     columns = {"ref_chosen_logps": rejected, "ref_rejected_logps": chosen}
     assert not check(own, {**trl, **columns}, at_start=True).ok
     assert not check(own, {**given, "ref_logps": fastdpop.exact(swapped)}, at_start=True).ok
+
+
+def test_pairs_without_a_side() -> None:
+    """Their references stand beside those of whole pairs."""
+    own, given = model(), batch()
+    ref = references(own, given)
+    pairs = torch.tensor([[0, 3], [1, -1], [2, 5]])
+    chosen, rejected = ref[:3], torch.tensor([ref[3], 0.0, ref[5]], dtype=ref.dtype)
+    assert check(own, given, (chosen, rejected), pairs=pairs, at_start=True).ok
+    assert not check(own, given, (rejected, chosen), pairs=pairs, at_start=True).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"input_ids": None}, {}, "expected input_ids among them"),
+        ({"labels": None}, {}, "expected labels"),
+        ({"labels": torch.zeros(6, 2)}, {}, "labels has shape (6, 2), expected (6, "),
+        (
+            {"attention_mask": torch.ones(6, 2)},
+            {},
+            "attention_mask has shape (6, 2), expected (6, ",
+        ),
+        ({}, {"pairs": [(0, 9)]}, "pairs reaches from 0 to 9, expected sequences below 6, or -1"),
+        ({}, {"ref_logps": torch.zeros(3)}, "ref_logps has shape (3,), expected (6,)"),
+        ({}, {"hidden": torch.zeros(6, 2, 4)}, "hidden has shape (6, 2, 4), expected (6, "),
+        ({}, {"weight": torch.zeros(2, 4)}, "weight has shape (2, 4), expected (258, 16)"),
+        ({}, {"max_pairs": -1}, "max_pairs is -1, expected a number of pairs"),
+    ],
+)
+def test_what_is_no_batch(changes: dict[str, Any], options: Any, message: str) -> None:
+    given = {n: v for n, v in {**batch(), **changes}.items() if v is not None}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(model(), given, **options)
 
 
 # ---- without a trace ----------------------------------------------------------------------------
