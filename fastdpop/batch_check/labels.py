@@ -87,7 +87,7 @@ def _shifted(view: BatchView, marked: Tensor) -> Finding | None:
     )
     if share < 0.9 or share - own < 0.1:
         return None
-    place = "next one" if by == 1 else f"one {abs(by)} places {'on' if by > 0 else 'back'}"
+    place = "next place" if by == 1 else f"place {by:+d} from them"
     often = "twice" if by == 1 else f"{by + 1} times" if by > 0 else "the wrong way"
     return Finding(
         "labels-shifted",

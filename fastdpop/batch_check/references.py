@@ -197,8 +197,12 @@ def _opposed(scores: Scores) -> Finding | None:
     own, given = _margins(scores)
     if len(own) < 4 or float(own.abs().mean()) < _LEAST:
         return None
-    cosine = float((own * given).sum() / (own.norm() * given.norm()).clamp_min(1e-9))
+    cosine = _cosine(own, given)
     return _as_swapped(own, given, f"their cosine is {cosine:.2f}") if cosine <= -0.8 else None
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp_min(1e-9))
 
 
 def _margins(scores: Scores) -> tuple[Tensor, Tensor]:
@@ -259,8 +263,10 @@ def _unrelated(scores: Scores) -> Finding | None:
         return None
     ratio = given - own
     spread, together = float(ratio.std()), float(torch.corrcoef(torch.stack([own, given]))[0, 1])
-    far, apart, loose = _OTHER[len(own) >= _MANY]
-    if not (spread > far or (spread > apart and together < loose)):
+    many = len(own) >= _MANY
+    far, apart, loose = _OTHER[many]
+    crossed = many and _cosine(*_margins(scores)) < 0.1
+    if not (spread > far or (spread > apart and (together < loose or crossed))):
         return None
     return Finding(
         "ref-other-batch",

@@ -31,7 +31,7 @@ def layout(view: BatchView, vocabulary: Vocabulary) -> list[str]:
     side = "left" if padding and not bool(attended[:, -1].logical_not().any()) else "right"
     facts = [
         f"{len(view.ids)} sequences in {len(view.pairs)} pairs, {view.kind}: {sum(counts)} of {int(attended.sum())} "
-        f"tokens are scored, {min(counts)} to {max(counts)} of a sequence"
+        f"tokens are scored, {_range(counts)}"
         + (f"; {padding} of padding, on the {side}" if padding else "; no padding")
     ]
     if vocabulary.ends:
@@ -45,6 +45,11 @@ def layout(view: BatchView, vocabulary: Vocabulary) -> list[str]:
         shorter = sum(counts[c] < counts[r] for c, r in view.pairs)
         facts.append(f"chosen is longer in {longer} pairs, rejected in {shorter}")
     return facts
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low} of each sequence" if low == high else f"{low} to {high} of a sequence"
 
 
 def _sequence(view: BatchView, row: int, vocabulary: Vocabulary) -> list[str]:

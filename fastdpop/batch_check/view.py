@@ -31,7 +31,8 @@ class BatchView:
         labels: ``(S, T)`` int64, aligned with the ids if they are as they should be.
         attended: ``(S, T)`` bool, the attention mask; all true where none was given.
         masked: whether an attention mask was given.
-        pairs: (chosen, rejected) sequences.
+        pairs: (chosen, rejected) sequences; of unpaired data there are none.
+        sided: ``(P,)`` bool: which of the pairs that were given have both sides, and are among `pairs`.
         label_dtype: as they were given.
         kind: how the batch was laid out, in words.
         extra: further arguments of the model, a row for each sequence where they are tensors.
@@ -47,6 +48,7 @@ class BatchView:
     kind: str = "padded"
     extra: Mapping[str, Any] = field(default_factory=dict)
     hidden: Tensor | None = None
+    sided: Tensor | None = None
 
     @cached_property
     def scored(self) -> Tensor:
@@ -128,16 +130,18 @@ def read_batch(
     extra = {n: v for n, v in batch.items() if n not in _NOT_OF_THE_MODEL}
     if kind != "padded":
         extra.pop("position_ids", None)
+    table = _pairs(pairs, len(ids))
     return BatchView(
         ids.cpu(),
         labels.cpu(),
         attended.bool().cpu(),
         masked,
-        _pairs(pairs, len(ids)),
+        tuple(pair for pair in table if min(pair) >= 0),
         dtype,
         kind,
         extra,
         _hidden(hidden, ids, kind),
+        torch.tensor([min(pair) >= 0 for pair in table], dtype=torch.bool),
     )
 
 
@@ -225,7 +229,7 @@ def _of_packed(ids: Tensor, labels: Tensor, cu_seqlens: Tensor) -> tuple[Tensor,
 
 
 def _pairs(given: Any, sequences: int) -> tuple[tuple[int, int], ...]:
-    """Chosen and rejected sequences; none where their number is odd, which is a finding."""
+    """Chosen and rejected sequences, -1 where a side is absent; none where their number is odd, which is a finding."""
     if given is None:
         half = sequences // 2
         return () if sequences % 2 else tuple((i, i + half) for i in range(half))
@@ -238,7 +242,7 @@ def _pairs(given: Any, sequences: int) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"pairs reaches from {int(table.min())} to {int(table.max())}, expected sequences below {sequences}, or -1"
         )
-    return tuple((c, r) for c, r in table.tolist() if c >= 0 and r >= 0)
+    return tuple((c, r) for c, r in table.tolist())
 
 
 def references_of(batch: Mapping[str, Any], ref_logps: Any, view: BatchView) -> Tensor | None:
@@ -265,10 +269,11 @@ def references_of(batch: Mapping[str, Any], ref_logps: Any, view: BatchView) -> 
         raise TypeError(
             f"ref_logps is {type(given).__name__}, expected a tensor ({len(view.ids)},) or (chosen, rejected)"
         )
+    assert view.sided is not None
     for i, side in enumerate(given):
-        if not isinstance(side, Tensor) or side.shape != (len(view.pairs),):
+        if not isinstance(side, Tensor) or side.shape != view.sided.shape:
             shape = tuple(getattr(side, "shape", ()))
             raise ValueError(
-                f"ref_logps[{i}] has shape {shape}, expected ({len(view.pairs)},), one value per pair"
+                f"ref_logps[{i}] has shape {shape}, expected ({len(view.sided)},), one value per pair"
             )
-    return torch.stack([side.detach().cpu().double() for side in given], 1)
+    return torch.stack([side.detach().cpu().double() for side in given], 1)[view.sided]

@@ -231,15 +231,15 @@ def test_references(name: str) -> None:
 
 @pytest.mark.parametrize("reference", ["policy", "other"])
 def test_references_of_another_batch(reference: str) -> None:
-    """What single tokens and few pairs cannot show; `at_start` does."""
+    """Of problems of one kind, whose solutions are alike in length, in 3 of 4 batches; with `at_start` in all."""
     chance, caught = random.Random(3), 0
     for _ in range(50):
         drawn = chance.sample(LONG, 16)
         sample = made(drawn[:8])
         stale = made(drawn[8:]).references(reference)
-        caught += found(sample.batch, sample.pairs, stale).codes == ("ref-other-batch",)
+        caught += not found(sample.batch, sample.pairs, stale).ok
         assert not found(sample.batch, sample.pairs, stale, at_start=True).ok
-    assert caught >= 40
+    assert caught >= 35
 
 
 def test_stale_references() -> None:
