@@ -30,6 +30,18 @@ from fastdpop.train.options import DEFAULTS, SHORT, PairArguments, under_trl_nam
 _LISTS = ("columns", "loss_option")
 """Options of which each may be given several times."""
 
+_FORMER = {
+    "group_by_length": "it is --train_sampling_strategy group_by_length",
+    "evaluation_strategy": "it is --eval_strategy",
+    "warmup_ratio": "it is --warmup with a number below 1",
+    "max_prompt_length": "nothing is cut: --max-length is of prompt and completion together",
+    "max_completion_length": "nothing is cut: --max-length is of prompt and completion together",
+    "overwrite_output_dir": "nothing is overwritten: --resume goes on, or choose another folder",
+    "torch_dtype": "it is --dtype",
+    "no_cuda": "it is --device cpu",
+}
+"""Options of earlier transformers and TRL, and what stands for them."""
+
 
 @dataclass
 class Asked:
@@ -250,6 +262,9 @@ def _in_yaml(arguments: list[str], name: str) -> Any:
 
 def _unknown(arguments: list[str], parser: _Parser) -> str:
     name = next((a for a in arguments if a.startswith("--")), arguments[0])
+    now = _FORMER.get(name.removeprefix("--").replace("-", "_"))
+    if now is not None:
+        return f"there is no option {name}; {now}"
     known = {o for action in parser._actions for o in action.option_strings}
     known |= {"--" + short for short in SHORT}
     known = {o.replace("_", "-") for o in known}
