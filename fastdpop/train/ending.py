@@ -9,6 +9,9 @@ from fastdpop.train.options import TOO_LONG
 from fastdpop.train.parse import Asked
 from fastdpop.train.report import evaluations, held_out_table
 
+_SHOWN = 0.005
+"""Nats; less is written as 0.00."""
+
 
 def summary(asked: Asked, trainer: Any, result: Any, first: int) -> str:
     """As text.
@@ -22,9 +25,11 @@ def summary(asked: Asked, trainer: Any, result: Any, first: int) -> str:
     own = state.global_step - trainer.begun
     rate = metrics["train_samples_per_second"] * own / max(state.global_step, 1)
     begun = f" ({trainer.begun} were done before)" if trainer.begun else ""
-    lines = [f"\n{own} steps in {_duration(metrics['train_runtime'])}{begun}"]
-    if own:
-        lines[0] += f", {rate:.3g} pairs per second"
+    lines = [
+        f"\n{own} steps in {_duration(metrics['train_runtime'])}{begun}, {rate:.3g} pairs per second"
+    ]
+    if not own:
+        lines = [f"\nNothing was left to train: all {trainer.begun} steps had been done"]
     rows = [row for row in evaluations(state.log_history) if row["step"] >= first]
     if rows:
         # The last evaluation is of the weights that are saved.
@@ -57,6 +62,11 @@ def _verdict(rows: list[dict[str, Any]], history: list[dict[str, Any]]) -> list[
     name = (
         "eval_logratios/chosen" if rows else "logratios/chosen, of the last steps that were logged"
     )
+    if abs(ratio) < _SHOWN:
+        return [
+            f"{which} are as likely as under the reference ({name} {ratio:+.2f} nats): the model has hardly moved. "
+            "Train for more --epochs, or raise --learning-rate."
+        ]
     if abs(ratio) <= 2 * error:  # a mean that chance explains
         return [f"{which} are about as likely as under the reference ({name} {ratio:+.2f} nats)."]
     if ratio > 0:

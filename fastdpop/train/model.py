@@ -78,9 +78,16 @@ def model_source(asked: Asked) -> Source:
     elif asked.own.merge_adapter:
         raise ValueError(f"--merge-adapter has no effect: {name} holds no adapter")
     base = base or name
-    config = AutoConfig.from_pretrained(
-        base, revision=None if adapter else asked.model.model_revision, trust_remote_code=trust
-    ).get_text_config()
+    revision = None if adapter else asked.model.model_revision
+    try:
+        loaded = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust)
+    except OSError as error:
+        if Path(base).exists():
+            raise
+        raise OSError(
+            f"--model is {name!r}: there is no folder {base}, and of the Hub: {error}"
+        ) from error
+    config = loaded.get_text_config()
     return Source(
         base,
         adapter,

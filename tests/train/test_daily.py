@@ -239,3 +239,46 @@ def test_chosen_completions_that_fall(files: Files, capsys: pytest.CaptureFixtur
         f"Chosen completions became LESS likely (logratios/chosen, of the last steps that were logged {last:+.2f}"
         in said
     )
+
+
+def test_a_run_that_hardly_moved_and_one_that_had_ended(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert files.run("--learning-rate", "1e-12") == 0
+    said = capsys.readouterr().out
+    assert "Chosen completions are as likely as under the reference" in said
+    assert "Train for more --epochs, or raise --learning-rate" in said
+    assert files.run("--learning-rate", "1e-12", "--resume") == 0
+    assert "Nothing was left to train: all 3 steps had been done" in capsys.readouterr().out
+
+
+# ---- messages that name what was written --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--batch-pairs", "x"), "argument --batch-pairs: invalid int value: 'x'"),
+        (("--num_train_epochs", "x"), "argument --num_train_epochs/"),
+        (("--loss", "dop"), "(did you mean 'dpop'"),
+        (("--lr", "1e-4"), "there is no option --lr; it is --learning-rate"),
+        (("--bf16", "true", "stray"), "'stray' belongs to no option"),
+    ],
+)
+def test_wrong_usage(
+    more: tuple[str, ...], message: str, files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        files.run(*more)
+    assert message in last_error(capsys)
+
+
+def test_a_model_that_is_nowhere(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert files.run("--model", "nosuch") == 1
+    assert (
+        "--model is 'nosuch': there is no folder nosuch, and of the Hub: "
+        in capsys.readouterr().err
+    )
