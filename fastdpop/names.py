@@ -57,7 +57,11 @@ _ALSO = {
     # values
     "batchmean": ("mean",),
     "average": ("mean",),
-    "accuracy": ("token_accuracy",),
+    "accuracy": ("token_accuracy", "rewards/accuracies"),
+    "accuracies": ("rewards/accuracies",),
+    "margin": ("rewards/margins",),
+    "margins": ("rewards/margins",),
+    "reward": ("rewards/margins",),
     "logits": ("mean_logits",),
     "torch": ("eager",),
     "pytorch": ("eager",),

@@ -129,6 +129,9 @@ def test_other_commands() -> None:
         (["--config", "broken.yaml"], ValueError, "the file of --config is no YAML"),
         (["--accelerate_config", "none"], ValueError, "Accelerate config none"),
         (["stray.py"], ValueError, "'stray.py' is no option of TRL or of accelerate launch"),
+        (["--metric_for_best_model", "eval_los"], ValueError, "did you mean 'loss'"),
+        (["--config", "metric.yaml"], ValueError, "the greatest hinge_on, which is the worst"),
+        (["--model_revision", "v2"], ValueError, "v2 has no effect: model is a folder"),
     ],
     ids=str,
 )
@@ -136,6 +139,7 @@ def test_wrong_options(
     options: list[str], error: type[Exception], message: str, files: Path
 ) -> None:
     Path("broken.yaml").write_text("beta: [")
+    Path("metric.yaml").write_text("metric_for_best_model: eval_hinge_on")
     with pytest.raises(error, match=message):
         trl.run(["dpo", *FIXED, *options])
     assert not Path("out").exists()

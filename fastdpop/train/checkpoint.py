@@ -19,6 +19,10 @@ MANIFEST = "fastdpop.json"
 _INCOMPLETE = "fastdpop-incomplete"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
+HELD_OUT, DECIDES = "held-out pairs", "decided by evaluations"
+NOTHING = "nothing"
+"""Names of an identity, and of the latter the value with which held-out pairs do not matter for what comes out."""
+
 Identity = Mapping[str, str]
 """What a checkpoint and the run that goes on from it must agree on, by name."""
 
@@ -107,6 +111,13 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
     return None, notes
 
 
+def held_out(folder: Path) -> str | None:
+    """What a checkpoint that was verified says of its run's held-out pairs."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found: str | None = manifest["identity"].get(HELD_OUT)
+    return found
+
+
 def verify(folder: Path, identity: Identity) -> None:
     """Check that a checkpoint is as it was written, and belongs to this run.
 
@@ -124,10 +135,13 @@ def verify(folder: Path, identity: Identity) -> None:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}. {other}") from None
+    free: tuple[str, ...] = ()
+    if NOTHING in (saved.get(DECIDES), identity.get(DECIDES)):
+        free = (HELD_OUT, DECIDES)
     changes = [
         f"{name}: {saved.get(name)} then, {identity.get(name)} now"
         for name in sorted({*identity, *saved})
-        if saved.get(name) != identity.get(name)
+        if saved.get(name) != identity.get(name) and name not in free
     ]
     if changes:
         raise ValueError(f"{folder} belongs to another run; " + "; ".join(changes))

@@ -11,7 +11,9 @@ import torch
 from transformers import get_scheduler
 
 from fastdpop import checks, engines
+from fastdpop.integrations.trl.config import shares_prefixes
 from fastdpop.integrations.trl.loss import unread
+from fastdpop.integrations.trl.options import check_best_metric
 from fastdpop.train.options import MOST_THREADS
 
 _LARGEST_SEED = 2**32 - 1  # numpy takes no more
@@ -110,6 +112,7 @@ def check(asked: Any) -> None:
     if asked.mixture.test_split_size and (own.eval_pairs or not asked.mixture.datasets):
         raise ValueError("--test_split_size has no effect beside --eval-pairs, or without datasets")
     _check_effects(asked)
+    check_best_metric(config)
     checks.workspace(own.workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
     if own.engine != "auto":
         engines.get(own.engine)
@@ -117,12 +120,33 @@ def check(asked: Any) -> None:
     _check_lora(asked)
     _check_moving_reference(asked)
     _check_schedule(config)
+    _check_order(config)
+    if by_evaluations(config) and not evaluates(asked):
+        raise ValueError(
+            f"--lr_scheduler_type {_word(config.lr_scheduler_type)} has no effect without --eval-pairs: it lowers the "
+            "learning rate where evaluations get worse"
+        )
 
 
 def evaluates(asked: Any) -> bool:
     """Whether there are held-out pairs."""
     named = asked.data.dataset_name and {"dataset_test_split", "eval_strategy"} & asked.given
     return bool(asked.own.eval_pairs or named or asked.mixture.test_split_size)
+
+
+def by_evaluations(config: Any) -> bool:
+    """Whether the learning rate depends on evaluations."""
+    return _word(config.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy")
+
+
+def grouped_by_length(config: Any) -> bool:
+    """Whether pairs of similar length are batched."""
+    return getattr(config, "train_sampling_strategy", None) == "group_by_length"
+
+
+def _word(value: Any) -> str:
+    """Of an enumeration."""
+    return str(getattr(value, "value", value))
 
 
 def _check_effects(asked: Any) -> None:
@@ -151,6 +175,19 @@ def _check_effects(asked: Any) -> None:
         if f"dataset_{split}_split" in given and (is_file or nothing):
             why = "a file has no splits" if is_file else f"no {split} data are named"
             raise ValueError(f"--dataset_{split}_split has no effect: {why}")
+
+
+def _check_order(config: Any) -> None:
+    if grouped_by_length(config) and shares_prefixes(config):
+        raise ValueError(
+            "--train_sampling_strategy group_by_length has no place with --share-prefixes, which computes no padding "
+            "and puts pairs of one prompt side by side"
+        )
+    if getattr(config, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "--train_sampling_strategy is batch_rebalance, expected random, sequential or group_by_length: batches are "
+            "made before training, and the reference is scored in them"
+        )
 
 
 def _check_moving_reference(asked: Any) -> None:
@@ -194,7 +231,7 @@ def _check_schedule(config: Any) -> None:
     options = config.lr_scheduler_kwargs
     if options is not None and not isinstance(options, dict):
         raise ValueError(f"--lr_scheduler_kwargs is {options!r}, expected a JSON object")
-    name = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+    name = _word(config.lr_scheduler_type)
     if options and name.startswith("constant"):
         raise ValueError(f"--lr_scheduler_kwargs has no effect with --lr_scheduler_type {name}")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

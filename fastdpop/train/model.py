@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from fastdpop.integrations.trl.options import check_revision
 from fastdpop.train.parse import Asked
 
 
@@ -48,6 +49,7 @@ def model_source(asked: Asked) -> Source:
     assert name is not None  # the command line was checked
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
         raise ValueError(f"--model is {name!r}: there is no such folder")
+    check_revision(name, asked.model.model_revision)
     adapter = base = None
     if find_adapter_config_file(name) is not None:
         from peft import PeftConfig
@@ -55,6 +57,11 @@ def model_source(asked: Asked) -> Source:
         adapter, base = name, PeftConfig.from_pretrained(name).base_model_name_or_path
         if not base:
             raise ValueError(f"{name}: adapter_config.json names no base_model_name_or_path")
+        if asked.model.model_revision not in (None, "main"):
+            raise ValueError(
+                f"--model_revision {asked.model.model_revision} has no effect: {name} holds an adapter, which is "
+                "loaded as it is now; download the revision, and name its folder"
+            )
         if asked.config.sync_ref_model and not asked.own.merge_adapter:
             raise ValueError(
                 f"--sync_ref_model has no place here: {name} holds an adapter, and no reference beside it could move. "
@@ -71,9 +78,16 @@ def model_source(asked: Asked) -> Source:
     elif asked.own.merge_adapter:
         raise ValueError(f"--merge-adapter has no effect: {name} holds no adapter")
     base = base or name
-    config = AutoConfig.from_pretrained(
-        base, revision=None if adapter else asked.model.model_revision, trust_remote_code=trust
-    ).get_text_config()
+    revision = None if adapter else asked.model.model_revision
+    try:
+        loaded = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust)
+    except OSError as error:
+        if Path(base).exists():
+            raise
+        raise OSError(
+            f"--model is {name!r}: there is no folder {base}, and of the Hub: {error}"
+        ) from error
+    config = loaded.get_text_config()
     return Source(
         base,
         adapter,

@@ -7,8 +7,9 @@ import ast
 import difflib
 import itertools
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,11 +25,26 @@ from fastdpop.integrations.trl.config import shares_prefixes
 from fastdpop.integrations.trl.loss import check_config
 from fastdpop.integrations.trl.process import shard_on_cpus, sharding_asked
 from fastdpop.losses import PreferenceLoss
+from fastdpop.names import hint
 from fastdpop.train.consistency import check, evaluates, missing
 from fastdpop.train.options import DEFAULTS, SHORT, PairArguments, under_trl_names
 
 _LISTS = ("columns", "loss_option")
 """Options of which each may be given several times."""
+
+_FORMER = {
+    "group_by_length": "it is --train_sampling_strategy group_by_length",
+    "evaluation_strategy": "it is --eval_strategy",
+    "warmup_ratio": "it is --warmup with a number below 1",
+    "max_prompt_length": "nothing is cut: --max-length is of prompt and completion together",
+    "max_completion_length": "nothing is cut: --max-length is of prompt and completion together",
+    "overwrite_output_dir": "nothing is overwritten: --resume goes on, or choose another folder",
+    "torch_dtype": "it is --dtype",
+    "no_cuda": "it is --device cpu",
+    "lr": "it is --learning-rate",
+    "batch_size": "it is --batch-pairs",
+}
+"""Options of earlier transformers and TRL, and of other commands, and what stands for them."""
 
 
 @dataclass
@@ -86,6 +102,7 @@ def parse(argv: Sequence[str]) -> Asked:
         use_cpu=on_cpu and not shards,
     )
     parser.given = given
+    parser.written = {text.partition("=")[0][2:].replace("-", "_") for text in argv}
     try:
         *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except IndexError:
@@ -113,6 +130,7 @@ class _Parser(TrlParser):
     """TRL's parser, to which YAML may give short names, and whose errors fit on a screen."""
 
     given: set[str]
+    written: Collection[str] = ()
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         if not hasattr(self, "given"):
@@ -127,6 +145,13 @@ class _Parser(TrlParser):
         return super().set_defaults_with_config(**named)
 
     def error(self, message: str) -> NoReturn:
+        for short, (name, *_) in SHORT.items():  # as it was written
+            for flag in (f"--{name}/--{name.replace('_', '-')}", f"--{name}"):
+                if message.startswith(f"argument {flag}:") and short in self.written:
+                    message = message.replace(flag, f"--{short.replace('_', '-')}", 1)
+        choice = re.match(r"argument .*: invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        if choice:
+            message += hint(choice[1], [word.strip("' ") for word in choice[2].split(",")])
         print(
             "usage: fastdpop train --model PATH_OR_ID --pairs FILE --output DIR [options]\n"
             f"fastdpop train: error: {message}",
@@ -249,13 +274,18 @@ def _in_yaml(arguments: list[str], name: str) -> Any:
 
 
 def _unknown(arguments: list[str], parser: _Parser) -> str:
-    name = next((a for a in arguments if a.startswith("--")), arguments[0])
+    name = next((a for a in arguments if a.startswith("--")), None)
+    if name is None:
+        return f"{arguments[0]!r} belongs to no option"
+    now = _FORMER.get(name.removeprefix("--").replace("-", "_"))
+    if now is not None:
+        return f"there is no option {name}; {now}"
     known = {o for action in parser._actions for o in action.option_strings}
     known |= {"--" + short for short in SHORT}
     known = {o.replace("_", "-") for o in known}
     near = difflib.get_close_matches(name.replace("_", "-"), sorted(known), n=3)
-    hint = f"; is {' or '.join(near)} meant?" if near else ""
-    return f"there is no option {name}{hint}"
+    meant = f"; is {' or '.join(near)} meant?" if near else ""
+    return f"there is no option {name}{meant}"
 
 
 def _device(name: str | None) -> torch.device:

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl.scripts.utils import get_dataset
 
 from fastdpop import pair_values
@@ -24,10 +25,11 @@ from fastdpop.integrations.trl.references import hash_of_tokens
 from fastdpop.integrations.trl.values import hash_of_values
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint, picture, processes
-from fastdpop.train.consistency import evaluates
+from fastdpop.train.consistency import by_evaluations, evaluates, grouped_by_length
+from fastdpop.train.ending import summary
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
-from fastdpop.train.report import evaluations, held_out_table
+from fastdpop.train.report import evaluations
 from fastdpop.train.trainer import PairTrainer
 
 _FREE = (
@@ -65,8 +67,9 @@ def run(argv: Sequence[str]) -> int:
     identity = _identity(asked, source, train, held_out)
     processes.agree(identity)
     start = _open(output, asked, identity)
+    others = _others(start, identity)
     if "eval_on_start" not in asked.given:
-        config.eval_on_start = held_out is not None and start is None
+        config.eval_on_start = held_out is not None and (start is None or others)
     model, ref_model, peft_config = load_model(asked, source)
     set_seed(config.seed)  # of a new adapter, which TRL before 1.15 does not seed
     try:
@@ -115,7 +118,7 @@ def run(argv: Sequence[str]) -> int:
         if not ended or config.load_best_model_at_end:
             trainer.evaluate()
     trainer.save_at_the_end()
-    say(_summary(trainer, result))
+    say(summary(asked, trainer, result, first=trainer.begun if others else 0))
     _draw(trainer)
     trainer.accelerator.end_training()
     return 0
@@ -200,11 +203,27 @@ def _mapping(text: str) -> tuple[str, str]:
 
 
 def _mixed(train: Any, config: Any) -> Any:
-    """Training pairs in the order of the run's seed; those of one prompt side by side, if they share it."""
+    """Training pairs in the order of the run's seed; those of one prompt side by side, if they share it; those of
+    similar length, if that was asked for. In their own order, if that was.
+    """
+    if getattr(config, "train_sampling_strategy", None) == "sequential":
+        return train
     seed = config.seed if config.data_seed is None else config.data_seed
+    if grouped_by_length(config):
+        size = config.per_device_train_batch_size * config.world_size
+        generator = torch.Generator().manual_seed(seed)
+        return train.select(get_length_grouped_indices(_lengths(train), size, generator=generator))
     if not config.share_prefixes:
         return train.shuffle(seed)
     return train.select(list(PromptSampler(prompts(train), seed=seed)))
+
+
+def _lengths(dataset: Any) -> list[int]:
+    """Of the longer sequence of each pair, to which the other is padded."""
+    return [
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in dataset
+    ]
 
 
 def _identity(asked: Asked, source: Source, train: Any, held_out: Any) -> dict[str, str]:
@@ -231,10 +250,33 @@ def _identity(asked: Asked, source: Source, train: Any, held_out: Any) -> dict[s
     own["loss"] = repr(asked.loss)
     own["engine"] = f"{asked.own.engine}, workspace {asked.own.workspace_bytes}"
     own["training pairs"] = hash_of_tokens(train)
-    own["held-out pairs"] = "none" if held_out is None else hash_of_tokens(held_out)
+    own[checkpoint.HELD_OUT] = "none" if held_out is None else hash_of_tokens(held_out)
+    own[checkpoint.DECIDES] = _decided(config)
     for name in value_names(config):
         own[f"values: {name}"] = hash_of_values(train, name)
     return own
+
+
+def _decided(config: Any) -> str:
+    """What is chosen by evaluations: those of a checkpoint must be of the same kind and of the same pairs."""
+    by = f"{config.metric_for_best_model}, greatest: {config.greater_is_better}"
+    if by_evaluations(config):
+        return f"the learning rate, by {by}, {config.eval_strategy} {config.eval_steps} {config.eval_delay}"
+    return f"the best model, by {by}" if config.metric_for_best_model else checkpoint.NOTHING
+
+
+def _others(start: str | None, identity: dict[str, str]) -> bool:
+    """Whether there are held-out pairs, and others than those of the checkpoint to go on from; then that is said."""
+    if start is None or not (Path(start) / checkpoint.MANIFEST).exists():
+        return False
+    now = identity[checkpoint.HELD_OUT]
+    if now == "none" or checkpoint.held_out(Path(start)) == now:
+        return False
+    PartialState().print(
+        f"The held-out pairs are not those of {start}, which changes no step of training: evaluations from here on are "
+        "of the new ones."
+    )
+    return True
 
 
 def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
@@ -257,32 +299,9 @@ def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
     return None if found[0] is None else str(found[0])
 
 
-def _summary(trainer: PairTrainer, result: Any) -> str:
-    seconds = result.metrics["train_runtime"]
-    rate = result.metrics["train_samples_per_second"]
-    lines = [
-        f"\n{trainer.state.global_step} steps in {_duration(seconds)}, {rate:.3g} pairs per second"
-    ]
-    rows = evaluations(trainer.state.log_history)
-    if rows:
-        lines.append(
-            held_out_table({f"after {row['step']} steps": row for row in (rows[0], rows[-1])})
-        )
-    lines.append(f"Saved to {trainer.args.output_dir}")
-    return "\n".join(lines)
-
-
 def _draw(trainer: PairTrainer) -> None:
     """The picture of what was logged so far, by one process, which says where it is."""
     if trainer.is_world_process_zero():
         line = picture.drawn(trainer.state.log_history, Path(str(trainer.args.output_dir)))
         if line is not None:
             print(line)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((i for i, (value, _) in enumerate(parts) if value), 2)
-    return " ".join(f"{value} {unit}" for value, unit in parts[first:])

@@ -28,6 +28,7 @@ class PairTrainer(FastDPOTrainer):
       all processes, each once.
     - A loss or a gradient's norm that is not finite ends the run.
     - Checkpoints are sealed (:mod:`fastdpop.train.checkpoint`), if `identity` is given.
+    - `begun` is the step that a run has gone on from, or 0.
     - Metrics go to ``metrics.jsonl`` in the output folder, if `write_metrics` is set.
 
     Raises:
@@ -48,8 +49,12 @@ class PairTrainer(FastDPOTrainer):
     ) -> None:
         self._identity = identity
         self._of_step = (0, 0)  # batches and pairs of the current step
+        self.begun = 0
         super().__init__(*args, **kwargs)
         config: Any = self.args
+        # The data are in such batches already, and their order is that of batches.
+        if getattr(config, "train_sampling_strategy", None) == "group_by_length":
+            config.train_sampling_strategy = "random"
         self._reference_moves: bool = config.sync_ref_model
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -241,6 +246,7 @@ class _GoOn(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)  # as this run was told, not the one before
         set_seed(args.seed)  # to have scored the reference, or to have found it, is no difference
+        self._trainer.begun = state.global_step
         counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self._trainer._total_train_tokens = counts[-1] if counts else 0
 

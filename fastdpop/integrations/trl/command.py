@@ -18,7 +18,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli import accelerate_launcher
 from trl.cli import main as run_trl
 from trl.cli.commands import training
+from trl.scripts.dpo import make_parser
 
+from fastdpop.integrations.trl.options import check_best_metric, check_revision
 from fastdpop.integrations.trl.patching import patch_trl, unpatch_trl
 from fastdpop.integrations.trl.process import (
     end_process,
@@ -70,6 +72,11 @@ def _launch_this_module(
     args = launch_command_parser().parse_args(given)
     if args.training_script != _MODULE:
         raise ValueError(f"{args.training_script!r} is no option of TRL or of accelerate launch")
+    _, config, model, _ = make_parser().parse_args_and_config(
+        training_script_args, fail_with_unknown_args=False
+    )
+    check_best_metric(config)
+    check_revision(model.model_name_or_path, model.model_revision)
     launch_command(args)
 
 
