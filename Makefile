@@ -33,7 +33,7 @@ $(foreach name,VENV AXOLOTL,$(if $(and $($(name)),$(filter 1,$(words [$($(name))
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-axolotl test-llamafactory lint format docs models bench kernels kernels-36 kernels-38 estimate sanitize wheels demo smaug smaug-quick clean
+.PHONY: help setup test test-interpreter-36 test-distributed test-trl test-matrix test-axolotl test-llamafactory lint format docs look models bench kernels kernels-36 kernels-38 estimate sanitize wheels demo smaug smaug-quick clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -77,6 +77,11 @@ build/trl-%/.ready: requirements/trl-%.txt
 	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
 	@build/trl-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
+
+# Environments share files with the cache of uv: 30 GB in all with CUDA builds of torch, which are what PyPI has.
+CELL ?=
+test-matrix: setup ## tests/smoke with the oldest to the newest Pythons and packages, into docs/versions.md (CELL: a row alone)
+	$(BIN)/python -m tools.matrix $(CELL)
 
 test-axolotl: $(AXOLOTL)/.ready ## `axolotl train` on fastdpop, in an environment of its own (5 GB)
 	$(AXOLOTL)/bin/python -m pytest tests/axolotl $(ARGS)

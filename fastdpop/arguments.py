@@ -5,6 +5,7 @@ order, and processes hear whether all of them were given the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,10 +95,10 @@ def begun(
     found = _cut(found, vocab_size, start, whole)
     whole = whole if vocab_size is None else vocab_size
     shard = Shard(group, min(start, whole), whole)
-    head = found.head._replace(shard=shard, joined=sequence_parallel)
+    head = replace(found.head, shard=shard, joined=sequence_parallel)
     batch, reference = found.batch, found.reference
     if sequence_parallel:
-        batch = batch._replace(hidden=collectives.along_sequence(batch.hidden, group))
+        batch = replace(batch, hidden=collectives.along_sequence(batch.hidden, group))
         if reference.hidden is not None:
             whole_hidden = collectives.along_sequence(reference.hidden.detach(), group)
             reference = reference._replace(hidden=whole_hidden)
@@ -120,6 +121,6 @@ def _cut(given: Given, vocab_size: int | None, start: int, whole: int | None = N
         return tensor[:kept] if isinstance(tensor, Tensor) else tensor
 
     return given._replace(
-        head=head._replace(weight=head.weight[:kept], bias=cut(head.bias)),
+        head=replace(head, weight=head.weight[:kept], bias=cut(head.bias)),
         reference=reference._replace(weight=cut(reference.weight), bias=cut(reference.bias)),
     )

@@ -21,6 +21,7 @@ from fastdpop.rows import Rows
 from fastdpop.spec import Spec
 from fastdpop.transform import LogitTransform
 
+# What has properties is no NamedTuple: torch 2.9 and 2.10 do not compile those of a tuple.
 Pairs = Tensor | Sequence[Sequence[int]]
 RefLogps = Tensor | Sequence[Tensor]
 PairValues = Mapping[str, Tensor]
@@ -33,7 +34,8 @@ LOGGED = tuple(name for name in words(Statistic) if name != DISPLACEMENT)
 """Statistics of rows that a caller may ask for."""
 
 
-class LMHead(NamedTuple):
+@dataclass(frozen=True)
+class LMHead:
     """An lm_head, and how products with it are computed, as the caller gave them.
 
     With a `shard`, weight and bias are this process's rows of them; hidden states that were put together of the parts
@@ -75,7 +77,8 @@ class Reference(NamedTuple):
 NO_REFERENCE = Reference(None, None, None, None, None)
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True)
+class Options:
     """What a caller wants to be computed."""
 
     loss: PreferenceLoss
@@ -121,7 +124,8 @@ class Options(NamedTuple):
 NO_OPTIONS = Options(losses.as_loss("dpop"), None, "mean", (), False, None, None)
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Sequences as the caller laid them out."""
 
     hidden: Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ def _ref_call(reference: Reference, batch: Batch, head: LMHead) -> Call | None:
     checks.like("ref_hidden", reference.hidden, "hidden", batch.hidden)
     if reference.weight is not None:
         own = head.weight
-        head = head._replace(weight=reference.weight, bias=reference.bias)
+        head = replace(head, weight=reference.weight, bias=reference.bias)
         checks.projection(
             reference.hidden, head.weight, head.bias, prefix="ref_", empty=head.shard is not None
         )

@@ -237,7 +237,7 @@ class _Named:
 def _original_attention(name: str, module: nn.Module) -> Callable[..., Any]:
     own: Any = _in_file_of(module, "eager_attention_forward", None)
     interface = _in_file_of(module, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    found: Callable[..., Any] = interface.get_interface(name, own)
+    found: Callable[..., Any] = interface.get(name, own)
     return found
 
 

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import fastdpop
 from fastdpop import attach
+from fastdpop.hf import tree_attention
 from fastdpop.hf.sharing_check import verdict_of
 from tests.tiny_models import DPOP, V, tiny
 
@@ -143,3 +144,32 @@ def test_a_packed_batch_without_sharing() -> None:
     torch.testing.assert_close(apart.loss, shared.loss)
     with pytest.warns(UserWarning, match="output_attentions is set"):
         torch.testing.assert_close(model(**call, output_attentions=True).loss, shared.loss)
+
+
+@pytest.mark.parametrize("asked", [{"q_length": 5}, {"cache_position": torch.arange(5)}])
+def test_a_mask_as_old_and_new_transformers_ask_for_it(asked: dict[str, Any]) -> None:
+    """Before 5.4 with the tokens' positions instead of their number."""
+    end, position = torch.tensor([5, 3, 3, 5, 5]), torch.tensor([0, 1, 2, 1, 2])
+    layout = tree_attention.Layout(torch.stack([end, position])[None, None])
+    with tree_attention.masks_of(layout):
+        call = {"kv_length": 5, "mask_function": tree_attention.causal_mask_function, **asked}
+        assert tree_attention._mask("sdpa", **call) is layout.mask
+        dense = tree_attention._mask(
+            "sdpa", **{**call, "mask_function": allowed_by(tree_attention.causal_mask_function)}
+        )
+    assert dense[0, 0].tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, True, True, False, False],
+        [True, False, False, True, False],
+        [True, False, False, True, True],
+    ]
+
+
+def allowed_by(function: Any) -> Any:
+    """A function that is not the causal one itself, as models have that look at more than the order."""
+
+    def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return function(batch, head, query, key)
+
+    return mask

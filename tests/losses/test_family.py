@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdpop import losses
 from fastdpop.losses import PairLogps, presets
+from fastdpop.losses.options import positive
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import rows_from_labels
 from tests.batches import batch, fused
@@ -297,3 +298,18 @@ def test_what_is_no_loss_is_named() -> None:
         losses.WeightedSum(())
     with pytest.raises(ValueError, match=r"loss is \['a'\], which is not a loss"):
         losses.get(["a"])  # type: ignore[arg-type]
+
+
+def test_a_loss_that_derives_from_another_checks_what_it_declares() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Derived(losses.get("dpop").__class__):  # type: ignore[misc]
+        lam: float = 7.0  # without a check
+        margin: float = positive(0.1)
+
+    assert Derived(lam=-1.0).lam == -1.0
+    with pytest.raises(ValueError, match=r"^Derived: beta is -1, expected a finite number > 0$"):
+        Derived(beta=-1)
+    with pytest.raises(ValueError, match=r"^Derived: margin is -2, expected a finite number > 0$"):
+        Derived(margin=-2)
+    with pytest.raises(ValueError, match="lam is -1"):
+        losses.get("dpop", lam=-1)

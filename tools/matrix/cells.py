@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("pytest>=8.4", "hypothesis>=6.130")
+# The compiler of torch 2.9 and 2.10 imports setuptools, which they do not ask for on every Python.
+TESTS = ("pytest>=8.4", "hypothesis>=6.130", "setuptools>=77")
 NUMPY = "numpy==2.3.5"
 """The interpreters of triton before 3.7 do not take a newer one."""
 

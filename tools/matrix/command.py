@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import subprocess
 from collections.abc import Sequence
 
 from tools.matrix import environment, smoke, table
 from tools.matrix.cells import CELLS, Cell
+from tools.matrix.smoke import Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +49,8 @@ def run(cell: Cell) -> bool:
         result = smoke.smoke(cell, environment.make(cell))
     except (environment.Failed, subprocess.TimeoutExpired) as error:
         print(f"{cell.name}: failed, {error}", flush=True)
+        reason = str(error).splitlines()[-1]
+        smoke.save(cell, Result(datetime.date.today().isoformat(), {}, [], [reason], {}, 0))
         return False
     smoke.save(cell, result)
     right = result.right(cell)

@@ -38,8 +38,8 @@ def _row(cell: Cell) -> tuple[str, ...]:
         said += f", {len(result.skipped)} without its packages"
     return (
         f"`{cell.name}`",
-        result.versions["python"] or "",
-        *((result.versions[name] or "-").partition("+")[0] for name in COLUMNS),
+        result.versions.get("python") or cell.python,
+        *((result.versions.get(name) or "-").partition("+")[0] for name in COLUMNS),
         said,
         result.date,
     )
