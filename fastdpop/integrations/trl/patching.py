@@ -38,7 +38,7 @@ _running: list[tuple[Any, str]] = []
 
 def patch_trl(
     *,
-    engine: EngineName = "auto",
+    engine: EngineName | str = "auto",
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     global_batch: bool = False,
