@@ -58,5 +58,5 @@ CELLS = (
     Cell("torch2.13", "3.11", ("torch==2.13.*", "transformers==5.18.*", "trl==1.12.*")),
     Cell("torch2.14", "3.10", ("torch==2.14.*",)),
     Cell("newest", "3.14"),
-    Cell("torch-alone", "3.13", extra="", skips=(INTERPRETER, "tests/smoke/test_libraries.py")),
+    Cell("torch-alone", "3.13", extra="", skips=(INTERPRETER, "tests.smoke.test_libraries")),
 )
