@@ -21,9 +21,7 @@ def requirements(extra: str) -> list[str]:
     """What ``fastdpop[extra]`` asks for beyond fastdpop, such as ``"peft>=0.18"``, in pip's words."""
     try:
         return list(dict.fromkeys(_requirements(extra)))
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # a folder on the path that pip knows nothing of
+    except importlib.metadata.PackageNotFoundError:  # a folder that pip knows nothing of
         return [f"{PACKAGE}[{extra}]"]
 
 

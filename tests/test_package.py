@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import fastdpop
-from fastdpop import choices, losses
+from fastdpop import choices, installed, losses
 from fastdpop.choices import words
 from fastdpop.compiling import constant
 
@@ -190,8 +190,8 @@ print(fused_logps.__name__)
 
 def test_what_is_not_installed_says_so_when_it_is_used(tmp_path: Path) -> None:
     *uses, shown, other = run(LOOKS_AT_EVERYTHING, tmp_path).splitlines()
-    hf = "fastdpop.attach needs transformers: pip install 'fastdpop[hf]'"
-    trl = "fastdpop's TRL integration needs trl: pip install 'fastdpop[trl]'"
+    hf = "fastdpop.attach needs transformers: pip install 'transformers>=5' 'accelerate>=1.10'"
+    trl = installed.needs("fastdpop's TRL integration", "trl", "trl")
     said = {"attach": hf, "patch_trl": trl, "FastDPOTrainer": trl}
     assert uses == [f"{name} {text}" for name, text in said.items() for _ in range(7)]
     assert shown == f"<fastdpop.attach, which is not to be had: {hf}>"

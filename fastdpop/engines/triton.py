@@ -37,6 +37,7 @@ from fastdpop.engines.base import (
     PairLossPlan,
     Problem,
 )
+from fastdpop.installed import install
 
 if TYPE_CHECKING:
     from fastdpop.engines.triton_pass import TritonPass
@@ -202,7 +203,7 @@ def unusable() -> str | None:
     """Why no kernels can be had on any device: there is no triton, or one that is too old."""
     version = _version()
     if version is None:
-        return "triton is not installed: pip install 'fastdpop[triton]'"
+        return f"triton is not installed: {install('triton')}"
     from packaging.version import Version
 
     if Version(version).release < OLDEST:

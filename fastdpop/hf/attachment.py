@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach(
     model: Model,
     *,
-    engine: EngineName | str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     check: bool = True,

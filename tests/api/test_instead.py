@@ -80,7 +80,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"model": None},
         "fastdpop.preference_loss(model, **batch, loss=...) takes a model",
     ),
-    "an engine": ({"engine": "cuda"}, "['cpu', 'eager', 'triton'] (did you mean 'triton'?)"),
+    "an engine": ({"engine": "cuda"}, "(did you mean 'triton'?)"),
     "a statistic": ({"statistics": ["accuracy"]}, "(did you mean 'token_accuracy'?)"),
     "a reduction": ({"reduction": "batchmean"}, "(did you mean 'mean'?)"),
 }

@@ -89,7 +89,9 @@ class World:
         reference = given.pop("reference", True)
         # A name that no loss has is the call's to refuse, on all ranks.
         if not isinstance(loss, str) or loss in losses.available():
-            needed = losses.as_loss(loss).traits.needs
+            traits = losses.as_loss(loss).traits
+            reference = reference and traits.may_read_reference
+            needed = traits.needs
             if needed:
                 given.setdefault("pair_values", {name: self.values[name] for name in needed})
         out = fused_preference_loss(

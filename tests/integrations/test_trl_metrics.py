@@ -128,7 +128,8 @@ def test_the_monitor_is_what_it_says(tmp_path: Path) -> None:
 def test_pairs_that_do_not_differ_have_no_first_difference(tmp_path: Path) -> None:
     data = pairs(4).map(lambda row: {"rejected": row["chosen"]})
     of = trainer(FastDPOTrainer, tmp_path, data=data, max_steps=1)
-    of.train()
+    with pytest.warns(UserWarning, match="chosen-equals-rejected"):
+        of.train()
     row = of.state.log_history[0]
     assert row["ches"] == row["hinge_on"] * 0.0 == 0.0
     assert not any("difference" in name for name in row)

@@ -62,8 +62,8 @@ def test_a_file_is_there_for_the_blocks_below(run: Runner) -> None:
 
 def test_a_file_of_the_repository_is_run_where_it_is_included(run: Runner) -> None:
     page = run(
-        block('{ .python title="x" }', '--8<-- "docs/render.py"')
-        + block("python", "print(_ROLE.pattern)")
+        block('{ .python title="x" }', '--8<-- "fastdpop/choices.py"')
+        + block("python", "print(words(Per))")
     )
     assert page.failures == []
     assert "No such file" in run(block("python", '--8<-- "docs/no.py"')).failures[0]

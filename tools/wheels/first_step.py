@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch  # warns where there is no numpy
 
@@ -19,7 +20,7 @@ from fastdpop.engines.cpu import CPUEngine, instruction_sets
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 
 
-def step(engine: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def step(engine: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(4, 60, 48, dtype=torch.float64).to(dtype).requires_grad_()
     weight = (torch.randn(1000, 48, dtype=torch.float64) * 0.3).to(dtype).requires_grad_()

@@ -34,7 +34,7 @@ class Settings:
         global_batch: losses are those of all processes' pairs; likewise.
     """
 
-    engine: EngineName | str = "auto"
+    engine: EngineName = "auto"
     workspace_bytes: int | None = None
     loss: PreferenceLoss | None = None
     share_prefixes: bool = False
@@ -42,7 +42,7 @@ class Settings:
 
 
 def checked_settings(
-    engine: EngineName | str,
+    engine: EngineName,
     workspace_bytes: int | None,
     loss: PreferenceLoss | None = None,
     share_prefixes: bool = False,

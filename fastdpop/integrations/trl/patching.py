@@ -38,7 +38,7 @@ _running: list[tuple[Any, str]] = []
 
 def patch_trl(
     *,
-    engine: EngineName | str = "auto",
+    engine: EngineName = "auto",
     workspace_bytes: int | None = None,
     share_prefixes: bool = False,
     global_batch: bool = False,

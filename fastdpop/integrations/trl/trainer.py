@@ -48,7 +48,7 @@ class FastDPOTrainer(DPOTrainer):
     def __init__(
         self,
         *args: Any,
-        engine: EngineName | str = "auto",
+        engine: EngineName = "auto",
         workspace_bytes: int | None = None,
         loss: PreferenceLoss | None = None,
         **kwargs: Any,
