@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpop import doctor
+from fastdpop import doctor, installed
 from fastdpop.engines import triton
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -85,7 +85,7 @@ def test_a_triton_without_assemblers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "why"),
     [
-        (None, "triton is not installed: pip install 'fastdpop[triton]'"),
+        (None, f"triton is not installed: {installed.install('triton')}"),
         ("3.5.1", "triton is 3.5.1, expected 3.6 or later, which comes with torch 2.10"),
     ],
 )
