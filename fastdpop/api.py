@@ -91,7 +91,7 @@ def fused_dpop_loss(
 
     Args:
         beta: inverse temperature of the Bradley-Terry model; the paper uses 0.3.
-        lam: weight of the penalty; the paper uses 50 and reports little difference over [5, 500].
+        lam: weight of the penalty; the paper uses 50; an author has seen little difference over [5, 500].
         form: where lambda stands: ``"inside"`` (Eq. 3), ``"outside"``: ``-log sigmoid(beta * (r_w -
             r_l) - lam * p)``, the same with ``lam_outside = beta * lam_inside``; or ``"additive"``:
             ``-log sigmoid(beta * (r_w - r_l)) + lam * p``.
