@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import shlex
 import sys
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from packaging.requirements import Requirement
 
+from fastdpop import installed
 from fastdpop.engines import cpu_library
 
 COMPILERS = {"linux": "sudo apt install g++", "darwin": "xcode-select --install"}
@@ -66,7 +64,7 @@ def library() -> Capability:
     if not isinstance(found, str):
         return Capability(about)
     compiler = COMPILERS.get(sys.platform)
-    return Capability(about, (found,), (*([compiler] if compiler else []), _reinstall()))
+    return Capability(about, (found,), (*([compiler] if compiler else []), installed.reinstall()))
 
 
 def _packages(about: str, extra: str = "") -> Capability:
@@ -144,17 +142,3 @@ def _pip(packages: list[Requirement]) -> tuple[str, ...]:
     if not packages:
         return ()
     return (f"pip install {' '.join(shlex.quote(one.name + _bounds(one)) for one in packages)}",)
-
-
-def _reinstall() -> str:
-    """Install fastdpop again from where it came from, as the installer noted it (PEP 610)."""
-    again = "pip install --force-reinstall --no-deps"
-    noted = importlib.metadata.distribution("fastdpop").read_text("direct_url.json")
-    origin = json.loads(noted) if noted else {}
-    url = str(origin.get("url", ""))
-    if "dir_info" in origin:
-        folder = shlex.quote(url2pathname(urlsplit(url).path))
-        return f"{again} {'--editable ' if origin['dir_info'].get('editable') else ''}{folder}"
-    if "vcs_info" in origin:
-        return f"{again} {shlex.quote(f'git+{url}@' + origin['vcs_info']['commit_id'])}"
-    return f"{again} --no-binary fastdpop fastdpop"

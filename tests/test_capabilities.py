@@ -7,12 +7,11 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastdpop import capabilities
+from fastdpop import capabilities, installed
 from fastdpop.cli import main
 from fastdpop.engines import cpu_library
 
@@ -173,46 +172,18 @@ def test_a_prerelease_counts(machine: dict[str, str]) -> None:
     assert lacking() == {}
 
 
-@pytest.mark.parametrize(
-    ("origin", "command"),
-    [
-        (None, "--no-binary fastdpop fastdpop"),
-        (
-            {"url": "file:///home/me/fast%20dpop", "dir_info": {"editable": True}},
-            "--editable '/home/me/fast dpop'",
-        ),
-        ({"url": "file:///home/me/fastdpop", "dir_info": {}}, "/home/me/fastdpop"),
-        (
-            {
-                "url": "https://example.org/fastdpop",
-                "vcs_info": {"vcs": "git", "commit_id": "abc123"},
-            },
-            "git+https://example.org/fastdpop@abc123",
-        ),
-        ({"url": "file:///tmp/x.whl", "archive_info": {}}, "--no-binary fastdpop fastdpop"),
-    ],
-)
 def test_the_library_that_was_not_built(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    origin: dict[str, Any] | None,
-    command: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    noted = SimpleNamespace(read_text=lambda _: origin and json.dumps(origin), requires=METADATA)
-    real = importlib.metadata.distribution
-    monkeypatch.setattr(
-        importlib.metadata, "distribution", lambda name: noted if name == "fastdpop" else real(name)
-    )
     monkeypatch.setattr(cpu_library, "load", lambda *_: "no compiler was found")
     monkeypatch.setattr("sys.platform", "linux")
     found = capabilities.library()
     assert found.missing == ("no compiler was found",)
-    reinstall = f"pip install --force-reinstall --no-deps {command}"
-    assert found.commands == ("sudo apt install g++", reinstall)
+    assert found.commands == ("sudo apt install g++", installed.reinstall())
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "without the C++ library of the engine cpu: no compiler was found\n" in said
-    assert f"\n        $ {reinstall}\n" in said
+    assert f"\n        $ {installed.reinstall()}\n" in said
 
 
 def keys(found: Any) -> set[str]:
