@@ -61,7 +61,7 @@ def audit(wheel: Path, out: Path, seconds: int) -> Path:
 
 
 def try_out(wheel: Path, folder: Path) -> None:
-    """Install the wheel beside torch, where there is no compiler, and take the first step.
+    """Install the wheel and what it needs, where there is no compiler, and take the first step.
 
     Raises:
         OSError: something of that failed.
@@ -72,8 +72,10 @@ def try_out(wheel: Path, folder: Path) -> None:
     kept = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or k == "HOME"}
     alone = {**kept, "PATH": str(programs)}
     pip = (programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, "--constraint", ROOT / "requirements/constraints.txt", "torch", cwd=folder, **alone)
-    run(*pip, "--no-deps", wheel, cwd=folder, **alone)
+    pinned = ("--constraint", ROOT / "requirements/constraints.txt")
+    # torch comes first: which build of the pinned version is the machine's own choice.
+    run(*pip, *pinned, "torch", cwd=folder, **alone)
+    run(*pip, *pinned, wheel, cwd=folder, **alone)
     print(run(programs / "fastdpop", "doctor", cwd=folder, **alone))
     print(run(programs / "python", FIRST_STEP, cwd=folder, **alone))
 
