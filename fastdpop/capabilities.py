@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import shlex
 import sys
 from typing import NamedTuple
 
@@ -69,9 +68,9 @@ def library() -> Capability:
 
 def _packages(about: str, extra: str = "") -> Capability:
     """What the package needs with an extra."""
-    needed = _requirements(extra).values()
-    lacking = [(one, said) for one in needed if (said := _lack(one))]
-    return Capability(about, tuple(said for _, said in lacking), _pip([one for one, _ in lacking]))
+    lacking = {one: said for one in installed.required(extra) if (said := installed.lack(one))}
+    commands = (installed.command(list(lacking)),) if lacking else ()
+    return Capability(about, tuple(lacking.values()), commands)
 
 
 def _on_gpus(about: str, extra: str, no_gpu: str | None) -> Capability:
@@ -105,40 +104,3 @@ def _axolotl() -> Capability:
     if importlib.util.find_spec("axolotl") is None:
         return Capability(about, ("axolotl is not installed",), ("pip install axolotl",))
     return _packages(about, "trl")
-
-
-def _requirements(extra: str) -> dict[str, Requirement]:
-    """Of the package with an extra, and with those that the extra names, on this machine."""
-    found: dict[str, Requirement] = {}
-    for line in importlib.metadata.requires("fastdpop") or []:
-        one = Requirement(line)
-        if one.marker is not None and not one.marker.evaluate({"extra": extra}):
-            continue
-        if one.name == "fastdpop":
-            for inner in sorted(one.extras):
-                found |= _requirements(inner)
-        else:
-            found[one.name] = one
-    return found
-
-
-def _lack(needed: Requirement) -> str | None:
-    """What is wrong with the installed version of a package, or None."""
-    try:
-        version = importlib.metadata.version(needed.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{needed.name} is not installed"
-    if needed.specifier.contains(version, prereleases=True):
-        return None
-    return f"{needed.name} is {version}, expected {_bounds(needed)}"
-
-
-def _bounds(needed: Requirement) -> str:
-    """As pyproject.toml writes them: the lower one first."""
-    return ",".join(sorted(map(str, needed.specifier), key=lambda bound: bound[0] != ">"))
-
-
-def _pip(packages: list[Requirement]) -> tuple[str, ...]:
-    if not packages:
-        return ()
-    return (f"pip install {' '.join(shlex.quote(one.name + _bounds(one)) for one in packages)}",)

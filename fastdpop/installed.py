@@ -6,46 +6,64 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import shlex
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+if TYPE_CHECKING:  # packaging takes 0.05 s to import, and is needed for a message only
+    from packaging.requirements import Requirement
+
 PACKAGE = "fastdpop"
-_EXTRAS = ("hf", "trl", "train", "analyze", "demo")
+_EXTRAS = ("", "hf", "trl", "train", "analyze", "demo")
 """Each needs what the one before it needs."""
-_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[(.*?)\])?")
 
 
-def requirements(extra: str) -> list[str]:
-    """What ``fastdpop[extra]`` asks for beyond fastdpop, such as ``"peft>=0.18"``, in pip's words."""
+def required(extra: str = "") -> list[Requirement]:
+    """What ``fastdpop[extra]`` asks for on this machine, what every use of fastdpop needs among it."""
+    from packaging.requirements import Requirement
+
     try:
-        return list(dict.fromkeys(_requirements(extra)))
+        lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:  # a folder that pip knows nothing of
-        return [f"{PACKAGE}[{extra}]"]
-
-
-def _requirements(extra: str) -> Iterator[str]:
-    for line in importlib.metadata.requires(PACKAGE) or []:
-        requirement, _, marker = line.partition(";")
-        found = re.search(r"extra == ['\"](.+?)['\"]", marker)
-        if found is None or found[1] != extra:
+        return [Requirement(f"{PACKAGE}[{extra}]" if extra else PACKAGE)]
+    found: dict[str, Requirement] = {}
+    for one in map(Requirement, lines):
+        if one.marker is not None and not one.marker.evaluate({"extra": extra}):
             continue
-        named = _REQUIREMENT.match(requirement)
-        if named is not None and named[1] == PACKAGE:
-            for other in named[2].split(","):
-                yield from _requirements(other)
+        if one.name == PACKAGE:  # an extra that names others
+            found |= {inner.name: inner for named in one.extras for inner in required(named)}
         else:
-            yield requirement.strip()
+            found[one.name] = one
+    return list(found.values())
+
+
+def lack(needed: Requirement) -> str | None:
+    """What is wrong with the installed version of a package, or None."""
+    try:
+        version = importlib.metadata.version(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{needed.name} is not installed"
+    if needed.specifier.contains(version, prereleases=True):
+        return None
+    return f"{needed.name} is {version}, expected {_bounds(needed)}"
+
+
+def command(packages: list[Requirement]) -> str:
+    """That installs them. It names the packages, so that it works wherever fastdpop itself came from."""
+    words = []
+    for one in packages:
+        extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
+        words.append(shlex.quote(one.name + extras + _bounds(one)))
+    return f"pip install {' '.join(words)}"
 
 
 def install(extra: str) -> str:
     """The command that installs what an extra names and this environment lacks; all of it where nothing
-    is missing. It names the packages, so that it works wherever fastdpop itself came from.
+    is missing, for pip to find out what is broken.
     """
-    wanted = requirements(extra)
-    absent = [one for one in wanted if not _there(one)]
-    return "pip install " + " ".join(map(shlex.quote, absent or wanted))
+    wanted = required(extra)
+    own = [one for one in wanted if one not in required()]
+    return command([one for one in wanted if lack(one)] or own or wanted)
 
 
 def needs(what: str, package: str, extra: str) -> str:
@@ -61,10 +79,8 @@ def message(error: BaseException) -> str:
     if module is None or "pip install" in str(error):
         return str(error)
     package = module.partition(".")[0]
-    extra = next(
-        (extra for extra in _EXTRAS if package in map(_name, requirements(extra))), "train"
-    )
-    if all(map(_there, requirements(extra))):
+    extra = next((e for e in _EXTRAS if package in (one.name for one in required(e))), "train")
+    if not any(map(lack, required(extra))):
         return str(error)  # nothing of fastdpop's is missing
     return f"{error}: {install(extra)}"
 
@@ -91,15 +107,6 @@ def _source() -> str:
     return editable + shlex.quote(where)
 
 
-def _name(requirement: str) -> str:
-    named = _REQUIREMENT.match(requirement)
-    assert named is not None, requirement
-    return named[1]
-
-
-def _there(requirement: str) -> bool:
-    try:
-        importlib.metadata.version(_name(requirement))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _bounds(needed: Requirement) -> str:
+    """As pyproject.toml writes them: the lower one first."""
+    return ",".join(sorted(map(str, needed.specifier), key=lambda bound: bound[0] != ">"))

@@ -31,10 +31,16 @@ REQUIRES = [
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, there: set[str], origin: str | None = None) -> None:
+    """Packages that are there, ``name`` new enough or ``name==version``; torch always is."""
+    versions = {"torch": "2.9"}
+    for one in there:
+        name, _, number = one.partition("==")
+        versions[name] = number or {"transformers": "5", "trl": "1.16"}.get(name, "99")
+
     def version(name: str) -> str:
-        if name not in there:
+        if name not in versions:
             raise importlib.metadata.PackageNotFoundError(name)
-        return "1"
+        return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES)
     monkeypatch.setattr(importlib.metadata, "version", version)
@@ -44,25 +50,29 @@ def plant(monkeypatch: pytest.MonkeyPatch, there: set[str], origin: str | None =
 
 def test_what_an_extra_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, set())
-    assert installed.requirements("trl") == ["transformers>=5", "trl<1.17,>=0.29", "peft>=0.18"]
-    assert installed.requirements("triton") == ["triton>=3.6"]
-    assert installed.requirements("none") == []
+    asked = {extra: installed.command(installed.required(extra)) for extra in ("", "trl", "none")}
+    assert asked == {
+        "": "pip install 'torch>=2.9'",
+        "trl": "pip install 'torch>=2.9' 'transformers>=5' 'trl>=0.29,<1.17' 'peft>=0.18'",
+        "none": "pip install 'torch>=2.9'",
+    }
 
 
 @pytest.mark.parametrize(
     ("there", "command"),
     [
-        (set(), "pip install 'transformers>=5' 'trl<1.17,>=0.29' 'peft>=0.18'"),
-        ({"transformers"}, "pip install 'trl<1.17,>=0.29' 'peft>=0.18'"),
-        ({"transformers", "peft"}, "pip install 'trl<1.17,>=0.29'"),
-        # All are there, so one of them is broken or too old: pip finds out which.
+        (set(), "pip install 'transformers>=5' 'trl>=0.29,<1.17' 'peft>=0.18'"),
+        ({"transformers"}, "pip install 'trl>=0.29,<1.17' 'peft>=0.18'"),
+        ({"transformers", "peft"}, "pip install 'trl>=0.29,<1.17'"),
+        ({"transformers", "peft", "trl==0.28"}, "pip install 'trl>=0.29,<1.17'"),
+        # All are there, so one of them is broken: pip finds out which.
         (
             {"transformers", "peft", "trl"},
-            "pip install 'transformers>=5' 'trl<1.17,>=0.29' 'peft>=0.18'",
+            "pip install 'transformers>=5' 'trl>=0.29,<1.17' 'peft>=0.18'",
         ),
     ],
 )
-def test_the_command_names_what_is_missing(
+def test_the_command_names_what_is_missing_or_too_old(
     monkeypatch: pytest.MonkeyPatch, there: set[str], command: str
 ) -> None:
     plant(monkeypatch, there)
@@ -73,8 +83,9 @@ def test_the_command_names_what_is_missing(
 @pytest.mark.parametrize(
     ("module", "there", "said"),
     [
-        ("trl.trainer", {"transformers"}, ": pip install 'trl<1.17,>=0.29' 'peft>=0.18'"),
+        ("trl.trainer", {"transformers"}, ": pip install 'trl>=0.29,<1.17' 'peft>=0.18'"),
         ("transformers", set(), ": pip install 'transformers>=5'"),
+        ("trl.trainer", {"transformers", "trl==0.28", "peft"}, ": pip install 'trl>=0.29,<1.17'"),
         ("numpy", {"transformers", "trl", "peft"}, ": pip install 'datasets>=4.7'"),  # by datasets
         ("theirs", {"transformers", "trl", "peft", "datasets"}, ""),
     ],
