@@ -28,6 +28,7 @@ FLAGS = [
 ]
 
 
+IN_A_CLONE = re.compile(r"<!-- in a clone -->.*?<!-- /in a clone -->", re.DOTALL)
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 RELATIVE = r"(?!https?:|mailto:)"
 LINK = re.compile(rf"(\]\(|\bhref=\"){RELATIVE}")
@@ -36,7 +37,8 @@ PICTURE = re.compile(rf"(!\[[^\]]*\]\(|\b(?:src|srcset)=\"){RELATIVE}")
 
 def long_description(readme: str, repository: str, version: str) -> str:
     """README.md with links that lead from anywhere to the files of this version, and commands that install
-    from where it is shown. Its own headings, which an index gives no anchors, are looked up there, too.
+    from where it is shown, without what is true in a clone alone. Its own headings, which an index gives
+    no anchors, are looked up there, too.
     """
 
     def absolute(text: str) -> str:
@@ -44,7 +46,10 @@ def long_description(readme: str, repository: str, version: str) -> str:
         text = re.sub(rf"({LINK.pattern})#", r"\g<1>README.md#", text)
         return LINK.sub(rf"\g<1>{repository}/blob/v{version}/", text)
 
-    parts = FENCED.split(re.sub(r"(pip install ['\"]?)\.(?=[\[\s'\"`]|$)", r"\1fastdpop", readme))
+    anywhere = re.sub(
+        r"(pip install ['\"]?)\.(?=[\[\s'\"`]|$)", r"\1fastdpop", IN_A_CLONE.sub("", readme)
+    )
+    parts = FENCED.split(anywhere)
     return "".join(part if i % 2 else absolute(part) for i, part in enumerate(parts))
 
 

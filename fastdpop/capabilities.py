@@ -48,7 +48,7 @@ def capabilities(no_gpu: str | None) -> dict[str, Capability]:
         "hf": _packages("Hugging Face models (fastdpop.attach)", "hf"),
         "trl": _packages("TRL's trainers (fastdpop.patch_trl)", "trl"),
         "train": _packages("fastdpop train", "train"),
-        "analyze": _packages("fastdpop analyze", "analyze"),
+        "analyze": _packages("fastdpop analyze", "train"),
         "demo": _demo(),
         "axolotl": _axolotl(),
         "gpu": _kernels(no_gpu),

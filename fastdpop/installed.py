@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # packaging takes 0.05 s to import, and is needed for a messa
     from packaging.requirements import Requirement
 
 PACKAGE = "fastdpop"
-_EXTRAS = ("", "hf", "trl", "train", "analyze", "demo")
+_EXTRAS = ("", "hf", "trl", "train", "demo")
 """Each needs what the one before it needs."""
 
 

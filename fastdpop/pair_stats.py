@@ -90,7 +90,7 @@ def read_pairs(options: Sequence[str]) -> tuple[Asked, Source, tuple[Ids, Ids, I
 def _check(picture: Path) -> None:
     """Beforehand: numbers take a while."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(needs("--picture", "matplotlib", "analyze"))
+        raise ModuleNotFoundError(needs("--picture", "matplotlib", "train"))
     if picture.suffix.lower() not in PICTURES or picture.is_dir():
         raise ValueError(
             f"--picture is {str(picture)!r}, expected a name that ends with {PICTURES}"

