@@ -10,8 +10,8 @@ usable = $(if $(1),$(if $(shell "$(1)" -c '$(USABLE)' 2>/dev/null && echo yes),"
   PYTHON is '$(1)', expected a Python from 3.10 to 3.14 with its venv module)),$(error \
   No Python from 3.10 to 3.14 with its venv module was found: install one (on Debian and Ubuntu: apt install \
   python3-venv), or name it with make PYTHON=/path/to/python))
-# $(call environment,FOLDER) makes one, unless there is one already.
-environment = $(1)/bin/python -c '$(USABLE)' 2>/dev/null || $(call usable,$(PYTHON)) -m venv --clear $(1)
+# $(call environment,FOLDER) makes one, unless there is one already, with its pip: what comes last.
+environment = $(1)/bin/python -c 'import pip; $(USABLE)' 2>/dev/null || $(call usable,$(PYTHON)) -m venv --clear $(1)
 ARGS ?=
 # One thread: the interpreter has nothing for a second one to do but wait.
 INTERPRET := OMP_NUM_THREADS=1 TRITON_INTERPRET=1
@@ -185,4 +185,4 @@ smaug-quick: setup ## a part of them, on problems that are brought along, into b
 	$(BIN)/python -m recipes.smaug --quick $(ARGS)
 
 clean: ## remove .venv and everything built
-	rm -rf -- "$(VENV)" "$(VENV)-llamafactory" "$(AXOLOTL)" build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf -- "$(VENV)" "$(VENV)-llamafactory" "$(AXOLOTL)" build dist site fastdpop/engines/_cpu.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

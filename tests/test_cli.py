@@ -87,6 +87,21 @@ def test_a_pipe_that_is_not_the_output_is_an_error(
     assert capsys.readouterr().err == "fastdpop: error: [Errno 32] Broken pipe\n"
 
 
+def test_commands_switch_off_the_telemetry_of_libraries() -> None:
+    code = (
+        "from fastdpop.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "from huggingface_hub import constants\n"
+        "print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("TELEMETRY")}
+    for given, off in (({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")):
+        command = [sys.executable, "-c", code]
+        said = subprocess.check_output(command, env={**environment, **given}, text=True)
+        assert said.splitlines()[-1] == off
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])

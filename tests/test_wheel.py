@@ -146,7 +146,8 @@ def test_what_an_index_lists(metadata: Message) -> None:
     urls = dict(line.split(", ") for line in metadata.get_all("Project-URL", []))
     assert set(urls) == {"Homepage", "Documentation", "Repository", "Issues", "Changelog"}
     assert urls["Repository"] == REPOSITORY
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND MIT"
+    assert metadata.get_all("License-File") == ["LICENSE", "fastdpop/assets/gsm8k-LICENSE"]
     versions = {f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)}
     assert versions <= set(metadata.get_all("Classifier", []))
 

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Where nobody reads the output to its end, as in ``fastdpop train --help | head``, it is 141, and nothing is said.
     """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's
     try:
         code = _answer(sys.argv[1:] if argv is None else list(argv))
     except SystemExit:
@@ -55,6 +56,7 @@ def _answer(argv: list[str]) -> int:
         run = functools.partial(args.run, args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between libraries, not for their users
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # which nothing here needs
         warnings.showwarning = _plain_warning
         if _LAUNCHED not in os.environ:
             return _code(run)
