@@ -78,7 +78,7 @@ def _code(run: Callable[[], int]) -> int:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"\nfastdpop: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError as error:  # it may be another than that of the output
         return _UNREAD if _is_unread() else _failed(str(error))

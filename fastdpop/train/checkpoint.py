@@ -18,6 +18,7 @@ from pathlib import Path
 MANIFEST = "fastdpop.json"
 _INCOMPLETE = "fastdpop-incomplete"
 _MODEL_FILES = ("config.json", "adapter_config.json")
+_STATE = "trainer_state.json"  # Trainer's
 
 HELD_OUT, DECIDES = "held-out pairs", "decided by evaluations"
 NOTHING = "nothing"
@@ -104,11 +105,22 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
     if whole:
         verify(whole[0], identity)
         return whole[0], notes
-    if any((output / name).exists() for name in _MODEL_FILES) and not marked(output):
+    if ended(output):
         raise FileExistsError(f"{output} already holds a model: choose another folder")
     if resume:
         notes.append(f"No checkpoint in {output}: starting from the beginning.")
     return None, notes
+
+
+def step(folder: Path) -> int:
+    """After which step a checkpoint was written."""
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
+def ended(output: Path) -> bool:
+    """Whether a run's folder holds the model that it was to make, and not one that another was to take the place of."""
+    return any((output / name).exists() for name in _MODEL_FILES) and not marked(output)
 
 
 def held_out(folder: Path) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpop.train.report import by_step
+from fastdpop.train.report import Moved, by_step, moved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,10 +79,13 @@ def _verdict(held_out: Rows) -> str:
     """What became of held-out chosen completions."""
     if not held_out:
         return "Log-ratios"
-    end = held_out[-1]["eval_logratios/chosen"]
-    if end == 0:
-        return "Chosen completions are as likely as before"
-    return f"Chosen completions became {'more' if end > 0 else 'less'} likely"
+    name = "eval_logratios/chosen"
+    return {
+        Moved.NOT: "Chosen completions are as likely as before",
+        Moved.UNCLEAR: "What chosen completions became may be chance",
+        Moved.UP: "Chosen completions became more likely",
+        Moved.DOWN: "Chosen completions became less likely",
+    }[moved(held_out[-1][name], held_out[-1][f"{name}_standard_error"])]
 
 
 def plain(axes: Axes) -> None:

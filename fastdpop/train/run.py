@@ -26,7 +26,7 @@ from fastdpop.integrations.trl.values import hash_of_values
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint, picture, processes
 from fastdpop.train.consistency import by_evaluations, evaluates, grouped_by_length
-from fastdpop.train.ending import summary
+from fastdpop.train.ending import nothing_left, summary
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
 from fastdpop.train.report import evaluations
@@ -100,6 +100,10 @@ def run(argv: Sequence[str]) -> int:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
+    if start is not None and _nothing_left(trainer, Path(start)):
+        say(nothing_left(asked, checkpoint.step(Path(start))))
+        trainer.accelerator.end_training()
+        return 0
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except FloatingPointError:
@@ -117,8 +121,9 @@ def run(argv: Sequence[str]) -> int:
         ended = known and known[-1]["step"] == trainer.state.global_step
         if not ended or config.load_best_model_at_end:
             trainer.evaluate()
+    trained = {} if held_out is not None else trainer.after_last_step()
     trainer.save_at_the_end()
-    say(summary(asked, trainer, result, first=trainer.begun if others else 0))
+    say(summary(asked, trainer, result, trained, first=trainer.begun if others else 0))
     _draw(trainer)
     trainer.accelerator.end_training()
     return 0
@@ -297,6 +302,15 @@ def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
     for note in found[1]:
         PartialState().print(note)
     return None if found[0] is None else str(found[0])
+
+
+def _nothing_left(trainer: PairTrainer, start: Path) -> bool:
+    """Whether the run that a checkpoint belongs to has ended, with its model beside the checkpoint: then nothing of it
+    is written again.
+    """
+    output = Path(str(trainer.args.output_dir))
+    same = start.resolve().parent == output.resolve()
+    return same and checkpoint.ended(output) and trainer.has_ended(start)
 
 
 def _draw(trainer: PairTrainer) -> None:
