@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,8 @@ def run(argv: Sequence[str]) -> int:
     source = model_source(asked)
     tokenizer = load_tokenizer(asked, source)
     train, held_out = read(asked, tokenizer, source)
+    _settle_warm_up(asked, len(train))
+    _look_at_both(asked, train, held_out)
     # Once: what is scored together beforehand is trained on together, see PairTrainer.
     train = _mixed(train, config)
     identity = _identity(asked, source, train, held_out)
@@ -166,6 +169,11 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     pairs = load_pairs(
         what, columns=columns, chat=own.chat, split=split, config=config, values=values
     )
+    if own.chat_template_path and isinstance(pairs.dataset[0]["prompt"], str):
+        raise ValueError(
+            f"--chat-template-path has no effect: {label} holds texts, which no template is applied to. --chat makes "
+            "messages of them"
+        )
     longest = asked.config.max_length or source.context
     dataset, dropped = tokenize(
         pairs.dataset,
@@ -191,6 +199,13 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
             + ("; all training and held-out pairs then need them" if evaluates(asked) else ""),
             stacklevel=2,
         )
+    beyond = sum(length > (source.context or math.inf) for length in _lengths(dataset))
+    if beyond and PartialState().is_main_process:
+        warnings.warn(
+            f"{label}: {beyond} of {len(dataset)} pairs have more tokens than the model's context, {source.context}, "
+            f"which --max-length {longest} allows",
+            stacklevel=2,
+        )
     equal = sum(row["chosen_ids"] == row["rejected_ids"] for row in dataset)
     if equal and PartialState().is_main_process:
         warnings.warn(
@@ -198,6 +213,43 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
             stacklevel=2,
         )
     return dataset
+
+
+def _settle_warm_up(asked: Asked, pairs: int) -> None:
+    """Fit the warm-up to the run if it was not given; warn if it was, and the run is over before it."""
+    config = asked.config
+    steps = config.max_steps
+    if steps < 0:
+        batches = math.ceil(pairs / (config.per_device_train_batch_size * config.world_size))
+        each = math.ceil(batches / config.gradient_accumulation_steps)
+        steps = math.ceil(config.num_train_epochs * each)
+    if "warmup_steps" not in asked.given:
+        config.warmup_steps = min(config.warmup_steps, steps // 4)
+    elif config.warmup_steps >= steps and PartialState().is_main_process:
+        warnings.warn(
+            f"--warmup is {config.warmup_steps:g}, and the run has {steps} step{'s'[: steps > 1]}: the learning rate "
+            "does not reach --learning-rate, and is 0 in the first step. Expected a warm-up that ends before the run",
+            stacklevel=2,
+        )
+
+
+def _look_at_both(asked: Asked, train: Any, held_out: Any) -> None:
+    """Warn of pairs that are trained on and held out, too, of which nothing held out can be learnt."""
+    if held_out is None or not PartialState().is_main_process:
+        return
+    known = set(map(_tokens, train))
+    both = sum(_tokens(row) in known for row in held_out)
+    if both:
+        warnings.warn(
+            f"{both} of {len(held_out)} held-out pairs are training pairs, too: what evaluations say of them is not "
+            "what the model does with pairs that it has not seen. Expected other pairs in --eval-pairs",
+            stacklevel=2,
+        )
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    """A pair's, as a number that hardly another pair has."""
+    return hash(tuple(tuple(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")))
 
 
 def _mapping(text: str) -> tuple[str, str]:
