@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import select
 import sys
@@ -25,7 +26,7 @@ from fastdpop.version import VERSION
 COMMANDS = (pairs, analyze, plan, demo, doctor)
 WITH_OWN_PARSER = (train, trl)
 # Of a user; the last is a library's, of what was asked for.
-_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError)
+_MISTAKES = (ValueError, ImportError, FloatingPointError, NotImplementedError)
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """Is in the environment of a process that ``torchrun`` or ``accelerate launch`` has started; torch looks there, too."""
 _UNREAD = 141
@@ -47,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(argv: list[str]) -> int:
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal of ASCII shows what it can, and nothing ends for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     own = {module.NAME: module for module in WITH_OWN_PARSER}
     if argv and argv[0] in own:
         run = functools.partial(own[argv[0]].run, argv[1:])
@@ -82,6 +89,9 @@ def _code(run: Callable[[], int]) -> int:
         return 130
     except BrokenPipeError as error:  # it may be another than that of the output
         return _UNREAD if _is_unread() else _failed(str(error))
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        return _failed(f"{error.filename}: {error.strerror}" if named else message(error))
     except _MISTAKES as error:
         return _failed(message(error))
     except (RuntimeError, MemoryError) as error:

@@ -91,6 +91,8 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
         ValueError: the newest checkpoint is damaged, or belongs to other settings or data.
     """
     notes = []
+    if ".." in output.parts:  # through a folder that need not be there yet
+        output = output.resolve()
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, expected a folder for the run")
     for folder in checkpoints(output):
@@ -121,6 +123,35 @@ def step(folder: Path) -> int:
 def ended(output: Path) -> bool:
     """Whether a run's folder holds the model that it was to make, and not one that another was to take the place of."""
     return any((output / name).exists() for name in _MODEL_FILES) and not marked(output)
+
+
+def make(output: Path) -> None:
+    """Make the folder that ``--output`` names, if it is not there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--output is {str(output)!r}, expected a folder that is there or can be made: {error.strerror}"
+        ) from None
+
+
+def check_named(folder: Path, output: Path) -> None:
+    """Look at what ``--resume_from_checkpoint`` names, and at the folder of the run that goes on from it.
+
+    Raises:
+        ValueError: it is no checkpoint.
+        FileExistsError: the folder holds a model, and is not that of the checkpoint.
+    """
+    if not (folder / _STATE).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint is {str(folder)!r}, expected the folder of a checkpoint, with its {_STATE}"
+        )
+    if ended(output.resolve()) and folder.resolve().parent != output.resolve():
+        raise FileExistsError(f"{output} already holds a model: choose another folder")
 
 
 def held_out(folder: Path) -> str | None:

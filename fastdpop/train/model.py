@@ -127,8 +127,9 @@ def load_tokenizer(asked: Asked, source: Source) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, **trust, **revision)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
         here = "" if Path(name).exists() else f"there is no folder {name}, and of the Hub: "
+        said = str(error).partition("\n")[0]
         raise ValueError(
-            f"{option} is {name!r}: its tokenizer cannot be loaded: {here}{error}"
+            f"{option} is {name!r}: its tokenizer cannot be loaded: {here}{said}"
         ) from error
     if asked.own.chat_template_path:
         tokenizer.chat_template = _template(Path(asked.own.chat_template_path))

@@ -216,11 +216,21 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
 
 
 def _settle_warm_up(asked: Asked, pairs: int) -> None:
-    """Fit the warm-up to the run if it was not given; warn if it was, and the run is over before it."""
+    """Fit the warm-up to the run if it was not given; warn if it was, and the run is over before it.
+
+    Raises:
+        ValueError: there is no step.
+    """
     config = asked.config
+    size = config.per_device_train_batch_size * config.world_size
+    batches = pairs // size if config.dataloader_drop_last else math.ceil(pairs / size)
+    if not batches:
+        raise ValueError(
+            f"--dataloader_drop_last leaves no batch to train on: {pairs} pairs are fewer than the {size} of one, "
+            "expected a smaller --batch-pairs"
+        )
     steps = config.max_steps
     if steps < 0:
-        batches = math.ceil(pairs / (config.per_device_train_batch_size * config.world_size))
         each = math.ceil(batches / config.gradient_accumulation_steps)
         steps = math.ceil(config.num_train_epochs * each)
     if "warmup_steps" not in asked.given:
@@ -338,13 +348,20 @@ def _others(start: str | None, identity: dict[str, str]) -> bool:
 
 def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
     """The checkpoint to go on from, found by one process for all."""
+    model = Path(str(asked.model.model_name_or_path))
+    if model.is_dir() and model.resolve() == output.resolve():
+        raise ValueError(
+            f"--output is {str(output)!r}, the folder of --model, which already holds a model: choose another"
+        )
     explicit = asked.config.resume_from_checkpoint
     if explicit is not None:
+        checkpoint.check_named(Path(explicit), output)
         return str(explicit)
     found: list[Any] = [None, [], None]
     if PartialState().is_main_process:
         try:
             start, notes = checkpoint.open_run(output, asked.own.resume, identity)
+            checkpoint.make(output)
             found = [str(start) if start else None, notes, None]
         except (ValueError, OSError) as error:
             found[2] = error

@@ -20,6 +20,8 @@ from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint, reference
 from fastdpop.train.report import MetricsFile, Progress
 
+_OF_WRITING = (RuntimeError, OSError, SafetensorError)
+
 
 class PairTrainer(FastDPOTrainer):
     """A :class:`~fastdpop.integrations.trl.FastDPOTrainer` for data that are tokenised already.
@@ -183,7 +185,7 @@ class PairTrainer(FastDPOTrainer):
         if isinstance(norm, Tensor) and norm.device.type == "cpu" and not norm.isfinite():
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the gradient's norm is {norm.item()}; "
-                "the weights were not changed by this step"
+                "the weights were not changed by this step. Lower --learning-rate, or go on from an earlier checkpoint"
             )
         return norm
 
@@ -252,12 +254,13 @@ class PairTrainer(FastDPOTrainer):
             yield
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise OSError(f"{folder} cannot be written: {error}") from error
         except Exception as error:
-            if type(error) is not Exception:  # which is what tokenizers raises
+            # Of tokenizers it is an Exception itself. torch does not say that a disk is full.
+            if type(error) is not Exception and not isinstance(error, _OF_WRITING):
                 raise
-            raise OSError(f"{folder} cannot be written: {error}") from error
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free there"
+            raise OSError(f"{folder} cannot be written ({free}): {error}") from error
 
 
 class _InBatches(Sampler[int]):

@@ -12,8 +12,10 @@ pytest.importorskip("trl")
 from transformers import LlamaForCausalLM
 from trl import DPOConfig
 
+from fastdpop.cli import main
 from fastdpop.integrations.trl.options import EVALUATED
 from fastdpop.train.trainer import PairTrainer
+from tests.tiny_model import tiny_llama
 from tests.train.files import WARNINGS, Files, rows, write
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -246,6 +248,7 @@ def test_chosen_completions_that_fall(
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out pairs are training pairs")
 def test_what_is_said_is_of_the_model_that_is_saved(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,6 +280,7 @@ def test_the_speed_is_of_pairs_that_were_trained_on(
     assert f"{12 / last['train_runtime']:.3g} pairs per second" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:--warmup is 3")
 def test_a_run_that_hardly_moved(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert files.run("--learning-rate", "1e-12") == 0
     said = capsys.readouterr().out
@@ -286,6 +290,42 @@ def test_a_run_that_hardly_moved(files: Files, capsys: pytest.CaptureFixture[str
     assert files.run("--learning-rate", "1e-9", "--warmup", "3", out=warm) == 0
     said = capsys.readouterr()
     assert "Lower --warmup, in which the learning rate still was" in said.out
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_held_out_pairs_that_are_trained_on(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = write(files.folder / "both.jsonl", [*rows(2), *rows(1, 5)])
+    assert files.run("--eval-pairs", str(test), "--steps", "1") == 0
+    assert "2 of 3 held-out pairs are training pairs, too" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_warm_up_and_the_length_of_the_run(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = files.argv("--steps", "4")
+    at = argv.index("--warmup")
+    assert main([*argv[:at], *argv[at + 2 :]]) == 0
+    rates = [row["learning_rate"] for row in files.metrics() if "loss" in row]
+    assert rates == [0.0, 1e-2, 1e-2, 1e-2]  # a quarter of it
+    assert "--warmup" not in capsys.readouterr().err
+    long = files.folder / "long"
+    assert files.run("--steps", "2", "--warmup", "10", out=long) == 0
+    assert "--warmup is 10, and the run has 2 steps: " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_pairs_beyond_the_models_context(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(initializer_range=0.2)
+    model.config.max_position_embeddings = 20
+    model.save_pretrained(files.folder / "model")
+    assert files.run("--max-length", "64", "--steps", "1") == 0
+    said = capsys.readouterr().err
+    assert (
+        "pairs have more tokens than the model's context, 20, which --max-length 64 allows" in said
+    )
 
 
 # ---- messages that name what was written --------------------------------------------------------

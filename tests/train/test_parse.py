@@ -364,6 +364,13 @@ def test_bad_options_are_refused_before_anything_is_loaded(
     assert len(said.splitlines()) == 1
 
 
+def test_trls_settings_reach_a_loss_of_the_family() -> None:
+    given = ("--beta", "0.2", "--f_divergence_type", "js_divergence")
+    assert asked("--loss", "dpo", *given).loss == losses.get("dpo", beta=0.2, divergence="js")
+    robust = losses.get("robust", label_smoothing=0.1)
+    assert asked("--loss", "robust", "--label_smoothing", "0.1").loss == robust
+
+
 def test_help_shows_every_short_option() -> None:
     said = short_help()
     shown = {*SHORT, *TRL_SHOWN, *(f.name for f in fields(PairArguments))}
