@@ -18,7 +18,10 @@ from fastdpop import installed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-ZIPPED = "its C++ library cannot be loaded out of the zip file or wheel that fastdpop is imported from: install that with pip"
+ZIPPED = (
+    "its C++ library cannot be loaded out of the zip file (a wheel is one) that fastdpop is imported from: install it "
+    "with pip"
+)
 
 
 class CProblem(ctypes.Structure):
