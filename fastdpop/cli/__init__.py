@@ -29,6 +29,8 @@ WITH_OWN_PARSER = (train, trl)
 _MISTAKES = (ValueError, ImportError, FloatingPointError, NotImplementedError)
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """Is in the environment of a process that ``torchrun`` or ``accelerate launch`` has started; torch looks there, too."""
+_TELEMETRY = "HF_HUB_DISABLE_TELEMETRY"
+"""Of Hugging Face's libraries: 0 leaves it on."""
 _UNREAD = 141
 """The exit code where whoever read the output has gone, as a shell has it of what SIGPIPE ends."""
 
@@ -54,6 +56,9 @@ def _answer(argv: list[str]) -> int:
     ):  # a terminal of ASCII shows what it can, and nothing ends for it
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    os.environ.setdefault(
+        _TELEMETRY, "1"
+    )  # TRL sends what is trained, on what, to the Hugging Face hub
     own = {module.NAME: module for module in WITH_OWN_PARSER}
     if argv and argv[0] in own:
         run = functools.partial(own[argv[0]].run, argv[1:])
