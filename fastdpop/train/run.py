@@ -379,7 +379,9 @@ def _nothing_left(trainer: PairTrainer, start: Path) -> bool:
     """
     output = Path(str(trainer.args.output_dir))
     same = start.resolve().parent == output.resolve()
-    return same and checkpoint.ended(output) and trainer.has_ended(start)
+    found = [same and checkpoint.ended(output) and trainer.has_ended(start)]
+    broadcast_object_list(found)  # what the first process sees, so that none waits for another
+    return found[0]
 
 
 def _draw(trainer: PairTrainer) -> None:
