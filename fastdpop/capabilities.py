@@ -62,6 +62,8 @@ def library() -> Capability:
     about = "the C++ library of the engine cpu"
     if not isinstance(found, str):
         return Capability(about)
+    if found == cpu_library.ZIPPED:
+        return Capability(about, (found,))
     compiler = COMPILERS.get(sys.platform)
     return Capability(about, (found,), (*([compiler] if compiler else []), installed.reinstall()))
 
@@ -81,8 +83,11 @@ def _on_gpus(about: str, extra: str, no_gpu: str | None) -> Capability:
 def _kernels(no_gpu: str | None) -> Capability:
     """The triton of a torch for GPUs is the one that this torch asks for, and changes with it."""
     found = _on_gpus("GPUs", "triton", no_gpu)
-    named = {Requirement(line).name for line in importlib.metadata.requires("torch") or []}
-    if found.commands and "triton" in named:
+    try:
+        lines = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:  # of a build that pip knows nothing of
+        lines = []
+    if found.commands and "triton" in {Requirement(line).name for line in lines}:
         return found._replace(commands=("pip install --upgrade torch",))
     return found
 

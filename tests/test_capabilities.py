@@ -169,6 +169,20 @@ def test_triton_comes_with_a_torch_for_gpus(
     assert lacking() == {"gpu": ((said,), ("pip install --upgrade torch",))}
 
 
+def test_a_torch_that_pip_knows_nothing_of(
+    machine: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine["triton"] = ""
+
+    def requires(name: str) -> list[str]:
+        if name == "torch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return METADATA
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert lacking() == {"gpu": (("triton is not installed",), ("pip install 'triton>=3.6'",))}
+
+
 def test_a_prerelease_counts(machine: dict[str, str]) -> None:
     machine["torch"] = "2.16.0a0+git1234"
     assert lacking() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -87,19 +88,43 @@ def test_a_pipe_that_is_not_the_output_is_an_error(
     assert capsys.readouterr().err == "fastdpop: error: [Errno 32] Broken pipe\n"
 
 
-def test_commands_switch_off_the_telemetry_of_libraries() -> None:
-    code = (
-        "from fastdpop.cli import main\n"
-        "try: main(['--version'])\n"
-        "except SystemExit: pass\n"
-        "from huggingface_hub import constants\n"
-        "print(constants.HF_HUB_DISABLE_TELEMETRY)"
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("TELEMETRY")}
-    for given, off in (({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")):
-        command = [sys.executable, "-c", code]
-        said = subprocess.check_output(command, env={**environment, **given}, text=True)
-        assert said.splitlines()[-1] == off
+def test_what_ends_a_command_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code, said in (
+        (KeyboardInterrupt(), 130, "\nfastdpop: interrupted\n"),
+        (FileNotFoundError(2, "No such file", "/x"), 1, "fastdpop: error: /x: No such file\n"),
+        (OSError("the disk is gone"), 1, "fastdpop: error: the disk is gone\n"),
+    ):
+
+        def fail(error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr("fastdpop.doctor.facts", fail)
+        assert main(["doctor"]) == code
+        assert capsys.readouterr().err == said
+
+
+def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdpop.doctor.report", lambda _: "1 \xb1 2")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["doctor"]) == 0
+    assert out.buffer.getvalue() == b"1 ? 2\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "1"), ("0", "0")])
+def test_telemetry_is_off_unless_it_is_asked_for(
+    given: str | None, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "HF_HUB_DISABLE_TELEMETRY"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr("fastdpop.doctor.report", lambda _: "")
+    main(["doctor"])
+    assert os.environ[name] == then
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from fastdpop.analysis.score import score_pairs
 from fastdpop.analysis.words import summary
 from fastdpop.hf import attach
 from fastdpop.installed import needs
+from fastdpop.train.checkpoint import make
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
 from fastdpop.train.run import read
@@ -80,7 +81,7 @@ def analyze(job: Job) -> None:
         raise ValueError(
             f"--model-revision is given for {len(job.models)} models, expected one --model: give folders instead"
         )
-    job.output.mkdir(parents=True, exist_ok=True)
+    make(job.output)
     named = [_look(job, name, path) for name, path in zip(names, job.models, strict=True)]
     base = _reference(job, named)
     tokenizer = load_tokenizer(named[0].asked, named[0].source)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import select
 import sys
@@ -25,9 +26,11 @@ from fastdpop.version import VERSION
 COMMANDS = (pairs, analyze, plan, demo, doctor)
 WITH_OWN_PARSER = (train, trl)
 # Of a user; the last is a library's, of what was asked for.
-_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, NotImplementedError)
+_MISTAKES = (ValueError, ImportError, FloatingPointError, NotImplementedError)
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """Is in the environment of a process that ``torchrun`` or ``accelerate launch`` has started; torch looks there, too."""
+_TELEMETRY = "HF_HUB_DISABLE_TELEMETRY"
+"""Of Hugging Face's libraries: 0 leaves it on."""
 _UNREAD = 141
 """The exit code where whoever read the output has gone, as a shell has it of what SIGPIPE ends."""
 
@@ -37,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Where nobody reads the output to its end, as in ``fastdpop train --help | head``, it is 141, and nothing is said.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's
+    os.environ.setdefault(
+        _TELEMETRY, "1"
+    )  # TRL's trainers tell the Hugging Face hub what they train, and on what
     try:
         code = _answer(sys.argv[1:] if argv is None else list(argv))
     except SystemExit:
@@ -48,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(argv: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII shows what it can
+            stream.reconfigure(errors="replace")
     own = {module.NAME: module for module in WITH_OWN_PARSER}
     if argv and argv[0] in own:
         run = functools.partial(own[argv[0]].run, argv[1:])
@@ -80,10 +88,13 @@ def _code(run: Callable[[], int]) -> int:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        print(f"\nfastdpop: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"\nfastdpop: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError as error:  # it may be another than that of the output
         return _UNREAD if _is_unread() else _failed(str(error))
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        return _failed(f"{error.filename}: {error.strerror}" if named else message(error))
     except _MISTAKES as error:
         return _failed(message(error))
     except (RuntimeError, MemoryError) as error:

@@ -25,7 +25,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--steps", type=positive, metavar="N", help="steps of each run, fewer for a quick look"
     )
     command.add_argument(
-        "--threads", type=threads, default=2, metavar="N", help="(default: %(default)s)"
+        "--threads",
+        type=threads,
+        default=2,
+        metavar="N",
+        help="CPU threads (default: %(default)s)",
     )
 
 

@@ -13,7 +13,8 @@ from fastdpop.data.formats import convert
 from fastdpop.prefix.pack import token_ids
 from fastdpop.rows import IGNORE
 
-_TEXTS = ("prompt", "chosen", "rejected")
+_COMPLETIONS = ("chosen", "rejected")
+_TEXTS = ("prompt", *_COMPLETIONS)
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -26,9 +27,11 @@ def collate(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> dict[str, Tens
     Args:
         rows: B pairs, each a dict. Either ``prompt``, ``chosen`` and ``rejected``, texts or lists of chat
             messages (``{"role": ..., "content": ...}``), with ``tools`` and ``chat_template_kwargs`` where
-            a template reads them; these are tokenised as TRL does, and need it installed. Or
-            ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, integers; the completions without the
-            prompt, and with the EOS that ends them. Other fields of a row are left out.
+            a template reads them; without ``prompt``, it is what ``chosen`` and ``rejected`` both begin with
+            (TRL's implicit prompt), or in the field that another format has for it, as in ``fastdpop train``.
+            These are tokenised as TRL does, and need it installed. Or ``prompt_ids``, ``chosen_ids`` and
+            ``rejected_ids``, integers; the completions without the prompt, and with the EOS that ends them.
+            Other fields of a row are left out.
         tokenizer: a Hugging Face tokenizer; or, for rows of ids, the id that pads. A tokenizer without a
             padding token pads with its EOS. Padding stands on the right, whatever its `padding_side`.
 
@@ -102,10 +105,10 @@ def _ids(place: str, row: Any, tokenizer: Any) -> list[Tensor]:
 
 
 def _tokenised(place: str, row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
-    _require(place, row, _TEXTS)
+    _require(place, row, _COMPLETIONS)
     if isinstance(tokenizer, int):
         raise ValueError(
-            f"{place}: field 'prompt' is {row['prompt']!r:.60}, and tokenizer a padding id: pass the "
+            f"{place}: field 'chosen' is {row['chosen']!r:.60}, and tokenizer a padding id: pass the "
             f"tokenizer, or rows of {', '.join(_IDS)}"
         )
     from fastdpop.data.tokens import pair_ids  # TRL takes seconds, and rows of ids do without

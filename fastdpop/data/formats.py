@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from fastdpop.data.json_text import decode
 from fastdpop.data.messages import Message, assistant, check_pair, messages_from, user
+from fastdpop.names import near
 
 _SIDES = ("prompt", "chosen", "rejected")
 _BESIDE = ("system", "tools", "chat_template_kwargs")
@@ -87,9 +88,7 @@ def convert(
     mapped = _mapped(row, columns, values)
     for name in values:
         if name not in mapped:
-            raise ValueError(
-                f"field '{name}' is missing (fields here: {sorted(row)}; --columns {name}=... says what it is called)"
-            )
+            raise ValueError(_missing(name, row))
     numbers = {name: number(name, mapped, untyped) for name in values}
     fields = {name: _cell(name, value) for name, value in mapped.items() if name not in numbers}
     for name, value in fields.items():
@@ -106,10 +105,7 @@ def convert(
             )
     for name in ("chosen", "rejected"):
         if name not in fields:
-            raise ValueError(
-                f"field '{name}' is missing (fields here: {sorted(fields)}; --columns {name}=... says what "
-                "it is called)"
-            )
+            raise ValueError(_missing(name, fields))
         if not isinstance(fields[name], (str, list, dict)):
             raise ValueError(
                 f"field '{name}' is {fields[name]!r:.80}, expected a string or a list of chat messages"
@@ -120,6 +116,24 @@ def convert(
     # What stood in the place of a field that `columns` puts there has gone from `fields`.
     unused += [name for name in columns if name in row and name not in columns.values()]
     return Pair({**_finished(draft, fields, chat), **numbers}, draft.format, tuple(unused))
+
+
+def _missing(name: str, fields: Mapping[str, Any]) -> str:
+    """That a field is missing, and what may be the matter."""
+    said = f"field '{name}' is missing (fields here: {sorted(fields)}"
+    inner = next((key for key, value in fields.items() if _holds_rows(value)), None)
+    if inner is not None:
+        return f"{said}): pairs may be those of the list '{inner}'; expected that list by itself"
+    only = next(iter(fields), "")
+    separator = next((mark for mark in ";|\t" if len(fields) == 1 and mark in only), None)
+    if separator is not None:
+        return f"{said}): cells may be separated by {separator!r}, expected commas, or tabs in a file .tsv"
+    like = near(name, fields)
+    return f"{said}; --columns {name}={like[0] if like else '...'} says what it is called)"
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(v, dict) and "chosen" in v for v in value)
 
 
 def offered(
@@ -281,12 +295,12 @@ def _implicit(form: str, chosen: Any, rejected: Any, fields: Mapping[str, Any]) 
     beside = [name for name in _MAY_BE_THE_PROMPT if not _is_blank(fields.get(name))]
     if beside and "prompt" not in fields:
         raise ValueError(
-            f"field 'prompt' is missing, and '{beside[0]}' may be what it is called here: say --columns "
-            f"prompt={beside[0]}, or leave that field out"
+            f"field 'prompt' is missing, and '{beside[0]}' may be what it is called here: call it 'prompt' "
+            f"(--columns prompt={beside[0]}), or leave that field out"
         )
     if not chosen or chosen[:1] != rejected[:1]:
         raise ValueError(
-            "'chosen' and 'rejected' share no beginning to take for the prompt (fields here: "
+            "field 'prompt' is missing, and 'chosen' and 'rejected' share no beginning to take for it (fields here: "
             f"{sorted(fields)})"
         )
     shared: dict[str, Any] = extract_prompt({"chosen": chosen, "rejected": rejected})

@@ -33,7 +33,9 @@ _COMPLETIONS = ("chosen", "rejected")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 _NO_PROMPT = (
-    "field 'prompt' has no tokens of its own, so the first token of a completion follows nothing"
+    "field 'prompt' has no tokens of its own, so the first token of a completion follows nothing: where its end and "
+    "the completion's start make one token, put a space or the end of a line between them, or make messages of the "
+    "pair with --chat (chat=True)"
 )
 _LEFT_OUT = (
     "the chat template ends the prompt alone with {left}, which is not there when an answer follows, nor "

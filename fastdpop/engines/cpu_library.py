@@ -18,6 +18,12 @@ from fastdpop import installed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+ZIPPED = (
+    "its C++ library cannot be loaded out of the zip file (a wheel is one) that fastdpop is imported from: install it "
+    "with pip"
+)
+
+
 class CProblem(ctypes.Structure):
     """``Problem`` in csrc/interface.h, field by field."""
 
@@ -101,6 +107,8 @@ def load(instructions: str | None = None) -> Library | str:
     """The library, or why there is none; :func:`missing` says what to do about it."""
     other = os.environ.get("FASTDPOP_LIBRARY")  # another build of it, for `make sanitize`
     path = Path(other) if other else Path(__file__).with_name("_cpu.so")
+    if not other and not path.parent.is_dir():
+        return ZIPPED
     if not other and not path.exists():
         return (
             "its C++ library was not built: when fastdpop was installed, there was no C++ compiler, or none that "
@@ -129,6 +137,8 @@ def missing() -> str | None:
     library = load()
     if not isinstance(library, str):
         return None
+    if library == ZIPPED:
+        return library
     return (
         f"{library}. With a C++ compiler (on Debian and Ubuntu: apt install g++), this builds it: "
         + installed.reinstall()

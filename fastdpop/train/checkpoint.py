@@ -18,6 +18,7 @@ from pathlib import Path
 MANIFEST = "fastdpop.json"
 _INCOMPLETE = "fastdpop-incomplete"
 _MODEL_FILES = ("config.json", "adapter_config.json")
+_STATE = "trainer_state.json"  # Trainer's
 
 HELD_OUT, DECIDES = "held-out pairs", "decided by evaluations"
 NOTHING = "nothing"
@@ -90,6 +91,8 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
         ValueError: the newest checkpoint is damaged, or belongs to other settings or data.
     """
     notes = []
+    if ".." in output.parts:  # through a folder that need not be there yet
+        output = output.resolve()
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file, expected a folder for the run")
     for folder in checkpoints(output):
@@ -104,11 +107,51 @@ def open_run(output: Path, resume: bool, identity: Identity) -> tuple[Path | Non
     if whole:
         verify(whole[0], identity)
         return whole[0], notes
-    if any((output / name).exists() for name in _MODEL_FILES) and not marked(output):
+    if ended(output):
         raise FileExistsError(f"{output} already holds a model: choose another folder")
     if resume:
         notes.append(f"No checkpoint in {output}: starting from the beginning.")
     return None, notes
+
+
+def step(folder: Path) -> int:
+    """After which step a checkpoint was written."""
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
+def ended(output: Path) -> bool:
+    """Whether a run's folder holds the model that it was to make, and not one that another was to take the place of."""
+    return any((output / name).exists() for name in _MODEL_FILES) and not marked(output)
+
+
+def make(output: Path) -> None:
+    """Make the folder that ``--output`` names, if it is not there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--output is {str(output)!r}, expected a folder that is there or can be made: {error.strerror}"
+        ) from None
+
+
+def check_named(folder: Path, output: Path) -> None:
+    """Look at what ``--resume_from_checkpoint`` names, and at the folder of the run that goes on from it.
+
+    Raises:
+        ValueError: it is no checkpoint.
+        FileExistsError: the folder holds a model, and is not that of the checkpoint.
+    """
+    if not (folder / _STATE).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint is {str(folder)!r}, expected the folder of a checkpoint, with its {_STATE}"
+        )
+    if ended(output.resolve()) and folder.resolve().parent != output.resolve():
+        raise FileExistsError(f"{output} already holds a model: choose another folder")
 
 
 def held_out(folder: Path) -> str | None:

@@ -51,6 +51,8 @@ _NEEDS = {
     "greater_is_better": "metric_for_best_model",
 }
 """Options that mean nothing without another."""
+_NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Schedules that pass over a warm-up."""
 _EVALUATION = (
     *("eval_strategy", "eval_steps", "eval_on_start", "eval_delay", "load_best_model_at_end"),
     *("metric_for_best_model", "per_device_eval_batch_size"),
@@ -119,7 +121,7 @@ def check(asked: Any) -> None:
     engines.choose(own.engine, config.device, torch.bfloat16 if config.bf16 else torch.float32)
     _check_lora(asked)
     _check_moving_reference(asked)
-    _check_schedule(config)
+    _check_schedule(config, given)
     _check_order(config)
     if by_evaluations(config) and not evaluates(asked):
         raise ValueError(
@@ -162,6 +164,8 @@ def _check_effects(asked: Any) -> None:
         has = getattr(config, needed, None) or getattr(asked.model, needed, None)
         if name in given and not has:
             raise ValueError(f"--{name} has no effect without --{needed}")
+    if {"max_steps", "num_train_epochs"} <= given and config.max_steps > 0:
+        raise ValueError("--epochs has no effect beside --steps: give one of them")
     for kind in ("save", "eval"):
         if f"{kind}_steps" in given and getattr(config, f"{kind}_strategy") == "no":
             raise ValueError(f"--{kind}_steps has no effect with --{kind}_strategy no")
@@ -226,7 +230,7 @@ def _check_lora(asked: Any) -> None:
         raise ValueError(f"--lora_r is {model.lora_r}, expected at least 1")
 
 
-def _check_schedule(config: Any) -> None:
+def _check_schedule(config: Any, given: set[str]) -> None:
     """Make the schedule once, for its mistakes."""
     options = config.lr_scheduler_kwargs
     if options is not None and not isinstance(options, dict):
@@ -234,6 +238,8 @@ def _check_schedule(config: Any) -> None:
     name = _word(config.lr_scheduler_type)
     if options and name.startswith("constant"):
         raise ValueError(f"--lr_scheduler_kwargs has no effect with --lr_scheduler_type {name}")
+    if config.warmup_steps and "warmup_steps" in given and name in _NO_WARM_UP:
+        raise ValueError(f"--warmup has no effect with --lr_scheduler_type {name}, which has none")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
         get_scheduler(name, optimizer, 1, 10, dict(options or {}))

@@ -3,73 +3,96 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from fastdpop.train.options import TOO_LONG
 from fastdpop.train.parse import Asked
-from fastdpop.train.report import evaluations, held_out_table
-
-_SHOWN = 0.005
-"""Nats; less is written as 0.00."""
+from fastdpop.train.report import Moved, evaluations, held_out_table, moved
 
 
-def summary(asked: Asked, trainer: Any, result: Any, first: int) -> str:
+def summary(
+    asked: Asked, trainer: Any, result: Any, trained: Mapping[str, float], first: int
+) -> str:
     """As text.
 
     Args:
         result: what training returned.
+        trained: metrics of the last step's pairs, after it; empty where there are held-out pairs or was no step.
         first: the step from which on evaluations are of this run's held-out pairs.
     """
-    state, metrics = trainer.state, result.metrics
-    # Trainer divides the pairs of all steps by the time since this run began, maybe at a checkpoint.
+    state, seconds = trainer.state, result.metrics["train_runtime"]
     own = state.global_step - trainer.begun
-    rate = metrics["train_samples_per_second"] * own / max(state.global_step, 1)
     begun = f" ({trainer.begun} were done before)" if trainer.begun else ""
     lines = [
-        f"\n{own} steps in {_duration(metrics['train_runtime'])}{begun}, {rate:.3g} pairs per second"
+        f"\n{_counted(own, 'step')} in {_duration(seconds)}{begun}, {trainer.pairs / seconds:.3g} pairs per second"
     ]
     if not own:
-        lines = [f"\nNothing was left to train: all {trainer.begun} steps had been done"]
+        lines = [f"\n{_none_left(trainer.begun)}"]
     rows = [row for row in evaluations(state.log_history) if row["step"] >= first]
     if rows:
         # The last evaluation is of the weights that are saved.
         last = state.best_global_step if _is_best(trainer) else rows[-1]["step"]
         lines.append(
             held_out_table(
-                {f"after {rows[0]['step']} steps": rows[0]} | {f"after {last} steps": rows[-1]}
+                {f"after {_counted(rows[0]['step'], 'step')}": rows[0]}
+                | {f"after {_counted(last, 'step')}": rows[-1]}
             )
         )
-    lines += _verdict(rows, state.log_history)
+    lines += _verdict(rows, trained, warming=asked.config.warmup_steps >= state.max_steps)
     folder = str(trainer.args.output_dir)
     lines.append(f"Saved to {folder}{_best(trainer)}")
-    lines.append(f"  to load: AutoModelForCausalLM.from_pretrained({folder!r})")
-    following = _analyze(asked, folder)
-    if following is not None:
-        lines.append(f"  to see token by token what changed: {following}")
+    return "\n".join([*lines, *_what_next(asked, folder)])
+
+
+def nothing_left(asked: Asked, steps: int) -> str:
+    """What is said of a run that had ended, with its model in its folder, instead of :func:`summary`."""
+    folder = str(asked.config.output_dir)
+    lines = [f"\n{_none_left(steps)}, and {folder} is as it was", *_what_next(asked, folder)]
     return "\n".join(lines)
 
 
-def _verdict(rows: list[dict[str, Any]], history: list[dict[str, Any]]) -> list[str]:
-    """Whether chosen completions are more likely than under the reference: held-out ones, or else trained ones."""
-    trained = [row for row in history if "logratios/chosen" in row]
+def _none_left(steps: int) -> str:
+    done = "the step of this run had" if steps == 1 else f"all {steps} steps had"
+    return f"Nothing was left to train: {done} been done"
+
+
+def _what_next(asked: Asked, folder: str) -> list[str]:
+    lines = [f"  to load: AutoModelForCausalLM.from_pretrained({folder!r})"]
+    following = _analyze(asked, folder)
+    if following is not None:
+        lines.append(f"  to see token by token what changed: {following}")
+    return lines
+
+
+def _verdict(rows: list[dict[str, Any]], trained: Mapping[str, float], warming: bool) -> list[str]:
+    """Whether chosen completions are more likely than under the reference: held-out ones, or else trained ones.
+
+    Args:
+        warming: the learning rate's warm-up had not ended.
+    """
     if rows:
-        which, ratio = "Held-out chosen completions", rows[-1]["eval_logratios/chosen"]
-        error = rows[-1]["eval_logratios/chosen_standard_error"]
+        which, name = "Held-out chosen completions", "eval_logratios/chosen"
+        ratio, error = rows[-1][name], rows[-1][f"{name}_standard_error"]
     elif trained:
-        which, ratio, error = "Chosen completions", trained[-1]["logratios/chosen"], 0.0
+        which, name = "Chosen completions of the last step", "logratios/chosen, after that step,"
+        ratio, error = trained["logratios/chosen"], 0.0  # of these very pairs
     else:
         return []
-    name = (
-        "eval_logratios/chosen" if rows else "logratios/chosen, of the last steps that were logged"
-    )
-    if abs(ratio) < _SHOWN:
+    change = moved(ratio, error)
+    if change is Moved.NOT:
+        lower = "lower --warmup, in which the learning rate still was" if warming else ""
+        advice = lower or "train for more --epochs, or raise --learning-rate"
         return [
             f"{which} are as likely as under the reference ({name} {ratio:+.2f} nats): the model has hardly moved. "
-            "Train for more --epochs, or raise --learning-rate."
+            f"{advice[0].upper()}{advice[1:]}."
         ]
-    if abs(ratio) <= 2 * error:  # a mean that chance explains
-        return [f"{which} are about as likely as under the reference ({name} {ratio:+.2f} nats)."]
-    if ratio > 0:
+    if change is Moved.UNCLEAR:
+        return [
+            f"{which} became neither more nor less likely than chance explains ({name} {ratio:+.2f} nats, standard "
+            f"error {error:.2f})."
+        ]
+    if change is Moved.UP:
         return [f"{which} became more likely ({name} {ratio:+.2f} nats)."]
     return [
         f"{which} became LESS likely ({name} {ratio:+.2f} nats): the model unlearns what it should prefer. "
@@ -118,6 +141,10 @@ def _analyze(asked: Asked, folder: str) -> str | None:
         if value is not None:
             words += [option, str(value)]
     return shlex.join(["fastdpop", "analyze", *words])
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _duration(seconds: float) -> str:

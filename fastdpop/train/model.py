@@ -19,7 +19,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from fastdpop.integrations.trl.options import check_revision
+from fastdpop.train import adapted
 from fastdpop.train.parse import Asked
+
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def model_source(asked: Asked) -> Source:
     assert name is not None  # the command line was checked
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
         raise ValueError(f"--model is {name!r}: there is no such folder")
+    if Path(name).is_file():
+        raise ValueError(f"--model is {name!r}, which is a file, expected a folder")
     check_revision(name, asked.model.model_revision)
     adapter = base = None
     if find_adapter_config_file(name) is not None:
@@ -116,10 +121,16 @@ def load_tokenizer(asked: Asked, source: Source) -> Any:
     revision = (
         {"revision": asked.model.model_revision} if name == asked.model.model_name_or_path else {}
     )
+    option = "--tokenizer" if asked.own.tokenizer else "--model"
+    _check_tokenizer_files(option, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **trust, **revision)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
-        raise ValueError(f"{name}: its tokenizer cannot be loaded: {error}") from error
+        here = "" if Path(name).exists() else f"there is no folder {name}, and of the Hub: "
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{option} is {name!r}: its tokenizer cannot be loaded: {here}{said}"
+        ) from error
     if asked.own.chat_template_path:
         tokenizer.chat_template = _template(Path(asked.own.chat_template_path))
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
@@ -130,7 +141,24 @@ def load_tokenizer(asked: Asked, source: Source) -> Any:
     return tokenizer
 
 
+def _check_tokenizer_files(option: str, name: str) -> None:
+    """
+    Raises:
+        ValueError: the name is that of a file, or of a folder here without a tokenizer.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{option} is {name!r}, which is a file, expected a folder")
+    if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+        raise ValueError(
+            f"{option} is {name!r}, which holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): --tokenizer names "
+            "another folder for it"
+        )
+
+
 def _template(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"--chat-template-path is {str(path)!r}: there is no such file")
     try:
         text = path.read_text(encoding="utf-8")
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
@@ -142,6 +170,10 @@ def _template(path: Path) -> str:
         raise ValueError(f"{path}:{error.lineno}: no valid template ({error.message})") from None
     if not text.strip():
         raise ValueError(f"{path}: the chat template is empty")
+    if "messages" not in text or "{%" not in text:
+        raise ValueError(
+            f"{path}: no chat template, which would go through 'messages' in a {{% for %}}"
+        )
     return text
 
 
@@ -166,6 +198,8 @@ def load_model(asked: Asked, source: Source) -> tuple[Any, Any, Any]:
     # All of it is in the model already.
     asked.config.model_init_kwargs = None
     new = asked.model.use_peft and not (source.adapter and not asked.own.merge_adapter)
+    if new:
+        adapted.check(asked.model, model)
     return model, reference, get_peft_config(asked.model) if new else None
 
 
@@ -197,11 +231,13 @@ def _load(asked: Asked, source: Source) -> Any:
         model, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"it has no weights for {sorted(report['missing_keys'])[:3]}")
+        _check_finite(model)
         if source.adapter is None:
             return model
         from peft import PeftModel
 
         tuned: Any = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
+        _check_finite(tuned)
         if asked.own.merge_adapter:
             return tuned.merge_and_unload().requires_grad_()
         return _with_whole_reference(tuned)
@@ -218,6 +254,13 @@ def _load(asked: Asked, source: Source) -> Any:
         ValueError,
     ) as error:
         raise ValueError(f"{name} cannot be loaded: {error}") from error
+
+
+def _check_finite(model: torch.nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        wide = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if wide and not weight.is_meta and not weight.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity, expected finite weights")
 
 
 def _with_whole_reference(model: Any) -> Any:

@@ -61,7 +61,9 @@ def under_trl_names(name: str, value: Any) -> dict[str, Any]:
         return {trl_name: value if isinstance(value, list) else str(value).split(",")}
     if name in ("eval_every", "save_every"):
         if not str(value).isdecimal():
-            raise ValueError(f"--{name} is {value}, expected a whole number, 0 or above")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}, expected a whole number, 0 or above"
+            )
         strategy = {trl_name.replace("steps", "strategy"): "steps" if int(value) else "no"}
         return strategy | ({trl_name: value} if int(value) else {})
     return {trl_name: value}
@@ -223,6 +225,7 @@ _GROUPS = {
 _WORDS = {
     "schedule": "constant", "reference": "precomputed", "lora_targets": "all-linear",
     "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512, "warn_displacement": "true",
+    "warmup": "10, or a quarter of a run that is shorter than 40",
 }  # fmt: skip
 """Defaults of options that are TRL's, or called something else there."""
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import torch
@@ -22,12 +22,13 @@ from trl.trainer.model_config import ModelConfig
 from fastdpop import losses
 from fastdpop.integrations.trl import FastDPOConfig
 from fastdpop.integrations.trl.config import shares_prefixes
-from fastdpop.integrations.trl.loss import check_config
+from fastdpop.integrations.trl.loss import SETTINGS, check_config, default_of, setting
 from fastdpop.integrations.trl.process import shard_on_cpus, sharding_asked
 from fastdpop.losses import PreferenceLoss
 from fastdpop.names import hint
 from fastdpop.train.consistency import check, evaluates, missing
 from fastdpop.train.options import DEFAULTS, SHORT, PairArguments, under_trl_names
+from fastdpop.train.written import as_written, check_twice, flags
 
 _LISTS = ("columns", "loss_option")
 """Options of which each may be given several times."""
@@ -78,6 +79,8 @@ def parse(argv: Sequence[str]) -> Asked:
         ValueError: a value is out of its range, or two options contradict each other.
         OSError: the YAML file cannot be read.
     """
+    names = flags(argv)
+    check_twice(names)
     arguments, given = _translated(list(argv))
     in_yaml = _in_yaml(arguments, "device")
     device = _device(_last(arguments, "--device") or in_yaml)
@@ -107,21 +110,20 @@ def parse(argv: Sequence[str]) -> Asked:
         *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except IndexError:
         parser.error("argument --config: expected one argument")
-    except TypeError as error:  # of a dataclass, about a value that is of the wrong type
-        raise ValueError(str(error)) from error
+    except (TypeError, ValueError) as error:  # of a dataclass, about a value, by its own names
+        raise ValueError(as_written(str(error), names, given)) from error
     if unknown:
         parser.error(_unknown(unknown, parser))
     own, data, config, model, mixture = parsed
     asked = Asked(own, data, config, model, mixture, given, None)
     for name in missing(asked):
         parser.error(f"{name} is missing")
-    check(asked)
-    asked.loss = _loss(asked)
-    if asked.loss is not None:  # what it replaces is TRL's default again, unless it was given
-        for name, value in (("loss_type", ["sigmoid"]), ("beta", 0.1)):
-            if name not in given:
-                setattr(config, name, value)
-    check_config(config, asked.loss)
+    try:
+        check(asked)
+        asked.loss = _loss(asked)
+        check_config(config, asked.loss)
+    except ValueError as error:
+        raise ValueError(as_written(str(error), names)) from error
     _settle(asked)
     return asked
 
@@ -260,6 +262,8 @@ def _in_yaml(arguments: list[str], name: str) -> Any:
     path = _last(arguments, "--config")
     if path is None:
         return None
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--config is {path!r}: there is no such file")
     with open(path, encoding="utf-8") as file:
         try:
             content = yaml.load(file, _UniqueLoader)
@@ -322,11 +326,23 @@ def _loss(asked: Asked) -> PreferenceLoss | None:
         return None
     try:
         options = dict(_option(text) for text in own.loss_option or ())
+        for name, option in SETTINGS.items():
+            if name not in asked.given:
+                continue
+            if option not in losses.options_of(own.loss):
+                raise ValueError(f"--{name} has no effect: --loss {own.loss} does not read it")
+            if option in options:
+                raise ValueError(
+                    f"--{name} and --loss-option {option}={options[option]} are one: give one of them"
+                )
+            options[option] = setting(asked.config, name)
         loss = losses.get(own.loss, **options)
-        if "beta" in asked.given and "beta" not in options:
-            loss = losses.get(own.loss, beta=asked.config.beta, **options)
     except TypeError as error:
         raise ValueError(str(error)) from None
+    # The config's own are TRL's defaults again: the loss has them now. Rewards are logged with its beta.
+    for field in fields(asked.config):
+        if field.name in ("loss_type", *SETTINGS):
+            setattr(asked.config, field.name, default_of(field))
     return loss
 
 

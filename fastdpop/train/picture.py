@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpop.train.report import by_step
+from fastdpop.train.report import Moved, by_step, moved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,8 @@ def draw(train: Rows, held_out: Rows, path: Path) -> None:
     loss, logratios, shares = figure.subplots(1, 3)
     loss.set_title("Loss", loc="left")
     _curve(loss, train, held_out, "loss", "loss", GREY)
-    logratios.set_title(_verdict(held_out), loc="left")
+    last = max(row["step"] for row in (*train, *held_out))
+    logratios.set_title(_verdict(held_out, last), loc="left")
     logratios.set_ylabel(f"log-ratio, policy {MINUS} reference (nats)")
     logratios.axhline(0, color=GREY, linewidth=1, zorder=0)
     _curve(logratios, train, held_out, "logratios/chosen", "chosen", BLUE)
@@ -58,7 +59,6 @@ def draw(train: Rows, held_out: Rows, path: Path) -> None:
     shares.set_ylim(-0.03, 1.03)
     _curve(shares, train, held_out, "hinge_on", "hinge on", BLUE)
     _curve(shares, train, held_out, "rewards/accuracies", "told apart", GREY, "--")
-    last = max(row["step"] for row in (*train, *held_out))
     for axes in (loss, logratios, shares):
         plain(axes)
         axes.set_xlabel("training step")
@@ -75,14 +75,19 @@ def draw(train: Rows, held_out: Rows, path: Path) -> None:
     figure.savefig(path)
 
 
-def _verdict(held_out: Rows) -> str:
-    """What became of held-out chosen completions."""
+def _verdict(held_out: Rows, last: int) -> str:
+    """What became of held-out chosen completions, and up to which step where a run was not evaluated at its end."""
     if not held_out:
         return "Log-ratios"
-    end = held_out[-1]["eval_logratios/chosen"]
-    if end == 0:
-        return "Chosen completions are as likely as before"
-    return f"Chosen completions became {'more' if end > 0 else 'less'} likely"
+    name = "eval_logratios/chosen"
+    said = {
+        Moved.NOT: "Chosen completions are as likely as before",
+        Moved.UNCLEAR: "What chosen completions became may be chance",
+        Moved.UP: "Chosen completions became more likely",
+        Moved.DOWN: "Chosen completions became less likely",
+    }[moved(held_out[-1][name], held_out[-1][f"{name}_standard_error"])]
+    step = held_out[-1]["step"]
+    return said if step == last else f"{said} (step {step})"
 
 
 def plain(axes: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback
 
 METRICS = "metrics.jsonl"
+_SHOWN = 0.005
+"""Nats; less is written as 0.00."""
 
 
 class Progress(ProgressCallback):
@@ -72,6 +75,23 @@ def by_step(history: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]
     """The lines that have a metric, the last one of each step."""
     found = {row["step"]: row for row in history if name in row}
     return [found[step] for step in sorted(found)]
+
+
+class Moved(enum.Enum):
+    """How log-probs compare with the reference's: hardly another, or another by no more than chance explains, or more
+    or less likely.
+    """
+
+    NOT, UNCLEAR, UP, DOWN = range(4)
+
+
+def moved(logratio: float, error: float) -> Moved:
+    """What a mean log-ratio says, in nats, with its standard error."""
+    if abs(logratio) < _SHOWN:
+        return Moved.NOT
+    if abs(logratio) <= 2 * error:
+        return Moved.UNCLEAR
+    return Moved.UP if logratio > 0 else Moved.DOWN
 
 
 def held_out_table(rows: dict[str, dict[str, Any]], seconds: dict[str, float] | None = None) -> str:

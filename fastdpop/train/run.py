@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastdpop.integrations.trl.values import hash_of_values
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint, picture, processes
 from fastdpop.train.consistency import by_evaluations, evaluates, grouped_by_length
-from fastdpop.train.ending import summary
+from fastdpop.train.ending import nothing_left, summary
 from fastdpop.train.model import Source, load_model, load_tokenizer, model_source
 from fastdpop.train.parse import Asked, parse
 from fastdpop.train.report import evaluations
@@ -62,6 +63,8 @@ def run(argv: Sequence[str]) -> int:
     source = model_source(asked)
     tokenizer = load_tokenizer(asked, source)
     train, held_out = read(asked, tokenizer, source)
+    _settle_warm_up(asked, len(train))
+    _look_at_both(asked, train, held_out)
     # Once: what is scored together beforehand is trained on together, see PairTrainer.
     train = _mixed(train, config)
     identity = _identity(asked, source, train, held_out)
@@ -100,6 +103,10 @@ def run(argv: Sequence[str]) -> int:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
+    if start is not None and _nothing_left(trainer, Path(start)):
+        say(nothing_left(asked, checkpoint.step(Path(start))))
+        trainer.accelerator.end_training()
+        return 0
     try:
         result = trainer.train(resume_from_checkpoint=start)
     except FloatingPointError:
@@ -117,8 +124,9 @@ def run(argv: Sequence[str]) -> int:
         ended = known and known[-1]["step"] == trainer.state.global_step
         if not ended or config.load_best_model_at_end:
             trainer.evaluate()
+    trained = {} if held_out is not None else trainer.after_last_step()
     trainer.save_at_the_end()
-    say(summary(asked, trainer, result, first=trainer.begun if others else 0))
+    say(summary(asked, trainer, result, trained, first=trainer.begun if others else 0))
     _draw(trainer)
     trainer.accelerator.end_training()
     return 0
@@ -161,6 +169,11 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     pairs = load_pairs(
         what, columns=columns, chat=own.chat, split=split, config=config, values=values
     )
+    if own.chat_template_path and isinstance(pairs.dataset[0]["prompt"], str):
+        raise ValueError(
+            f"--chat-template-path has no effect: {label} holds texts, which no template is applied to. --chat makes "
+            "messages of them"
+        )
     longest = asked.config.max_length or source.context
     dataset, dropped = tokenize(
         pairs.dataset,
@@ -186,6 +199,13 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
             + ("; all training and held-out pairs then need them" if evaluates(asked) else ""),
             stacklevel=2,
         )
+    beyond = sum(length > (source.context or math.inf) for length in _lengths(dataset))
+    if beyond and PartialState().is_main_process:
+        warnings.warn(
+            f"{label}: {beyond} of {len(dataset)} pairs have more tokens than the model's context, {source.context}, "
+            f"which --max-length {longest} allows",
+            stacklevel=2,
+        )
     equal = sum(row["chosen_ids"] == row["rejected_ids"] for row in dataset)
     if equal and PartialState().is_main_process:
         warnings.warn(
@@ -193,6 +213,53 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
             stacklevel=2,
         )
     return dataset
+
+
+def _settle_warm_up(asked: Asked, pairs: int) -> None:
+    """Fit the warm-up to the run if it was not given; warn if it was, and the run is over before it.
+
+    Raises:
+        ValueError: there is no step.
+    """
+    config = asked.config
+    size = config.per_device_train_batch_size * config.world_size
+    batches = pairs // size if config.dataloader_drop_last else math.ceil(pairs / size)
+    if not batches:
+        raise ValueError(
+            f"--dataloader_drop_last leaves no batch to train on: {pairs} pairs are fewer than the {size} of one, "
+            "expected a smaller --batch-pairs"
+        )
+    steps = config.max_steps
+    if steps < 0:
+        each = math.ceil(batches / config.gradient_accumulation_steps)
+        steps = math.ceil(config.num_train_epochs * each)
+    if "warmup_steps" not in asked.given:
+        config.warmup_steps = min(config.warmup_steps, steps // 4)
+    elif config.warmup_steps >= steps and PartialState().is_main_process:
+        warnings.warn(
+            f"--warmup is {config.warmup_steps:g}, and the run has {steps} step{'s'[: steps > 1]}: the learning rate "
+            "does not reach --learning-rate, and is 0 in the first step. Expected a warm-up that ends before the run",
+            stacklevel=2,
+        )
+
+
+def _look_at_both(asked: Asked, train: Any, held_out: Any) -> None:
+    """Warn of pairs that are trained on and held out, too, of which nothing held out can be learnt."""
+    if held_out is None or not PartialState().is_main_process:
+        return
+    known = set(map(_tokens, train))
+    both = sum(_tokens(row) in known for row in held_out)
+    if both:
+        warnings.warn(
+            f"{both} of {len(held_out)} held-out pairs are training pairs, too: what evaluations say of them is not "
+            "what the model does with pairs that it has not seen. Expected other pairs in --eval-pairs",
+            stacklevel=2,
+        )
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    """A pair's, as a number that hardly another pair has."""
+    return hash(tuple(tuple(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")))
 
 
 def _mapping(text: str) -> tuple[str, str]:
@@ -281,13 +348,20 @@ def _others(start: str | None, identity: dict[str, str]) -> bool:
 
 def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
     """The checkpoint to go on from, found by one process for all."""
+    model = Path(str(asked.model.model_name_or_path))
+    if model.is_dir() and model.resolve() == output.resolve():
+        raise ValueError(
+            f"--output is {str(output)!r}, the folder of --model, which already holds a model: choose another"
+        )
     explicit = asked.config.resume_from_checkpoint
     if explicit is not None:
+        checkpoint.check_named(Path(explicit), output)
         return str(explicit)
     found: list[Any] = [None, [], None]
     if PartialState().is_main_process:
         try:
             start, notes = checkpoint.open_run(output, asked.own.resume, identity)
+            checkpoint.make(output)
             found = [str(start) if start else None, notes, None]
         except (ValueError, OSError) as error:
             found[2] = error
@@ -297,6 +371,17 @@ def _open(output: Path, asked: Asked, identity: dict[str, str]) -> str | None:
     for note in found[1]:
         PartialState().print(note)
     return None if found[0] is None else str(found[0])
+
+
+def _nothing_left(trainer: PairTrainer, start: Path) -> bool:
+    """Whether the run that a checkpoint belongs to has ended, with its model beside the checkpoint: then nothing of it
+    is written again.
+    """
+    output = Path(str(trainer.args.output_dir))
+    same = start.resolve().parent == output.resolve()
+    found = [same and checkpoint.ended(output) and trainer.has_ended(start)]
+    broadcast_object_list(found)  # what the first process sees, so that none waits for another
+    return found[0]
 
 
 def _draw(trainer: PairTrainer) -> None:

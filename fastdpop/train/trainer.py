@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
-from fastdpop.integrations.trl import FastDPOTrainer, batch, values
+from fastdpop.integrations.trl import FastDPOTrainer, batch, metrics, values
 from fastdpop.prefix.sampler import PromptSampler
 from fastdpop.train import checkpoint, reference
 from fastdpop.train.report import MetricsFile, Progress
+
+_OF_WRITING = (RuntimeError, OSError, SafetensorError)
 
 
 class PairTrainer(FastDPOTrainer):
@@ -28,7 +30,8 @@ class PairTrainer(FastDPOTrainer):
       all processes, each once.
     - A loss or a gradient's norm that is not finite ends the run.
     - Checkpoints are sealed (:mod:`fastdpop.train.checkpoint`), if `identity` is given.
-    - `begun` is the step that a run has gone on from, or 0.
+    - `begun` is the step that a run has gone on from, or 0; `pairs` is how many pairs it has trained on since.
+    - A run that goes on from its last step trains no further one.
     - Metrics go to ``metrics.jsonl`` in the output folder, if `write_metrics` is set.
 
     Raises:
@@ -49,7 +52,9 @@ class PairTrainer(FastDPOTrainer):
     ) -> None:
         self._identity = identity
         self._of_step = (0, 0)  # batches and pairs of the current step
-        self.begun = 0
+        self._last: list[Any] = []  # the batches of the current step
+        self._goes_on_from: int | None = None  # the step of a checkpoint
+        self.begun = self.pairs = 0
         super().__init__(*args, **kwargs)
         config: Any = self.args
         # The data are in such batches already, and their order is that of batches.
@@ -75,14 +80,30 @@ class PairTrainer(FastDPOTrainer):
         Raises:
             ValueError: the checkpoint does not hold such a reference.
         """
-        if isinstance(resume_from_checkpoint, str) and self._reference_moves:
-            reference.load(self.ref_model, Path(resume_from_checkpoint))
+        if isinstance(resume_from_checkpoint, str):
+            self._goes_on_from = checkpoint.step(Path(resume_from_checkpoint))
+            if self._reference_moves:
+                reference.load(self.ref_model, Path(resume_from_checkpoint))
+        if self._identity is not None and self.args.should_save:
+            checkpoint.begin(Path(str(self.args.output_dir)))  # until the model is there
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.close()
+
+    def has_ended(self, start: Path) -> bool:
+        """Whether a checkpoint is that of the last step, or of one beyond it."""
+        *_, steps = super().set_initial_training_values(self.args, self.get_train_dataloader())
+        return checkpoint.step(start) >= steps
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with no epoch to go through where nothing is left to train: its loop looks after a step only."""
+        epochs, *more, steps = super().set_initial_training_values(*args, **kwargs)
+        if self._goes_on_from is not None and self._goes_on_from >= steps:
+            epochs = 0
+        return (epochs, *more, steps)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, of which training does not depend: a loader draws a random number."""
@@ -109,11 +130,32 @@ class PairTrainer(FastDPOTrainer):
         """The batches of a step, counted."""
         batches, items = super().get_batch_samples(*args)
         pairs = [batch.count(inputs) for inputs in batches]
-        if self._fastdpop.global_batch:
-            last = len(batches) - 1
-            pairs = [batch.total(self, one, final=at == last) for at, one in enumerate(pairs)]
-        self._of_step = (len(batches), sum(pairs))
+        last = len(batches) - 1
+        of_all = [batch.total(self, one, final=at == last) for at, one in enumerate(pairs)]
+        self.pairs += sum(of_all)
+        self._of_step = (len(batches), sum(of_all if self._fastdpop.global_batch else pairs))
+        self._last = batches
         return batches, items
+
+    def after_last_step(self) -> dict[str, float]:
+        """Metrics of the last step's pairs under the weights that it has left, since what a step logs is of those
+        before it; empty where there was no step.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        self.model_wrapped.eval()
+        for inputs in self._last:
+            self.prediction_step(self.model_wrapped, inputs, prediction_loss_only=True)
+        metrics.fill(self, "eval")
+        found = {name: values[-1] for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        if not math.isfinite(found.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"after step {self.state.global_step}, the last one, the loss of its pairs is {found['loss']}, and the "
+                "model was not saved. Lower --learning-rate"
+            )
+        return found
 
     def compute_loss(
         self,
@@ -143,12 +185,16 @@ class PairTrainer(FastDPOTrainer):
         if isinstance(norm, Tensor) and norm.device.type == "cpu" and not norm.isfinite():
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the gradient's norm is {norm.item()}; "
-                "the weights were not changed by this step"
+                "the weights were not changed by this step. Lower --learning-rate, or go on from an earlier checkpoint"
             )
         return norm
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """TRL's, of finite numbers."""
+        """TRL's, of finite numbers, and with the speed of the pairs that were trained on."""
+        if (
+            "train_samples_per_second" in logs
+        ):  # Trainer's counts a step's pairs as if its batches were full
+            logs["train_samples_per_second"] = round(self.pairs / logs["train_runtime"], 3)
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise FloatingPointError(
@@ -208,12 +254,13 @@ class PairTrainer(FastDPOTrainer):
             yield
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, OSError, SafetensorError) as error:
-            raise OSError(f"{folder} cannot be written: {error}") from error
         except Exception as error:
-            if type(error) is not Exception:  # which is what tokenizers raises
+            # Of tokenizers it is an Exception itself. torch does not say that a disk is full.
+            if type(error) is not Exception and not isinstance(error, _OF_WRITING):
                 raise
-            raise OSError(f"{folder} cannot be written: {error}") from error
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free there"
+            raise OSError(f"{folder} cannot be written ({free}): {error}") from error
 
 
 class _InBatches(Sampler[int]):

@@ -89,6 +89,24 @@ def test_padding_that_is_a_token_is_not_scored() -> None:
     assert batch["attention_mask"].sum(1).tolist() == [6, 10]
 
 
+def test_an_implicit_prompt() -> None:
+    """As in trl-lib/ultrafeedback_binarized, with scores beside it: TRL takes what both begin with for the prompt."""
+    asked = [user("x"), *answer("y"), user("2+2?")]
+    chosen, rejected = answer("4"), answer("5")
+    tokenizer = byte_level(CHATML)
+    implicit = {"chosen": [*asked, *chosen], "rejected": [*asked, *rejected], "score_chosen": 8.0}
+    text = {"chosen": "2+2 = 4", "rejected": "2+2 = 5"}
+    for row, explicit in (
+        (implicit, pair(asked, chosen, rejected)),
+        (text, pair("2+2 =", " 4", " 5")),
+    ):
+        ours, known = (collate([one], tokenizer) for one in (row, explicit))
+        for name in known:
+            assert torch.equal(ours[name], known[name]), name
+    with pytest.raises(ValueError, match=r"rows\[0\]: field 'prompt' is missing, and 'chosen' and"):
+        collate([{"chosen": "a", "rejected": "b"}], tokenizer)
+
+
 def test_padding_stands_on_the_right() -> None:
     tokenizer = byte_level()
     tokenizer.pad_token, tokenizer.padding_side = "</s>", "left"
@@ -135,7 +153,7 @@ def test_a_warning_comes_once_and_not_with_every_batch() -> None:
         ([{**IDS[0], "prompt_ids": []}], 0, r"rows\[0\]: field 'prompt_ids' is empty"),
         ([{**IDS[0], "chosen_ids": [-100]}], 0, r"rows\[0\]: field 'chosen_ids' holds -100, expected"),
         ([{**IDS[0], "chosen_ids": "4"}], 0, r"rows\[0\]: field 'chosen_ids' is '4', expected a seq"),
-        ([pair("a")], 0, r"rows\[0\]: field 'prompt' is 'a', and tokenizer a padding id: pass the"),
+        ([pair("a")], 0, r"rows\[0\]: field 'chosen' is '.*', and tokenizer a padding id: pass the"),
         ([pair("a"), pair("")], byte_level(), r"rows\[1\]: field 'prompt' is '', expected a text"),
         ([pair("a", 4)], byte_level(), r"rows\[0\]: field 'chosen' is 4, expected a string"),
         ([pair("a", place="x:7", chosen=None)], byte_level(), "x:7: field 'chosen' is None"),

@@ -28,6 +28,21 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
     ("row", "message"),
     [
         ({"prompt": "p", "chosen": "c"}, f"field 'rejected' is missing {CALLED}"),
+        (
+            {"Prompt": "p", "Chosen": "c", "Rejected": "r"},
+            "field 'chosen' is missing (fields here: ['Chosen', 'Prompt', 'Rejected']; --columns chosen=Chosen "
+            "says what it is called)",
+        ),
+        (
+            {"prompt;chosen;rejected": "p;c;r"},
+            "field 'chosen' is missing (fields here: ['prompt;chosen;rejected']): cells may be separated by "
+            "';', expected commas, or tabs in a file .tsv",
+        ),
+        (
+            {"data": [{"prompt": "p", "chosen": "c", "rejected": "r"}]},
+            "field 'chosen' is missing (fields here: ['data']): pairs may be those of "
+            "the list 'data'; expected that list by itself",
+        ),
         ({**TEXT, "chosen": 3}, f"field 'chosen' is 3, {SIDE}"),
         ({**TEXT, "chosen": None}, f"field 'chosen' is None, {SIDE}"),
         ({**TEXT, "rejected": float("nan")}, f"field 'rejected' is nan, {SIDE}"),
@@ -91,13 +106,13 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
         ),
         (
             {"chosen": [ASK, BLUE], "rejected": [SYSTEM, ASK, GREEN]},
-            "'chosen' and 'rejected' share no beginning to take for the prompt (fields here: ['chosen', "
-            "'rejected'])",
+            "field 'prompt' is missing, and 'chosen' and 'rejected' share no beginning to take for it "
+            "(fields here: ['chosen', 'rejected'])",
         ),
         (
             {"chosen": "blue", "rejected": "green", "messages": []},
-            "'chosen' and 'rejected' share no beginning to take for the prompt (fields here: ['chosen', "
-            "'messages', 'rejected'])",
+            "field 'prompt' is missing, and 'chosen' and 'rejected' share no beginning to take for it "
+            "(fields here: ['chosen', 'messages', 'rejected'])",
         ),
         (
             {"prompt": "Who?", "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
@@ -182,13 +197,13 @@ SHAREGPT = {"chosen": "a", "rejected": "b"}
         ),
         (
             {"query": "What color?", "chosen": "The sky is blue.", "rejected": "The sky is green."},
-            "field 'prompt' is missing, and 'query' may be what it is called here: say --columns "
-            "prompt=query, or leave that field out",
+            "field 'prompt' is missing, and 'query' may be what it is called here: call it 'prompt' (--columns "
+            "prompt=query), or leave that field out",
         ),
         (
             {"messages": [ASK], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
-            "field 'prompt' is missing, and 'messages' may be what it is called here: say --columns "
-            "prompt=messages, or leave that field out",
+            "field 'prompt' is missing, and 'messages' may be what it is called here: call it 'prompt' (--columns "
+            "prompt=messages), or leave that field out",
         ),
         (
             {"chosen": [BLUE, ASK, BLUE], "rejected": [BLUE, GREEN]},

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdpop import engines, fused_logps
+from fastdpop import capabilities, engines, fused_logps
 from fastdpop.engines import cpu_library
 
 SAYS = "plain torch, which takes more time and memory than its engine 'cpu'"
@@ -84,6 +84,17 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
     assert "_cpu.so" in reason
     assert reason.startswith("its C++ library cannot be loaded: ")
     assert "this builds it: pip install --force-reinstall" in reason
+
+
+@pytest.mark.usefixtures("unbuilt")
+def test_a_wheel_that_is_imported_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its library is there, and no compiler would help."""
+    wheel = tmp_path / "fastdpop.whl"
+    wheel.touch()
+    monkeypatch.setattr(cpu_library, "__file__", str(wheel / "fastdpop" / "cpu_library.py"))
+    assert cpu_library.missing() == cpu_library.ZIPPED
+    assert capabilities.library().missing == (cpu_library.ZIPPED,)
+    assert capabilities.library().commands == ()
 
 
 @needs_library

@@ -142,3 +142,13 @@ def test_an_adapter_that_is_damaged(files: Files, capsys: pytest.CaptureFixture[
     (files.folder / "sft" / "adapter_config.json").write_text("{")
     assert files.run("--model", str(files.folder / "sft")) == 1
     assert "fastdpop: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [("q_proj", {"q_proj"}), (r".*\.1\.mlp\..*_proj", {"gate_proj", "up_proj", "down_proj"})],
+)
+def test_modules_of_a_new_adapter(targets: str, adapted: set[str], files: Files) -> None:
+    """A single name is no regular expression of whole names, as PEFT would take it to be."""
+    assert files.run("--lora", "--lora-targets", targets, "--steps", "1") == 0
+    assert {name.split(".")[-3] for name in files.weights()} == adapted

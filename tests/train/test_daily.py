@@ -12,8 +12,10 @@ pytest.importorskip("trl")
 from transformers import LlamaForCausalLM
 from trl import DPOConfig
 
+from fastdpop.cli import main
 from fastdpop.integrations.trl.options import EVALUATED
 from fastdpop.train.trainer import PairTrainer
+from tests.tiny_model import tiny_llama
 from tests.train.files import WARNINGS, Files, rows, write
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -229,27 +231,101 @@ def test_the_last_lines(
     )
 
 
-def test_chosen_completions_that_fall(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the training pairs, where there are no others: both completions begin alike and sink."""
-    assert files.run("--loss", "dpo", "--learning-rate", "0.3", "--steps", "3") == 0
-    last = [row for row in files.metrics() if "logratios/chosen" in row][-1]["logratios/chosen"]
-    said = capsys.readouterr().out
-    assert last < 0
+def test_chosen_completions_that_fall(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the last step's pairs, where there are no others."""
+    own = PairTrainer.after_last_step
+
+    def fallen(self: Any) -> dict[str, float]:
+        return own(self) | {"logratios/chosen": -0.5}
+
+    monkeypatch.setattr(PairTrainer, "after_last_step", fallen)
+    assert files.run("--steps", "1") == 0
     assert (
-        f"Chosen completions became LESS likely (logratios/chosen, of the last steps that were logged {last:+.2f}"
-        in said
+        "Chosen completions of the last step became LESS likely (logratios/chosen, after that step, -0.50"
+        in capsys.readouterr().out
     )
 
 
-def test_a_run_that_hardly_moved_and_one_that_had_ended(
+@pytest.mark.filterwarnings("ignore:.*held-out pairs are training pairs")
+def test_what_is_said_is_of_the_model_that_is_saved(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A step logs what was before it, for which a single one has log-ratios of 0."""
+    one = ("--loss", "dpo", "--batch-pairs", "6", "--steps", "1")
+    assert files.run(*one) == 0
+    assert [row["logratios/chosen"] for row in files.metrics() if "loss" in row] == [0.0]
+    said = capsys.readouterr().out
+    assert "1 step in " in said
+    held = files.folder / "held"
+    assert files.run(*one, "--eval-pairs", str(files.folder / "train.jsonl"), out=held) == 0
+    known = [row for row in files.metrics(held) if "eval_loss" in row][-1]["eval_logratios/chosen"]
+    assert abs(known) > 0.05
+    assert f"(logratios/chosen, after that step, {known:+.2f} nats)" in said
+    blown = files.folder / "blown"
+    big = ("--learning-rate", "1e39", "--steps", "1")
+    assert files.run(*big, out=blown) == 1
+    assert "after step 1, the last one, the loss of its pairs is nan" in capsys.readouterr().err
+    assert not list(blown.glob("*.safetensors"))
+
+
+def test_the_speed_is_of_pairs_that_were_trained_on(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert files.run("--accumulate", "100", "--epochs", "2") == 0  # six pairs, in two steps
+    (last,) = (row for row in files.metrics() if "train_runtime" in row)
+    pairs = last["train_samples_per_second"] * last["train_runtime"]
+    assert pairs == pytest.approx(12, abs=0.1)
+    assert f"{12 / last['train_runtime']:.3g} pairs per second" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:--warmup is 3")
+def test_a_run_that_hardly_moved(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert files.run("--learning-rate", "1e-12") == 0
     said = capsys.readouterr().out
-    assert "Chosen completions are as likely as under the reference" in said
+    assert "Chosen completions of the last step are as likely as under the reference" in said
     assert "Train for more --epochs, or raise --learning-rate" in said
-    assert files.run("--learning-rate", "1e-12", "--resume") == 0
-    assert "Nothing was left to train: all 3 steps had been done" in capsys.readouterr().out
+    warm = files.folder / "warm"
+    assert files.run("--learning-rate", "1e-9", "--warmup", "3", out=warm) == 0
+    said = capsys.readouterr()
+    assert "Lower --warmup, in which the learning rate still was" in said.out
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_held_out_pairs_that_are_trained_on(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = write(files.folder / "both.jsonl", [*rows(2), *rows(1, 5)])
+    assert files.run("--eval-pairs", str(test), "--steps", "1") == 0
+    assert "2 of 3 held-out pairs are training pairs, too" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_warm_up_and_the_length_of_the_run(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = files.argv("--steps", "4")
+    at = argv.index("--warmup")
+    assert main([*argv[:at], *argv[at + 2 :]]) == 0
+    rates = [row["learning_rate"] for row in files.metrics() if "loss" in row]
+    assert rates == [0.0, 1e-2, 1e-2, 1e-2]  # a quarter of it
+    assert "--warmup" not in capsys.readouterr().err
+    long = files.folder / "long"
+    assert files.run("--steps", "2", "--warmup", "10", out=long) == 0
+    assert "--warmup is 10, and the run has 2 steps: " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_pairs_beyond_the_models_context(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(initializer_range=0.2)
+    model.config.max_position_embeddings = 20
+    model.save_pretrained(files.folder / "model")
+    assert files.run("--max-length", "64", "--steps", "1") == 0
+    said = capsys.readouterr().err
+    assert (
+        "pairs have more tokens than the model's context, 20, which --max-length 64 allows" in said
+    )
 
 
 # ---- messages that name what was written --------------------------------------------------------

@@ -131,9 +131,9 @@ def test_a_checkpoint_without_the_reference_or_of_another(
     [
         (
             ("--reference", "precomputed"),
-            "--reference precomputed has no place with --sync_ref_model",
+            "--reference precomputed has no place with --sync-ref-model",
         ),
-        (("--lora",), "--lora has no place with --sync_ref_model"),
+        (("--lora",), "--lora has no place with --sync-ref-model"),
         (("--ref_model_mixup_alpha", "1.5"), "--ref_model_mixup_alpha is 1.5, expected at least 0"),
     ],
 )

@@ -67,6 +67,26 @@ def test_a_run_is_drawn_from_what_it_logged(
     assert loss["loss, held out"][0] == [0, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "error", "step", "title"),
+    [
+        (0.004, 0.0, 3, "Chosen completions are as likely as before"),
+        (0.3, 0.2, 3, "What chosen completions became may be chance"),
+        (-0.5, 0.2, 3, "Chosen completions became less likely"),
+        (0.5, 0.2, 2, "Chosen completions became more likely (step 2)"),
+    ],
+)
+def test_the_title_says_what_the_last_lines_say(
+    ratio: float, error: float, step: int, title: str, tmp_path: Path, figures: list[Figure]
+) -> None:
+    """And up to which step, where the run was not evaluated at its end."""
+    name = "eval_logratios/chosen"
+    held_out = {"step": step, "eval_loss": 0.7, name: ratio, f"{name}_standard_error": error}
+    assert drawn([{"step": 3, "loss": 0.7}, held_out], tmp_path) is not None
+    (figure,) = figures
+    assert figure.axes[1].get_title(loc="left") == title
+
+
 def test_a_run_without_held_out_pairs(files: Files, figures: list[Figure]) -> None:
     assert files.run("--steps", "1") == 0
     (figure,) = figures

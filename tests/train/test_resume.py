@@ -151,6 +151,44 @@ def test_other_settings_data_or_bytes_are_refused(
     assert f"{path} is damaged: its checksum has changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("length", [("--steps", "2"), ("--epochs", "1")])
+def test_a_run_that_has_ended_is_left_alone(
+    length: tuple[str, str], files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    always = (*length, "--eval-pairs", str(files.folder / "test.jsonl"))
+    assert files.run(*always) == 0
+    before = {path: path.read_bytes() for path in files.out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert files.run(*always, "--resume") == 0
+    steps = 2 if length[0] == "--steps" else 3
+    said = capsys.readouterr().out
+    assert f"Nothing was left to train: all {steps} steps had been done, and {files.out} is" in said
+    assert before == {path: path.read_bytes() for path in files.out.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_died_after_its_last_step(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that made a shorter run longer, whose model stood in the folder: no step is trained twice."""
+    from fastdpop.train.trainer import PairTrainer
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole = files.folder / "whole"
+    assert files.run("--steps", "2", out=whole) == 0
+    assert files.run("--steps", "1") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(PairTrainer, "save_at_the_end", stop)
+        assert files.run("--steps", "2", "--resume") == 130
+    assert not equal(files.weights(), files.weights(whole))
+    capsys.readouterr()
+    assert files.run("--steps", "2", "--resume") == 0
+    assert "Nothing was left to train: all 2 steps had been done\n" in capsys.readouterr().out
+    assert equal(files.weights(), files.weights(whole))
+    assert not list(files.out.glob("*incomplete*"))
+
+
 def test_a_share_of_a_warm_up_belongs_to_the_whole(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,7 +58,8 @@ def test_every_pair_is_trained_on_once(files: Files, monkeypatch: pytest.MonkeyP
 
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         half = len(inputs["input_ids"]) // 2
-        seen.extend(inputs["input_ids"][:half].tolist())
+        if model.training:  # and not after the last step
+            seen.extend(inputs["input_ids"][:half].tolist())
         return own(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(PairTrainer, "compute_loss", compute_loss)
@@ -115,6 +116,9 @@ def test_the_loss_and_trls_settings_are_the_same_loss(files: Files) -> None:
     assert files.run("--loss", "dpop", "--loss-option", "lam=5", "--loss-option", "beta=0.2") == 0
     assert files.run("--dpop-lambda", "5", "--beta", "0.2", out=other) == 0
     assert files.losses() == files.losses(other)
+    both = files.folder / "both"
+    assert files.run("--loss", "dpop", "--dpop-lambda", "5", "--beta", "0.2", out=both) == 0
+    assert files.losses() == files.losses(both)
     third = files.folder / "third"
     assert files.run("--dpop-lambda", "5", "--beta", "0.21", out=third) == 0
     assert files.losses() != files.losses(third)
@@ -136,14 +140,46 @@ def test_online_and_precomputed_references_agree(files: Files) -> None:
         (["--columns", "prompt"], "--columns is 'prompt', expected NAME=COLUMN"),
         (["--columns", "prompt=question"], "question"),
         (["--columns", "prompt=a", "prompt=b"], "expected each name once"),
-        (["--chat_template_path", "/nowhere.jinja"], "/nowhere.jinja"),
+        (
+            ["--chat_template_path", "/nowhere.jinja"],
+            "--chat-template-path is '/nowhere.jinja': there is no such file",
+        ),
+        (["--chat_template_path", "TEMPLATE"], "--chat-template-path has no effect: "),
+        (["--chat", "--chat_template_path", "PAIRS"], "train.jsonl: no chat template"),
+        (["--tokenizer", "PAIRS"], "which is a file, expected a folder"),
+        (["--tokenizer", "FOLDER"], "which holds no tokenizer ("),
+        (
+            ["--tokenizer", "nosuch"],
+            "--tokenizer is 'nosuch': its tokenizer cannot be loaded: there is",
+        ),
+        (["--model", "PAIRS"], "which is a file, expected a folder"),
+        (
+            ["--output", "/proc/run"],
+            "--output is '/proc/run', expected a folder that is there or can",
+        ),
+        (["--dataloader_drop_last", "--batch-pairs", "9"], "6 pairs are fewer than the 9 of one"),
+        (["--resume_from_checkpoint", "nope"], "--resume_from_checkpoint is 'nope', expected"),
+        (["--lora", "--lora-targets", "q_proj,foo"], "--lora-targets names 'foo', which the model"),
+        (["--lora", "--lora-targets", "q_proj,"], "--lora-targets names ''"),
+        (
+            ["--lora", "--lora-targets", "q_prj"],
+            "has not (did you mean 'q_proj'",
+        ),
+        (["--lora", "--lora_modules_to_save", "head"], "--lora_modules_to_save names 'head'"),
         (["--merge-adapter"], "--merge-adapter has no effect"),
     ],
 )
 def test_errors_are_one_plain_line(
-    files: Files, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+    files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
 ) -> None:
-    assert files.run(*more) == 1
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    paths = {"FOLDER": files.folder, "PAIRS": files.folder / "train.jsonl"}
+    paths["TEMPLATE"] = files.folder / "model" / "chat_template.jinja"
+    assert files.run(*(str(paths.get(word, word)) for word in more)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("fastdpop: error: ")
     assert message in said
@@ -199,6 +235,18 @@ def test_weights_that_are_cut_short(files: Files, capsys: pytest.CaptureFixture[
     assert files.run() == 1
     assert (
         f"fastdpop: error: {files.folder / 'model'} cannot be loaded: " in capsys.readouterr().err
+    )
+
+
+def test_weights_that_are_not_numbers(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(initializer_range=0.2)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(files.folder / "model")
+    assert files.run() == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(
+        "cannot be loaded: model.layers.0.mlp.up_proj.weight holds NaN or infinity, expected finite weights"
     )
 
 
@@ -282,7 +330,7 @@ def test_a_disk_that_is_full(
     monkeypatch.setattr(PairTrainer, "_save_optimizer_and_scheduler", save)
     assert files.run("--save-every", "1") == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"fastdpop: error: {files.out / 'checkpoint-1'} cannot be written: ")
+    assert said.startswith(f"fastdpop: error: {files.out / 'checkpoint-1'} cannot be written (")
     monkeypatch.undo()
     assert files.run("--save-every", "1") == 0  # the same command starts again
 
@@ -300,7 +348,8 @@ def test_a_model_that_cannot_be_written(
         patch.setattr(PairTrainer, "save_model", save_model)
         assert files.run("--save-every", "0") == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"fastdpop: error: {files.out} cannot be written: No space left on device"
+    assert said.startswith(f"fastdpop: error: {files.out} cannot be written (")
+    assert said.endswith(" MiB are free there): No space left on device")
     assert files.run("--save-every", "0") == 0
     assert not list(files.out.glob("*incomplete*"))
 
@@ -341,5 +390,9 @@ def test_two_runs_do_not_share_a_folder(files: Files, capsys: pytest.CaptureFixt
     assert files.run("--save-every", "0") == 0
     assert files.run("--save-every", "0") == 1
     assert "already holds a model" in capsys.readouterr().err
-    assert main(files.argv("--output", str(files.folder / "model"))) == 1
-    assert "already holds a model" in capsys.readouterr().err
+    saved = (files.folder / "model" / "model.safetensors").read_bytes()
+    for model in (files.folder / "model", files.folder / "not there" / ".." / "model"):
+        assert main(files.argv("--output", str(model))) == 1
+        assert "already holds a model" in capsys.readouterr().err
+        assert main(files.argv("--output", str(model), "--resume_from_checkpoint", "nope")) == 1
+    assert (files.folder / "model" / "model.safetensors").read_bytes() == saved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,10 +45,16 @@ _DIVERGENCES = {
 }
 
 
-_REPLACED = (
-    *("loss_type", "loss_weights", "label_smoothing", "f_divergence_type"),
-    *("f_alpha_divergence_coef", "discopop_tau", "dpop_lambda"),
-)
+SETTINGS = {
+    "dpop_lambda": "lam",
+    "discopop_tau": "tau",
+    "label_smoothing": "label_smoothing",
+    "f_divergence_type": "divergence",
+    "f_alpha_divergence_coef": "alpha",
+    "beta": "beta",
+}
+"""TRL's settings, and what a loss calls them."""
+_REPLACED = ("loss_type", "loss_weights", *(name for name in SETTINGS if name != "beta"))
 """Settings of a config that only its own losses read."""
 
 
@@ -114,17 +120,22 @@ def check_values(loss: PreferenceLoss, names: Sequence[str]) -> None:
 
 def unread(args: Any) -> list[str]:
     """The settings of a config that none of its losses reads, wherever they stand."""
-    settings = {
-        "dpop_lambda": "lam",
-        "discopop_tau": "tau",
-        "label_smoothing": "label_smoothing",
-        "f_alpha_divergence_coef": "alpha",
-        "beta": "beta",
-    }
-    read = {option for name in args.loss_type for option in _TAKES.get(name, settings.values())}
+    read = {option for name in args.loss_type for option in _TAKES.get(name, SETTINGS.values())}
     if str(args.f_divergence_type) != "alpha_divergence":
         read -= {"alpha"}
-    return [name for name, option in settings.items() if option not in read]
+    return [name for name, option in SETTINGS.items() if option not in read]
+
+
+def setting(args: Any, name: str) -> Any:
+    """The value of one of :data:`SETTINGS`, as a loss takes it."""
+    value = getattr(args, name)
+    return _DIVERGENCES.get(str(value), value) if name == "f_divergence_type" else value
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Of a config's field."""
+    made = field.default_factory
+    return field.default if made is MISSING else made()
 
 
 def logged_beta(trainer: Any) -> float:
@@ -150,8 +161,7 @@ def check_given(loss: PreferenceLoss, args: Any) -> None:
     beta, kind = _own_beta(loss), type(loss).__name__
     for setting in fields(args):
         value = getattr(args, setting.name)
-        factory = setting.default_factory
-        default = setting.default if factory is MISSING else factory()
+        default = default_of(setting)
         if value in (default, [default]):
             continue
         if setting.name in _REPLACED:
