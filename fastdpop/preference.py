@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpop import checks, pair_values
+from fastdpop import checks, losses, pair_values
 from fastdpop.arguments import Given, Weighting, device_of
 from fastdpop.call import DISPLACEMENT, Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
@@ -153,6 +153,8 @@ def _prepared(
             "parts of them do not know"
         )
     coupled = _coupled(options, kl)
+    if parallel.data is not None and not coupled:
+        losses.tried(options.loss, device)
     if parallel.data is not None and coupled and options.reduction == "none":
         raise ValueError(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "

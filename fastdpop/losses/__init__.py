@@ -31,7 +31,6 @@ from .base import (
     Traits,
     WeightedSum,
     length_desensitised,
-    pairwise,
 )
 from .batch import AOT, BCO, KTO, AOTUnpaired
 from .divergence import DivergenceLoss
@@ -56,6 +55,7 @@ from .ratio import (
     RobustDPO,
 )
 from .rewarded import RPOBackwardKL, RPOForwardKL, RPOSquared
+from .trial import pairwise, tried
 from .wpo import WPOWeighted, wpo_weighted
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "options_of",
     "pairwise",
     "ranked",
+    "tried",
     "wpo_weighted",
 ]
 
