@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpop import checks, losses, pair_values
+from fastdpop import checks, given_logps, losses, pair_values
 from fastdpop.arguments import Given, Weighting, device_of
 from fastdpop.call import DISPLACEMENT, Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
@@ -123,7 +123,6 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
             ref_hidden=reference.hidden,
             ref_weight=reference.weight,
             ref_bias=reference.bias,
-            ref_logps=None if reference.logps is None else loss.ref_logps,
             kl=kl,
         )
     return output
@@ -145,7 +144,7 @@ def _prepared(
         pairs = default_pairs(count, device)
     reference.check(options.loss)
     if kl is not None:
-        checks.kl(kl, traits.uses_kl, device)
+        checks.kl(kl, device)
     checks.split_sequences(parallel.context is not None, batch.shift, traits.ld_alpha)
     if parallel.context is not None and options.displacement:
         raise ValueError(
@@ -169,6 +168,9 @@ def _prepared(
     ref_logps = _given_logps(reference, batch, pairs, by_pair)
     ref_call = _ref_call(reference, batch, head)
     rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
+    if ref_logps is not None:
+        # Behind the rows, whose sizes a GPU has been waited for: there is nothing left to wait for.
+        ref_logps = given_logps.sound(ref_logps, pairs)
     _warn_where_none_is_scored(rows, parallel)
     return _Prepared(call, rows, ref_logps, ref_call, values)
 

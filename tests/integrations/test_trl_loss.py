@@ -114,5 +114,16 @@ def test_two_token_weights(tmp_path: Path) -> None:
 
 
 def test_no_loss(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="loss is 'dpop', expected a PreferenceLoss"):
-        given(tmp_path, "dpop")
+    with pytest.raises(TypeError, match="loss is 3, expected a name, a PreferenceLoss object or a"):
+        given(tmp_path, 3)
+
+
+def test_a_name_is_a_loss_and_so_is_a_function(tmp_path: Path) -> None:
+    assert given(tmp_path, "simpo")._fastdpop.loss == losses.get("simpo")
+    assert given(tmp_path, lambda p: p.rejected - p.chosen)._fastdpop.loss.traits.couples_pairs
+
+
+def test_losses_that_the_config_does_not_have(tmp_path: Path) -> None:
+    message = r"FastDPOTrainer\(..., loss=fastdpop.losses.get\('simpo'\)"
+    with pytest.raises(ValueError, match=message):
+        configured(tmp_path, loss_type="simpo")

@@ -190,7 +190,7 @@ def _configured(trainer: Any) -> PreferenceLoss:
     }
     terms = []
     for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
-        checks.choice("loss_type", name, tuple(_TAKES))
+        _check_type(name)
         if not plain and name != "sft" and "divergence" not in _TAKES[name]:
             raise ValueError(
                 f"f_divergence_type is {divergence!r}, expected 'reverse_kl' with loss_type {name!r}: "
@@ -198,3 +198,17 @@ def _configured(trainer: Any) -> PreferenceLoss:
             )
         terms.append(weight * losses.get(name, **{o: options[o] for o in _TAKES[name]}))
     return functools.reduce(lambda total, term: total + term, terms)
+
+
+def _check_type(name: str) -> None:
+    """
+    Raises:
+        ValueError: the config has no loss of that name.
+    """
+    ours = name in losses.available() and losses.get(name) != losses.get("sigmoid")
+    if ours and name not in _TAKES:
+        raise ValueError(
+            f"loss_type is {name!r}, whose options the config does not have, expected one of {tuple(_TAKES)}, or "
+            f"FastDPOTrainer(..., loss=fastdpop.losses.get({name!r}))"
+        )
+    checks.choice("loss_type", name, tuple(_TAKES))
