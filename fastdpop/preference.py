@@ -377,10 +377,13 @@ def _output(
     rejected_rewards = rejected_rewards * pairs.rejected_present
     both = pairs.chosen_present & pairs.rejected_present
     margins = chosen_rewards - rejected_rewards
-    accuracy = ((margins > 0) & both).sum() / both.sum().clamp_min(1).to(dtype)
-    penalty = None
+    won = torch.where(margins.isnan(), margins, margins > 0)
+    accuracy = won.masked_fill(~both, 0.0).sum() / both.sum().clamp_min(1)
+    penalty = ratio_w = ratio_l = None
     if pairs.ref_chosen is not None:
         penalty = (0.0 - pairs.chosen_logratios).relu().to(dtype)
+        ratio_w = pairs.chosen_logratios.to(dtype)
+        ratio_l = pairs.rejected_logratios.to(dtype)
     own_lengths = loss.lengths
     lengths = own_lengths.new_zeros(sequences).index_put((rows.inputs,), own_lengths)
     means: dict[str, Any] = {}
@@ -397,10 +400,12 @@ def _output(
         losses=values.to(dtype),
         chosen_logps=pairs.chosen.to(dtype),
         rejected_logps=pairs.rejected.to(dtype),
+        chosen_logratios=ratio_w,
+        rejected_logratios=ratio_l,
         chosen_rewards=chosen_rewards.to(dtype),
         rejected_rewards=rejected_rewards.to(dtype),
         margins=margins.to(dtype),
-        accuracy=accuracy,
+        accuracy=accuracy.to(dtype),
         penalty=penalty,
         lengths=lengths,
         pairs=rows.input_pairs(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -328,6 +329,12 @@ def _arguments(
     if isinstance(ids, Mapping):
         raise TypeError(
             f"input_ids is a {type(ids).__name__}, expected a tensor of token ids: write model(**batch, ...)"
+        )
+    if preference is not None and call.get("num_items_in_batch") is not None:
+        warnings.warn(
+            "num_items_in_batch has no part in a loss of pairs: transformers' Trainer, which gives it, leaves it to "
+            "the model to divide by gradient_accumulation_steps. Set trainer.model_accepts_loss_kwargs = False",
+            stacklevel=1,  # one place, whichever call it is
         )
     labels = call.pop("labels", None)
     if not isinstance(labels, Tensor):

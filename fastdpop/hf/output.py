@@ -48,6 +48,8 @@ class PreferenceModelOutput(ModelOutput):
     losses: Tensor | None = None
     chosen_logps: Tensor | None = None
     rejected_logps: Tensor | None = None
+    chosen_logratios: Tensor | None = None
+    rejected_logratios: Tensor | None = None
     chosen_rewards: Tensor | None = None
     rejected_rewards: Tensor | None = None
     margins: Tensor | None = None

@@ -68,7 +68,6 @@ def test_no_option_of_any_loss_is_swallowed(option: str) -> None:
 def test_what_models_of_transformers_take_is_passed_on() -> None:
     """Attention's own keywords, and columns of data that are named like nothing here."""
     given = {
-        "num_items_in_batch": 3,
         "position_ids": torch.arange(9).expand(4, -1),
         "cu_seq_lens_q": None,
         "max_length_q": None,
@@ -92,6 +91,14 @@ def test_what_models_of_transformers_take_is_passed_on() -> None:
         out = call()
         assert isinstance(out, PreferenceModelOutput)
         assert seen.keys() >= given.keys() - {"output_router_logits"}
+
+
+def test_transformers_trainer_is_told_what_it_leaves_to_the_model() -> None:
+    model, inputs = attach(tiny()), batch()
+    want = model(**inputs, preference=DPOP, ref_logps=REF).loss
+    with pytest.warns(UserWarning, match=r"Set trainer\.model_accepts_loss_kwargs = False"):
+        out = model(**inputs, preference=DPOP, ref_logps=REF, num_items_in_batch=3)
+    assert torch.equal(out.loss, want)
 
 
 def test_an_argument_of_the_models_own_keeps_its_meaning() -> None:

@@ -156,8 +156,8 @@ def check_given(loss: PreferenceLoss, args: Any) -> None:
             continue
         if setting.name in _REPLACED:
             raise ValueError(
-                f"{setting.name} is {value!r} beside loss={kind}(...), expected {default!r}: "
-                "that loss does not read it"
+                f"{setting.name} is {value!r} beside loss={kind}(...), expected {default!r}: the config's settings are "
+                "for its own loss_type, and those of a loss that is given are the loss's own options"
             )
         if setting.name == "beta" and beta not in (None, value):
             raise ValueError(
