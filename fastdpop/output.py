@@ -47,8 +47,6 @@ class PreferenceOutput:
     losses: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
-    chosen_logratios: Tensor | None
-    rejected_logratios: Tensor | None
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     margins: Tensor
@@ -56,6 +54,8 @@ class PreferenceOutput:
     penalty: Tensor | None
     lengths: Tensor
     pairs: Tensor
+    chosen_logratios: Tensor | None = None
+    rejected_logratios: Tensor | None = None
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None

@@ -48,8 +48,6 @@ class PreferenceModelOutput(ModelOutput):
     losses: Tensor | None = None
     chosen_logps: Tensor | None = None
     rejected_logps: Tensor | None = None
-    chosen_logratios: Tensor | None = None
-    rejected_logratios: Tensor | None = None
     chosen_rewards: Tensor | None = None
     rejected_rewards: Tensor | None = None
     margins: Tensor | None = None
@@ -57,6 +55,8 @@ class PreferenceModelOutput(ModelOutput):
     penalty: Tensor | None = None
     lengths: Tensor | None = None
     pairs: Tensor | None = None
+    chosen_logratios: Tensor | None = None
+    rejected_logratios: Tensor | None = None
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None

@@ -119,8 +119,9 @@ def test_no_loss(tmp_path: Path) -> None:
 
 
 def test_a_name_is_a_loss_and_so_is_a_function(tmp_path: Path) -> None:
-    assert given(tmp_path, "simpo")._fastdpop.loss == losses.get("simpo")
-    assert given(tmp_path, lambda p: p.rejected - p.chosen)._fastdpop.loss.traits.couples_pairs
+    assert given(tmp_path, "simpo", beta=2.0)._fastdpop.loss == losses.get("simpo")
+    ours = given(tmp_path, lambda p: p.rejected - p.chosen, beta=1.0)
+    assert ours._fastdpop.loss.traits.couples_pairs
 
 
 def test_losses_that_the_config_does_not_have(tmp_path: Path) -> None:
