@@ -68,8 +68,9 @@ class Reference(NamedTuple):
     def check(self, loss: PreferenceLoss) -> None:
         """One source of log-probs where the loss needs them, none where it reads none."""
         traits = loss.traits
-        needed_by = called(loss) if traits.needs_reference else ""
-        checks.reference(self.logps, self.hidden, self.weight, self.bias, needed_by)
+        checks.reference(self.logps, self.hidden, self.weight, self.bias)
+        if traits.needs_reference and self.logps is None and self.hidden is None:
+            raise ValueError(f"{called(loss)} needs a reference: pass ref_logps= or ref_hidden=")
         unread = [
             ("ref_logps", self.logps, traits.may_read_reference),
             ("ref_hidden", self.hidden, traits.may_read_reference),

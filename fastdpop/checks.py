@@ -342,22 +342,14 @@ def pairs(
     return table.to(device=device, dtype=torch.int64)
 
 
-def reference(
-    ref_logps: object, ref_hidden: object, ref_weight: object, ref_bias: object, needed_by: str
-) -> None:
-    """Exactly one source of reference log-probs where the loss needs them, and no orphaned
-    argument.
-
-    `needed_by`: what a message calls that loss; empty for one that does without.
-    """
+def reference(ref_logps: object, ref_hidden: object, ref_weight: object, ref_bias: object) -> None:
+    """At most one source of reference log-probs, and no orphaned argument."""
     if ref_logps is not None and ref_hidden is not None:
         raise ValueError("ref_logps and ref_hidden are both given, expected one of them")
     if ref_hidden is None and ref_weight is not None:
         raise ValueError("ref_weight is given without ref_hidden, expected both")
     if ref_weight is None and ref_bias is not None:
         raise ValueError("ref_bias is given without ref_weight, expected both")
-    if needed_by and ref_logps is None and ref_hidden is None:
-        raise ValueError(f"{needed_by} needs a reference: pass ref_logps= or ref_hidden=")
 
 
 def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: bool) -> Tensor:
