@@ -7,8 +7,8 @@ hidden states in, loss and gradients out.
     out.loss.backward()
 
 Nothing is imported before it is used, torch neither. `attach`, `detach`, `is_attached` and `preference_loss` need
-transformers, `FastDPOTrainer`, `patch_trl` and `unpatch_trl` also trl, `PackedPairs`, `PromptSampler` and `pack` numpy;
-where that is not installed, the name is there and says so when it is called.
+transformers, `FastDPOTrainer`, `FastDPOConfig`, `patch_trl` and `unpatch_trl` also trl, `PackedPairs`, `PromptSampler`
+and `pack` numpy; where that is not installed, the name is there and says so when it is called.
 """
 
 import importlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastdpop.batch_check import BatchReport, check_batch
     from fastdpop.data.collate import collate
     from fastdpop.hf import attach, detach, is_attached, preference_loss
-    from fastdpop.integrations.trl import FastDPOTrainer, patch_trl, unpatch_trl
+    from fastdpop.integrations.trl import FastDPOConfig, FastDPOTrainer, patch_trl, unpatch_trl
     from fastdpop.output import PreferenceOutput
     from fastdpop.prefix.pack import PackedPairs, pack
     from fastdpop.prefix.sampler import PromptSampler
@@ -32,6 +32,7 @@ __version__ = VERSION
 
 __all__ = [
     "BatchReport",
+    "FastDPOConfig",
     "FastDPOTrainer",
     "PackedPairs",
     "PreferenceOutput",
@@ -57,6 +58,7 @@ __all__ = [
 # A module of the package that had the name of a function here would take its place once it is imported.
 _MODULES = {
     "BatchReport": "fastdpop.batch_check",
+    "FastDPOConfig": "fastdpop.integrations.trl",
     "FastDPOTrainer": "fastdpop.integrations.trl",
     "PackedPairs": "fastdpop.prefix.pack",
     "PreferenceOutput": "fastdpop.output",

@@ -179,7 +179,7 @@ def fused_preference_loss(
         ref_logps: the reference's summed log-probs: ``(chosen, rejected)``, each ``(P,)``, or one ``(S,)`` tensor. In
             float64 they are compared with unrounded ones of the policy, in float32 with ones rounded alike (unless
             `hidden` is float64). With LD-DPO's token weights they must be weighted alike (`ld_alpha` of fused_logps).
-            An error, as `ref_hidden` is, for losses that do not read a reference.
+            NaN, infinite or positive ones are errors. Refused, as `ref_hidden` is, by losses that read no reference.
         ref_hidden: the reference's hidden states instead, shaped as `hidden` up to H; scored in this call, without
             gradients, through `ref_weight` and `ref_bias`, or through the policy's lm_head where those are None.
         kl: 0-d estimate of KTO's reference point z_0 in nats; an error for losses that do not read it.

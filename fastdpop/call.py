@@ -15,7 +15,7 @@ from fastdpop.displacement import Displacement, displacement
 from fastdpop.distributed import collectives
 from fastdpop.distributed.parallel import Shard
 from fastdpop.engines.base import NO_GRAD, NeedsGrad, default_workspace
-from fastdpop.losses.base import PairLogps, PreferenceLoss
+from fastdpop.losses.base import PairLogps, PreferenceLoss, called
 from fastdpop.pair_loss import PairLoss
 from fastdpop.rows import Rows
 from fastdpop.spec import Spec
@@ -68,10 +68,19 @@ class Reference(NamedTuple):
     def check(self, loss: PreferenceLoss) -> None:
         """One source of log-probs where the loss needs them, none where it reads none."""
         traits = loss.traits
-        checks.reference(self.logps, self.hidden, self.weight, self.bias, traits.needs_reference)
-        for name, value in (("ref_logps", self.logps), ("ref_hidden", self.hidden)):
-            if value is not None and not traits.may_read_reference:
-                raise ValueError(f"{name} is given, but this loss does not read it: {loss!r:.80}")
+        checks.reference(self.logps, self.hidden, self.weight, self.bias)
+        if traits.needs_reference and self.logps is None and self.hidden is None:
+            raise ValueError(f"{called(loss)} needs a reference: pass ref_logps= or ref_hidden=")
+        unread = [
+            ("ref_logps", self.logps, traits.may_read_reference),
+            ("ref_hidden", self.hidden, traits.may_read_reference),
+            ("kl", self.kl, traits.uses_kl),
+        ]
+        for name, value, read in unread:
+            if value is not None and not read:
+                raise ValueError(
+                    f"{name} is given, but {called(loss)} does not read it: leave it out"
+                )
 
 
 NO_REFERENCE = Reference(None, None, None, None, None)

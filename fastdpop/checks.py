@@ -38,8 +38,8 @@ def _unrounded(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has dtype {value.dtype}, expected floating point")
     if value.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{name} has dtype {value.dtype}, in which it is rounded, expected torch.float32 or torch.float64. "
-            "Mixed precision of FSDP casts what forward is given: wrap it in fastdpop.exact"
+            f"{name} has dtype {value.dtype}, in which it is rounded, expected torch.float32 or torch.float64, as it "
+            "was computed. If FSDP's mixed precision has cast what forward was given, wrap it in fastdpop.exact"
         )
 
 
@@ -342,20 +342,14 @@ def pairs(
     return table.to(device=device, dtype=torch.int64)
 
 
-def reference(
-    ref_logps: object, ref_hidden: object, ref_weight: object, ref_bias: object, needed: bool
-) -> None:
-    """Exactly one source of reference log-probs where the loss needs them, and no orphaned
-    argument.
-    """
+def reference(ref_logps: object, ref_hidden: object, ref_weight: object, ref_bias: object) -> None:
+    """At most one source of reference log-probs, and no orphaned argument."""
     if ref_logps is not None and ref_hidden is not None:
         raise ValueError("ref_logps and ref_hidden are both given, expected one of them")
     if ref_hidden is None and ref_weight is not None:
         raise ValueError("ref_weight is given without ref_hidden, expected both")
     if ref_weight is None and ref_bias is not None:
         raise ValueError("ref_bias is given without ref_weight, expected both")
-    if needed and ref_logps is None and ref_hidden is None:
-        raise ValueError("this loss needs a reference: pass ref_logps= or ref_hidden=")
 
 
 def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: bool) -> Tensor:
@@ -394,10 +388,8 @@ def ref_logps(value: object, pairs: Tensor, sequences: int, weighed_by_pair: boo
     return torch.stack([chosen, rejected])
 
 
-def kl(value: object, used: bool, device: torch.device) -> None:
-    """A scalar tensor, for a loss that reads it."""
-    if not used:
-        raise ValueError("kl is given, but this loss does not read it")
+def kl(value: object, device: torch.device) -> None:
+    """A scalar tensor."""
     tensor = _tensor("kl", value)
     _shape("kl", tensor, (), "a 0-d tensor")
     _device("kl", tensor, device)

@@ -42,14 +42,17 @@ def measures(output: Any) -> dict[str, Measure]:
     found = {
         "rewards/chosen": Measure(output.chosen_rewards, chosen),
         "rewards/rejected": Measure(output.rejected_rewards, rejected),
-        "rewards/accuracies": Measure(output.margins > 0, both),
+        "rewards/accuracies": Measure(_above_0(output.margins), both),
         "rewards/margins": Measure(output.margins, both),
         "logps/chosen": Measure(output.chosen_logps, chosen),
         "logps/rejected": Measure(output.rejected_logps, rejected),
     }
     if output.penalty is not None:
         found["penalty"] = Measure(output.penalty, chosen)
-        found["hinge_on"] = Measure(output.penalty > 0, chosen)
+        found["hinge_on"] = Measure(_above_0(output.penalty), chosen)
+    if output.chosen_logratios is not None:
+        found["logratios/chosen"] = Measure(output.chosen_logratios, chosen)
+        found["logratios/rejected"] = Measure(output.rejected_logratios, rejected)
     sequences = output.pairs.clamp_min(0)
     tokens = output.lengths[sequences] * there
     if output.entropy is not None:
@@ -67,6 +70,11 @@ def measures(output: Any) -> dict[str, Measure]:
         found["logps/first_difference"] = Measure(output.first_logps, output.differs)
         found["logps/after_difference"] = Measure(output.after_logps, output.after_logps != 0)
     return found
+
+
+def _above_0(values: Tensor) -> Tensor:
+    """1 where a value is above 0, else 0; NaN where it is NaN, which is neither."""
+    return torch.where(values.isnan(), values, values > 0)
 
 
 def means(output: Any) -> dict[str, float]:

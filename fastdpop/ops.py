@@ -336,9 +336,11 @@ def pair_loss(
     s = Spec.parse(spec)
     layout = Rows.of_tensors(rows)
     whole = Totals.of(layout) if totals is None else Totals.given(totals, hidden.device)
+    with _autograd_allowed():
+        function = losses.tried(losses.by_key(s.loss), hidden.device)
     loss = PairLoss(
         layout,
-        losses.by_key(s.loss),
+        function,
         whole,
         ref_logps,
         kl,

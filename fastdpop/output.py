@@ -19,8 +19,11 @@ class PreferenceOutput:
         loss: 0-d for ``reduction="mean"`` or ``"sum"``, ``(P,)`` for ``"none"``.
         losses: ``(P,)`` loss of every pair.
         chosen_logps, rejected_logps: ``(P,)`` summed policy log-probs, in nats.
-        chosen_rewards, rejected_rewards: ``(P,)`` implicit rewards ``beta * logratio`` (DPOP's
-            penalty stands apart, in `penalty`).
+        chosen_logratios, rejected_logratios: ``(P,)`` these less the reference's; None without a
+            reference.
+        chosen_rewards, rejected_rewards: ``(P,)`` implicit rewards: ``beta * logratio``, without a
+            reference what the loss has in its place (simpo, orpo and alpha_po a function of the mean
+            log-prob of a token), of a sum the first loss's. DPOP's penalty stands apart, in `penalty`.
         margins: ``(P,)`` chosen minus rejected reward.
         accuracy: 0-d, the part of the pairs with a positive margin, of those that have both sides.
         penalty: ``(P,)`` DPOP's hinge ``max(0, log ref(y_w|x) - log pi(y_w|x))`` in nats, not
@@ -51,6 +54,8 @@ class PreferenceOutput:
     penalty: Tensor | None
     lengths: Tensor
     pairs: Tensor
+    chosen_logratios: Tensor | None = None
+    rejected_logratios: Tensor | None = None
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None
@@ -64,9 +69,10 @@ class PreferenceOutput:
     def metrics(self) -> dict[str, float]:
         """What to log, under TRL's names: ``loss`` (the mean of losses for ``reduction="none"``), ``rewards/chosen``,
         ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies``, ``logps/chosen`` and ``logps/rejected``; with
-        a reference ``penalty`` and ``hinge_on``, the part of the pairs whose hinge is on; and of the statistics that
-        were asked for ``entropy``, ``logits/chosen``, ``logits/rejected``, ``mean_token_accuracy``, ``ches``,
-        ``ches_normalised``, ``logps/first_difference`` and ``logps/after_difference``.
+        a reference ``logratios/chosen``, ``logratios/rejected``, ``penalty`` and ``hinge_on``, the part of the pairs
+        whose hinge is on; and of the statistics that were asked for ``entropy``, ``logits/chosen``,
+        ``logits/rejected``, ``mean_token_accuracy``, ``ches``, ``ches_normalised``, ``logps/first_difference`` and
+        ``logps/after_difference``.
 
         Each is the mean over the pairs of this process that have the sides that it is of (of the middle four, over
         their tokens), and left out where there are none. Waits for the device, once.

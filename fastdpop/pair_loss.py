@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdpop import losses
 from fastdpop.engines.base import PairLossPlan, RowValues
-from fastdpop.losses.base import WEIGHT, PairLogps, PreferenceLoss
+from fastdpop.losses.base import WEIGHT, PairLogps, PreferenceLoss, by_pair
 from fastdpop.rows import Rows, wide_dtype
 
 
@@ -111,7 +111,7 @@ class PairLoss:
         """The loss of every pair, ``(P,)``; differentiable.
 
         Raises:
-            ValueError: the loss is of integers, which have no derivative.
+            ValueError: the loss is not one differentiable number per pair.
         """
         return self.of_pairs(self.pairs(sequence_logps, statistics))
 
@@ -131,9 +131,7 @@ class PairLoss:
         of_pairs = {name: value[own] for name, value in self.values.items()}
         pairs = self._pairs(part, sums, values.statistics, ref_logps, of_pairs)
         total = self.of_pairs(pairs).sum() * self.share
-        # A loss may ignore the policy altogether.
-        found = torch.autograd.grad(total, sums)[0] if total.requires_grad else sums * 0.0
-        return part.sum_per_row(found.detach())
+        return part.sum_per_row(torch.autograd.grad(total, sums)[0].detach())
 
     def plan(self) -> PairLossPlan | None:
         """The loss in plain numbers, if every group is one pair with two sides, unweighted tokens
@@ -161,11 +159,7 @@ class PairLoss:
         """The loss of each of these pairs, ``(P,)``, times its weight if it has one; differentiable."""
         if len(pairs.chosen) == 0:
             return pairs.chosen  # a user's function need not know what to do without pairs
-        values = self.function(pairs)
-        if not values.is_floating_point():
-            raise ValueError(
-                f"the loss {self.function!r} returned {values.dtype}, expected floating point"
-            )
+        values = by_pair(self.function, pairs)
         weight = pairs.values.get(WEIGHT)
         return values if weight is None else values * weight
 

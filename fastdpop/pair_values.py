@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fastdpop import checks
-from fastdpop.losses.base import WEIGHT, PreferenceLoss
+from fastdpop.losses.base import WEIGHT, PreferenceLoss, called
+from fastdpop.names import hint
 from fastdpop.rows import wide_dtype
 
 
@@ -30,16 +31,17 @@ def checked(
             read one, or it needs another.
     """
     found = _mapping(given)
-    for name in loss.traits.needs:
-        if name not in found:
-            raise ValueError(
-                f"pair_values has {sorted(found) or 'no names'}, expected {name!r} too, which this loss needs"
-            )
+    missing = [name for name in loss.traits.needs if name not in found]
+    if missing:
+        given_now = f"pair_values has {sorted(found)}" if found else "pair_values is not given"
+        expected = ", ".join(f"{name!r}: ..." for name in missing)
+        raise ValueError(f"{given_now}, and {called(loss)} needs more: pair_values={{{expected}}}")
     for name, value in found.items():
         if not readable(loss, [name]):
             known = sorted({WEIGHT, *(loss.traits.reads or ()), *loss.traits.needs})
             raise ValueError(
-                f"pair_values contains {name!r}, which this loss does not read, expected names among {known}"
+                f"pair_values contains {name!r}{hint(name, known)}, which {called(loss)} does not read, expected names "
+                f"among {known}"
             )
         checks.pair_value(_called(name), value, pairs, device)
     return {name: pair_value(found[name], name, wait) for name in sorted(found)}

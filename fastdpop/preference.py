@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpop import checks, pair_values
+from fastdpop import checks, given_logps, losses, pair_values
 from fastdpop.arguments import Given, Weighting, device_of
 from fastdpop.call import DISPLACEMENT, Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
@@ -123,7 +123,6 @@ def preference_loss(given: Given, parallel: Parallel) -> PreferenceOutput:
             ref_hidden=reference.hidden,
             ref_weight=reference.weight,
             ref_bias=reference.bias,
-            ref_logps=None if reference.logps is None else loss.ref_logps,
             kl=kl,
         )
     return output
@@ -145,7 +144,7 @@ def _prepared(
         pairs = default_pairs(count, device)
     reference.check(options.loss)
     if kl is not None:
-        checks.kl(kl, traits.uses_kl, device)
+        checks.kl(kl, device)
     checks.split_sequences(parallel.context is not None, batch.shift, traits.ld_alpha)
     if parallel.context is not None and options.displacement:
         raise ValueError(
@@ -153,6 +152,8 @@ def _prepared(
             "parts of them do not know"
         )
     coupled = _coupled(options, kl)
+    if parallel.data is not None and not coupled:
+        losses.tried(options.loss, device)
     if parallel.data is not None and coupled and options.reduction == "none":
         raise ValueError(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "
@@ -167,6 +168,9 @@ def _prepared(
     ref_logps = _given_logps(reference, batch, pairs, by_pair)
     ref_call = _ref_call(reference, batch, head)
     rows = batch.rows(head.vocabulary, pairs, ld_alpha=traits.ld_alpha)
+    if ref_logps is not None:
+        # Behind the rows, whose sizes a GPU has been waited for: there is nothing left to wait for.
+        ref_logps = given_logps.sound(ref_logps, pairs)
     _warn_where_none_is_scored(rows, parallel)
     return _Prepared(call, rows, ref_logps, ref_call, values)
 
@@ -373,10 +377,13 @@ def _output(
     rejected_rewards = rejected_rewards * pairs.rejected_present
     both = pairs.chosen_present & pairs.rejected_present
     margins = chosen_rewards - rejected_rewards
-    accuracy = ((margins > 0) & both).sum() / both.sum().clamp_min(1).to(dtype)
-    penalty = None
+    won = torch.where(margins.isnan(), margins, margins > 0)
+    accuracy = won.masked_fill(~both, 0.0).sum() / both.sum().clamp_min(1)
+    penalty = ratio_w = ratio_l = None
     if pairs.ref_chosen is not None:
         penalty = (0.0 - pairs.chosen_logratios).relu().to(dtype)
+        ratio_w = pairs.chosen_logratios.to(dtype)
+        ratio_l = pairs.rejected_logratios.to(dtype)
     own_lengths = loss.lengths
     lengths = own_lengths.new_zeros(sequences).index_put((rows.inputs,), own_lengths)
     means: dict[str, Any] = {}
@@ -393,10 +400,12 @@ def _output(
         losses=values.to(dtype),
         chosen_logps=pairs.chosen.to(dtype),
         rejected_logps=pairs.rejected.to(dtype),
+        chosen_logratios=ratio_w,
+        rejected_logratios=ratio_l,
         chosen_rewards=chosen_rewards.to(dtype),
         rejected_rewards=rejected_rewards.to(dtype),
         margins=margins.to(dtype),
-        accuracy=accuracy,
+        accuracy=accuracy.to(dtype),
         penalty=penalty,
         lengths=lengths,
         pairs=rows.input_pairs(),

@@ -20,7 +20,15 @@ _ELSEWHERE = {
     "model": "hidden states and the lm_head's weight; fastdpop.preference_loss(model, **batch, loss=...) takes a model",
     "input_ids": "hidden states; fastdpop.preference_loss(model, **batch, loss=...) takes token ids",
     "attention_mask": "no mask: labels are -100 where a token is not scored",
-    "loss": "none: fused_preference_loss takes any loss",
+    **dict.fromkeys(
+        ("loss", "preference", "loss_type"), "none: fused_preference_loss takes any loss, as loss="
+    ),
+    "return_logps": "none: fused_logps gives log-probs",
+    **dict.fromkeys(
+        ("mask", "completion_mask", "loss_mask", "ignore_index"),
+        "none: labels are -100 where a token is not scored",
+    ),
+    "average_log_prob": "none: ipo, simpo, orpo and sigmoid_norm take means over a completion's tokens",
     "logits": "hidden states after the final norm and the lm_head's weight, of which logits need not be made",
 }
 """Keywords of functions that take something else."""

@@ -123,8 +123,10 @@ def batch(
     offset = torch.randn(vocabulary).to(dtype).requires_grad_(trained) if bias else None
     example = Batch(hidden, weight, offset, labels, torch.zeros(2 * pairs))
     logps = token_logps(example).sum(1).detach()
-    example.ref_logps = (logps + torch.randn(2 * pairs)).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
+    example.ref_logps = (
+        (logps + torch.randn(2 * pairs))
+        .clamp(max=0.0)
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
     )
     return example
 

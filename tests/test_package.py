@@ -47,6 +47,7 @@ def test_one_version_everywhere() -> None:
 
 PUBLIC = {
     "BatchReport": "fastdpop.batch_check.",
+    "FastDPOConfig": "fastdpop.integrations.trl.",
     "FastDPOTrainer": "fastdpop.integrations.trl.",
     "PackedPairs": "fastdpop.prefix.",
     "PreferenceOutput": "fastdpop.output",
@@ -167,7 +168,7 @@ import fastdpop
 from fastdpop import *
 
 assert {name for name, _ in inspect.getmembers(fastdpop)} == set(dir(fastdpop))
-for name in ("attach", "patch_trl", "FastDPOTrainer"):
+for name in ("attach", "patch_trl", "FastDPOTrainer", "FastDPOConfig"):
     assert hasattr(fastdpop, name)
     missing = getattr(fastdpop, name)
     assert not hasattr(missing, "anything")
@@ -192,7 +193,7 @@ def test_what_is_not_installed_says_so_when_it_is_used(tmp_path: Path) -> None:
     *uses, shown, other = run(LOOKS_AT_EVERYTHING, tmp_path).splitlines()
     hf = "fastdpop.attach needs transformers: pip install 'transformers>=5' 'accelerate>=1.10'"
     trl = installed.needs("fastdpop's TRL integration", "trl", "trl")
-    said = {"attach": hf, "patch_trl": trl, "FastDPOTrainer": trl}
+    said = {"attach": hf, "patch_trl": trl, "FastDPOTrainer": trl, "FastDPOConfig": trl}
     assert uses == [f"{name} {text}" for name, text in said.items() for _ in range(7)]
     assert shown == f"<fastdpop.attach, which is not to be had: {hf}>"
     assert other == "fused_logps"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpop import checks
+from fastdpop import checks, losses
 from fastdpop.api import fused_logps, fused_preference_loss
 from fastdpop.call import Loss, RefLogps
 from fastdpop.names import hint
@@ -102,8 +102,11 @@ class Asked:
     def check_options(self) -> None:
         """
         Raises:
-            TypeError, ValueError: the options are no dict of further arguments of the fused function.
+            TypeError, ValueError: the preference is no loss, or the options are no dict of further arguments of the
+                fused function.
         """
+        if self.preference is not None:
+            losses.as_loss(self.preference, "preference")
         if self.options is None:
             return
         if not isinstance(self.options, Mapping):

@@ -68,7 +68,8 @@ def attach(
             average). The model and its wrapper must do their part.
         tp_group: the processes that hold parts of the lm_head, whose weight is this one's rows. A head that torch's
             ColwiseParallel or transformers' ``tp_plan`` has split knows them by itself.
-        check: run the model on ten tokens and compare with its own logits. Pass False for a model that cannot run yet:
+        check: run the model on ten tokens and compare with its own logits, and see that no token has a part in what is
+            before it. Pass False for a model that cannot run yet:
             on the meta device, or sharded when not every rank attaches. What fastdpop cannot follow is an error then
             too, at the first call; only a model that is inconsistent in itself goes unnoticed.
 
@@ -76,7 +77,7 @@ def attach(
         The same model. Attaching again replaces engine, workspace, `share_prefixes` and groups.
 
     Raises:
-        TypeError: `model` is not a causal language model, or is wrapped or compiled.
+        TypeError: `model` is not a causal language model, or is wrapped or compiled; a flag is neither True nor False.
         ValueError: there is no such engine, a group is none, or the model to check is on the meta device.
         RuntimeError: the head has no floating-point weight, head or model do to the logits what fastdpop cannot follow,
             or its log-probs differ from fastdpop's.
@@ -92,6 +93,7 @@ def attach(
         head = output_head(target)
     if check and head.weight.is_meta:
         raise ValueError("check is True, expected False for a model on the meta device")
+    checks.flag("check", check)
     checks.flag("share_prefixes", share_prefixes)
     settings = {
         "engine": engine,

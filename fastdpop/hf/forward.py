@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -21,7 +22,7 @@ from fastdpop.distributed.parallel import ALONE, Parallel
 from fastdpop.hf.asked import Asked
 from fastdpop.hf.head import adapter_columns, output_head
 from fastdpop.hf.interception import lazy_logits_from, real_logits_for
-from fastdpop.hf.keywords import check_keywords
+from fastdpop.hf.keywords import check_keywords, check_plain
 from fastdpop.hf.lazy_logits import LazyLogits
 from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.results import by_sequence, with_router_loss
@@ -30,6 +31,7 @@ from fastdpop.hf.sharded import HeadKeptWhole, spread
 from fastdpop.hf.sharing import SharedBatch, check_model, padded, shared_batch, tree_batch
 from fastdpop.hf.sharing_check import verdict, warn_once
 from fastdpop.hf.tree_attention import Unshareable, masks_of
+from fastdpop.hf.unfit import check_ids
 from fastdpop.hf.zero import PartitionedHead, with_whole_head
 from fastdpop.rows import IGNORE
 from fastdpop.unrounded import Exact, opened
@@ -89,6 +91,7 @@ def attached_forward(model: Any, settings: dict[str, Any]) -> MethodType:
         if preference is None and not return_logps:
             if torch.compiler.is_compiling():
                 return original(self, *args, **kwargs)
+            check_plain(self, signature, kwargs)
             with real_logits_for(self):
                 return original(self, *args, **kwargs)
         return answer(self, asked, args, kwargs)
@@ -158,7 +161,11 @@ def _run(
     head = output_head(model)
     if batch is None:
         with lazy_logits_from(head, model, adapter_columns(head)):
-            return original(model, **call, return_dict=True)
+            try:
+                return original(model, **call, return_dict=True)
+            except IndexError as error:
+                check_ids(model, call.get("input_ids"), error)
+                raise
     with lazy_logits_from(head, model, adapter_columns(head)), masks_of(batch.layout):
         return original(model, **batch.call(call), return_dict=True)
 
@@ -318,6 +325,17 @@ def _arguments(
     as_dict = call.pop("return_dict", as_dict)
     if as_dict is None:
         as_dict = getattr(getattr(model, "config", None), "return_dict", True)
+    ids = call.get("input_ids")
+    if isinstance(ids, Mapping):
+        raise TypeError(
+            f"input_ids is a {type(ids).__name__}, expected a tensor of token ids: write model(**batch, ...)"
+        )
+    if preference is not None and call.get("num_items_in_batch") is not None:
+        warnings.warn(
+            "num_items_in_batch has no part in a loss of pairs: transformers' Trainer, which gives it, leaves it to "
+            "the model to divide by gradient_accumulation_steps. Set trainer.model_accepts_loss_kwargs = False",
+            stacklevel=1,  # one place, whichever call it is
+        )
     labels = call.pop("labels", None)
     if not isinstance(labels, Tensor):
         raise ValueError(

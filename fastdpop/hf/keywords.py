@@ -1,8 +1,8 @@
 """Keywords of a call that nobody would read.
 
-Models of transformers take any keyword, and hand those that they do not know on, to layers and to attention's kernels,
-some of which look for a name in them. So not every unknown keyword is a mistake: one is refused that reads like one
-that would have an effect, here or there.
+Models of transformers take any keyword, and hand those that they do not know on, to layers and to attention's kernels.
+Which of them have a name for it is known of transformers' own classes: what nothing there reads is refused. A model of
+somebody else's may look for any name; one is refused that reads like one that would have an effect, here or there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.generic import TransformersKwargs
 
 from fastdpop import losses
@@ -34,9 +34,25 @@ _TO_ATTACH = (
 _PAIR_VALUES = frozenset({WEIGHT}).union(
     *(losses.get(name).traits.reads or () for name in losses.available())
 )
-_ANYWHERE = frozenset(
-    {*TransformersKwargs.__annotations__, "labels", "shift_labels", "return_dict"}
+_USUAL = (
+    *("attention_mask", "use_cache", "past_key_values", "cache_position", "inputs_embeds"),
+    *("token_type_ids", "special_tokens_mask", "offset_mapping", "length"),
 )
+"""What most models take, and what tokenizers give, whether or not this one has a use for it."""
+_ANYWHERE = frozenset(
+    {
+        *TransformersKwargs.__annotations__,
+        *("labels", "shift_labels", "return_dict", "return_loss"),
+        *_USUAL,
+    }
+)
+_SCORED = "labels are -100 where a token is not scored"
+_ELSEWHERE = {
+    **dict.fromkeys(("mask", "completion_mask", "loss_mask", "label_mask"), _SCORED),
+    "ignore_index": _SCORED,
+    "average_log_prob": "ipo, simpo, orpo and sigmoid_norm take means over a completion's tokens",
+}
+"""Names that are in use elsewhere, and what takes their place."""
 _inside: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
 """Arguments of a model's own modules."""
 
@@ -58,21 +74,56 @@ def check_keywords(
     Raises:
         TypeError: something given has no effect; the message says what to write instead.
     """
-    any_keyword = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    own, unknown = _unknown(model, signature, given)
+    for name, value in unknown.items():
+        text = f"{type(model).__name__} was given {name!r}, which nothing reads"
+        instead = _instead(model, name, value, loss, keyword, own)
+        if instead is not None:
+            raise TypeError(f"{text}: {instead}")
+        if _reads_no_other(model, signature) and name not in _modules_arguments(model):
+            raise TypeError(f"{text}: leave it out")
+
+
+@torch.compiler.disable
+def check_plain(model: Any, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    """The keywords of a call that asks for no preference loss, in which a misspelt one may be meant to.
+
+    Tensors are columns of somebody's data, which may have any name but one that is nearly ours.
+
+    Raises:
+        TypeError: as :func:`check_keywords`.
+    """
+    own, unknown = _unknown(model, signature, given)
+    for name, value in unknown.items():
+        meant = near(name, CALL, LIKE)
+        if meant:
+            instead: str | None = f"did you mean {' or '.join(map(repr, meant))}?"
+        elif isinstance(value, Tensor) or name in _modules_arguments(model):
+            continue
+        else:
+            instead = _instead(model, name, value, None, "preference", own)
+        if instead is not None:
+            text = f"{type(model).__name__} was given {name!r}, which nothing reads"
+            raise TypeError(f"{text} without preference=: {instead}")
+
+
+def _unknown(
+    model: Any, signature: inspect.Signature, given: Mapping[str, Any]
+) -> tuple[frozenset[str], dict[str, Any]]:
+    """The names that a model's own forward has, and what is given under others."""
     if all(name in signature.parameters or name in _ANYWHERE for name in given):
-        return
+        return frozenset(), {}
     own = _ANYWHERE.union(
         signature.parameters, _arguments(model), _arguments(getattr(model, "base_model", model))
     )
-    for name in given:
-        if name in own:
-            continue
-        text = f"{type(model).__name__} was given {name!r}, which nothing reads"
-        instead = _instead(model, name, given[name], loss, keyword, own)
-        if instead is not None:
-            raise TypeError(f"{text}: {instead}")
-        if not any_keyword:
-            raise TypeError(text)
+    return own, {n: value for n, value in given.items() if n not in own and value is not None}
+
+
+def _reads_no_other(model: Any, signature: inspect.Signature) -> bool:
+    """Whether all names that a model reads are among the arguments of its modules."""
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        return True
+    return type(model).__module__.startswith("transformers.")
 
 
 def _instead(
@@ -90,6 +141,8 @@ def _instead(
         return loss_option(name, value, loss, keyword)
     if name in _modules_arguments(model):
         return None
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
     if name in _PAIR_VALUES:
         values = f"{{{name!r}: ...}}"
         if keyword == "loss":

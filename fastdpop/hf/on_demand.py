@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from fastdpop.hf.output import PreferenceModelOutput
 from fastdpop.hf.wrappers import innermost
 from fastdpop.unrounded import Exact
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 _ATTACHING = threading.Lock()
 _INSTEAD = {
     "preference": "loss=",
@@ -29,6 +34,22 @@ _INSTEAD = {
 """Arguments of an attached model's own call that are written otherwise here."""
 
 
+def _named(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function of a model that says so where its batch was not given by keyword."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if len(args) > 1:
+            raise TypeError(
+                f"{function.__name__} was given a {type(args[1]).__name__} behind the model, expected the batch by "
+                f"keyword: {function.__name__}(model, **batch, loss=...)"
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_named
 def preference_loss(
     model: nn.Module,
     *,

@@ -55,6 +55,8 @@ class PreferenceModelOutput(ModelOutput):
     penalty: Tensor | None = None
     lengths: Tensor | None = None
     pairs: Tensor | None = None
+    chosen_logratios: Tensor | None = None
+    rejected_logratios: Tensor | None = None
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     token_accuracy: Tensor | None = None

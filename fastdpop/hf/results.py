@@ -20,8 +20,17 @@ def by_sequence(result: PreferenceOutput) -> Tensor:
 def with_router_loss(
     model: nn.Module, loss: Tensor, router_loss: Tensor | None, weight: float | None
 ) -> Tensor:
-    """Add the load-balancing loss as a mixture of experts itself does when it gets labels."""
+    """Add the load-balancing loss as a mixture of experts itself does when it gets labels.
+
+    Raises:
+        ValueError: it is given a weight, and is not there.
+    """
     if router_loss is None:
+        if weight:
+            raise ValueError(
+                f"router_loss_weight is {weight}, but {type(model).__name__} reports no router loss, expected a "
+                "mixture of experts with output_router_logits=True"
+            )
         return loss
     if weight is not None:
         return loss + weight * router_loss.to(loss.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.hf import tensor_parallel
-from fastdpop.hf.unfit import failed
+from fastdpop.hf.unfit import failed, sees_what_it_predicts
 from fastdpop.hf.zero import gathering, whole_shape
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -22,6 +23,7 @@ def check(model: Any, head: Any) -> None:
     """Compare the log-probs of a few tokens with those of the model's own logits, and leave no trace.
 
     Raises:
+        TypeError: another last token moves what the model says of those before it.
         RuntimeError: the model does not run on token ids alone, or the log-probs differ.
     """
     owner, device = type(model).__name__, head.weight.device
@@ -31,16 +33,21 @@ def check(model: Any, head: Any) -> None:
     parts = head.weight.device_mesh.size() if tensor_parallel.is_split(head.weight) else 1
     length = -(-5 // parts) * parts
     ids = (torch.arange(3, 3 + 2 * length, device=device) % vocabulary).view(2, length)
+    others = ids.clone()
+    others[:, -1] = (others[:, -1] + 1) % vocabulary
     cacheless = (
         {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     )
     dtypes: list[torch.dtype] = []
+
+    def own_logits(ids: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, return_dict=True, **cacheless).logits
+        return tensor_parallel.whole(found)
+
     with undisturbed(model, device), torch.no_grad(), gathering(model):
         watch = head.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
         try:
-            logits = tensor_parallel.whole(
-                model(input_ids=ids, return_dict=True, **cacheless).logits
-            )
+            logits, behind = own_logits(ids), own_logits(others)
         except Exception as error:
             raise RuntimeError(failed(model, device, error)) from error
         finally:
@@ -69,6 +76,20 @@ def check(model: Any, head: Any) -> None:
             f"log-probs from {owner}'s own logits and from fastdpop differ by {difference:.3g}, "
             f"expected at most {tolerance:.3g}: it does something to its logits that fastdpop.attach does not see"
         )
+    moved = (behind - logits)[:, :-1].abs().nan_to_num(0.0).max().item()
+    if moved > min(tolerance, _rounding(logits.dtype) * (1.0 + largest)):
+        raise TypeError(sees_what_it_predicts(owner))
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """By how much a logit of a causal model may move with what is behind it: other rows of a product may be rounded
+    otherwise.
+    """
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by a newer name, which this one does not know
+        exact = False
+    return 64 * torch.finfo(dtype).eps if exact else math.inf
 
 
 @contextlib.contextmanager

@@ -158,6 +158,9 @@ def check_model(model: Any, tokens: int) -> None:
     weight = embedding._parameters.get("weight")  # as DeepSpeed does not gather it
     if weight is not None and whole_shape(weight)[0] < 2:
         raise Unshareable("its vocabulary has one token")
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa's kin
+        raise Unshareable("its positions count from behind that of padding, and not from 0")
     config = getattr(model, "config", None)
     if getattr(config, "reorder_and_upcast_attn", False):
         raise Unshareable("reorder_and_upcast_attn is set, which is attention of the model's own")

@@ -13,6 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES as TRUNKS
 
+from fastdpop.hf.zero import whole_shape
+
 
 def no_model(given: Any) -> str:
     """Of what is no model of transformers."""
@@ -40,7 +42,7 @@ def other_model(given: Any) -> str | None:
     if name in CAUSAL.values():
         return None
     if name.endswith("ForMaskedLM"):
-        return f"model is a {name}, which sees the tokens that it predicts, {expected}"
+        return sees_what_it_predicts(name)
     if getattr(getattr(given, "config", None), "is_encoder_decoder", False):
         return (
             f"model is a {name}, an encoder-decoder, whose logits at a position are of the label there and not of the "
@@ -48,6 +50,14 @@ def other_model(given: Any) -> str | None:
             "shift_labels=False"
         )
     return None
+
+
+def sees_what_it_predicts(name: str) -> str:
+    """Of a model in which a token has a part in the log-probs of those before it."""
+    return (
+        f"model is a {name}, which sees the tokens that it predicts, expected a causal language model (of BERT and its "
+        "like, one whose config has is_decoder=True)"
+    )
 
 
 def no_head(given: Any) -> str:
@@ -61,6 +71,23 @@ def no_head(given: Any) -> str:
     if "Classification" in name or "Reward" in name or "QuestionAnswering" in name:
         return f"{text}: it gives scores, not log-probs of tokens, {expected}"
     return f"{text}, {expected}"
+
+
+def check_ids(model: Any, ids: object, error: Exception) -> None:
+    """Of token ids on which a model's forward has failed.
+
+    Raises:
+        ValueError: one of them has no embedding.
+    """
+    if not isinstance(ids, torch.Tensor) or ids.numel() == 0:
+        return
+    rows = whole_shape(model.get_input_embeddings().weight)[0]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"input_ids contains {low if low < 0 else high}, expected ids in [0, {rows}), the embeddings of "
+            f"{type(model).__name__}: is the tokenizer another model's?"
+        ) from error
 
 
 def failed(model: nn.Module, device: torch.device, error: Exception) -> str:

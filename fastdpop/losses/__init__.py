@@ -31,7 +31,6 @@ from .base import (
     Traits,
     WeightedSum,
     length_desensitised,
-    pairwise,
 )
 from .batch import AOT, BCO, KTO, AOTUnpaired
 from .divergence import DivergenceLoss
@@ -56,6 +55,7 @@ from .ratio import (
     RobustDPO,
 )
 from .rewarded import RPOBackwardKL, RPOForwardKL, RPOSquared
+from .trial import pairwise, tried
 from .wpo import WPOWeighted, wpo_weighted
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
     "options_of",
     "pairwise",
     "ranked",
+    "tried",
     "wpo_weighted",
 ]
 
@@ -170,32 +171,42 @@ def get(name: LossName | str, **options: Any) -> PreferenceLoss:
         ValueError: no loss has that name, or an option's value is out of its range.
         TypeError: the loss has no such option, or a value is of the wrong type.
     """
-    if not isinstance(name, str) or name not in _LOSSES:
-        raise ValueError(
-            f"loss is {name!r}, which is not a loss{hint(name, _LOSSES)}: expected one of "
-            + ", ".join(_LOSSES)
-        )
+    _check_name(name, "loss")
     for option in options:
         if option not in _OPTIONS[name]:
+            others = [repr(other) for other, own in _OPTIONS.items() if option in own]
             raise TypeError(
                 f"the loss {name!r} has no option {option!r}{hint(option, _OPTIONS[name])}; it has "
                 + (", ".join(_OPTIONS[name]) or "no options")
+                + (f" ({option!r} is one of {' and '.join(others)})" if 0 < len(others) < 4 else "")
             )
     return _LOSSES[name](**options)
 
 
+def _check_name(name: object, keyword: str) -> None:
+    if not isinstance(name, str) or name not in _LOSSES:
+        raise ValueError(
+            f"{keyword} is {name!r}, which is not a loss{hint(name, _LOSSES)}: expected one of "
+            + ", ".join(_LOSSES)
+        )
+
+
 def as_loss(
-    loss: LossName | str | PreferenceLoss | Callable[[PairLogps], Tensor],
+    loss: LossName | str | PreferenceLoss | Callable[[PairLogps], Tensor], keyword: str = "loss"
 ) -> PreferenceLoss:
     """A loss from its name, itself, or a function of :class:`PairLogps`.
 
     A plain function may compare pairs, so the whole batch is given to it at once; see
     :func:`pairwise` for one that doesn't.
 
+    Args:
+        keyword: under which the caller has it, for messages.
+
     Raises:
-        TypeError: it is none of these.
+        TypeError, ValueError: it is none of these.
     """
     if isinstance(loss, str):
+        _check_name(loss, keyword)
         return get(loss)
     if isinstance(loss, PreferenceLoss):
         return loss
@@ -206,11 +217,11 @@ def as_loss(
         elif isinstance(loss, (list, tuple)):
             more = ": a sum of losses is written get('dpop') + 0.1 * get('sft')"
         raise TypeError(
-            f"loss is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps{more}"
+            f"{keyword} is {loss!r}, expected a name, a PreferenceLoss object or a function of PairLogps{more}"
         )
     if isinstance(loss, torch.nn.modules.loss._Loss):
         raise TypeError(
-            f"loss is {loss!r}, which compares logits with labels, expected a name, a PreferenceLoss object or a "
+            f"{keyword} is {loss!r}, which compares logits with labels, expected a name, a PreferenceLoss object or a "
             "function of PairLogps"
         )
     return FunctionLoss(loss, Traits(needs_reference=False, couples_pairs=True, reads=None))

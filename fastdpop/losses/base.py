@@ -7,7 +7,7 @@ same loss.
 
     total = get("dpop", beta=0.3, lam=50.0) + 0.1 * get("sft")       # weighted sums are losses too
 
-A loss of your own is a plain function of ``PairLogps``; decorate it with :func:`pairwise` when
+A loss of your own is a plain function of ``PairLogps``; decorate it with :func:`.trial.pairwise` when
 every pair's value depends on that pair alone, and a trained lm_head then costs 3 matrix products
 instead of 4.
 """
@@ -18,10 +18,12 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
+
+from fastdpop.names import hint
 
 WEIGHT = "weight"
 """The value of a pair that any loss is multiplied by."""
@@ -80,6 +82,13 @@ class PairLogps:
         """``log pi(y_l|x) - log ref(y_l|x)``, ``(P,)``."""
         rejected, ref_rejected = rounded_alike(self.rejected, self.ref_rejected)
         return rejected - ref_rejected
+
+    if not TYPE_CHECKING:  # to a type checker it says that there are all names
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Of a name that is none of these."""
+            meant = hint(name, (f.name for f in fields(PairLogps))) if name[0] != "_" else ""
+            raise AttributeError(f"PairLogps has no attribute {name!r}{meant}")
 
     def __getitem__(self, index: Tensor | slice) -> PairLogps:
         """The same batch restricted to some pairs; whole-batch totals stay."""
@@ -224,6 +233,37 @@ def check_loss(loss: object) -> None:
         )
 
 
+def by_pair(loss: Callable[[PairLogps], Tensor], pairs: PairLogps) -> Tensor:
+    """The loss of every pair, ``(P,)``, of one that may be a user's.
+
+    Raises:
+        ValueError: it is of another shape or dtype, or has no gradient where the pairs have one.
+    """
+    values = loss(pairs)
+    if not isinstance(values, Tensor) or values.shape != pairs.chosen.shape:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the loss {called(loss)} returned {got}, expected one value per pair: a tensor of shape "
+            f"{tuple(pairs.chosen.shape)}"
+        )
+    if not values.is_floating_point():
+        raise ValueError(
+            f"the loss {called(loss)} returned {values.dtype}, expected floating point"
+        )
+    wanted = torch.is_grad_enabled() and pairs.chosen.requires_grad
+    if wanted and not values.requires_grad:
+        raise ValueError(
+            f"the loss {called(loss)} does not depend on pairs.chosen or pairs.rejected in a way that autograd sees, "
+            "so that nothing can be learned: .detach(), .item(), torch.tensor(...) or torch.no_grad() cut it off"
+        )
+    return values
+
+
+def called(loss: object) -> str:
+    """How a message names a loss: a user's function by itself, not by what stands around it."""
+    return f"{getattr(loss, 'function', loss)!r:.120}"
+
+
 def _terms(loss: PreferenceLoss) -> tuple[tuple[float, PreferenceLoss], ...]:
     return loss.terms if isinstance(loss, WeightedSum) else ((1.0, loss),)
 
@@ -249,7 +289,9 @@ class WeightedSum(PreferenceLoss):
         return Traits.of_sum(tuple(loss.traits for _, loss in self.terms))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        return functools.reduce(torch.add, (weight * loss(pairs) for weight, loss in self.terms))
+        return functools.reduce(
+            torch.add, (weight * by_pair(loss, pairs) for weight, loss in self.terms)
+        )
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return self.terms[0][1].rewards(pairs)
@@ -270,6 +312,12 @@ class LengthDesensitised(PreferenceLoss):
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
         if not number or not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha is {self.alpha!r}, expected a value in [0, 1]")
+        inner = self.loss.traits.ld_alpha
+        if inner is not None:
+            raise ValueError(
+                f"loss is {self.loss!r}, expected one without token weights of its own (ld_alpha {inner}), which "
+                f"alpha={self.alpha} would take the place of"
+            )
         if "list" in self.loss.traits.needs:
             raise ValueError(
                 f"loss is {self.loss!r}, expected one of pairs: a completion of a ranking has no one partner "
@@ -282,7 +330,7 @@ class LengthDesensitised(PreferenceLoss):
         return replace(self.loss.traits, ld_alpha=self.alpha)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        return self.loss(pairs)
+        return by_pair(self.loss, pairs)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return self.loss.rewards(pairs)
@@ -306,14 +354,16 @@ class FunctionLoss(PreferenceLoss):
         return self.own_traits
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        losses = self.function(pairs)
-        if not isinstance(losses, Tensor) or losses.shape != pairs.chosen.shape:
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        try:
+            return by_pair(self.function, pairs)
+        except KeyError as error:
+            name = error.args[0] if error.args else None
+            if not isinstance(name, str) or name in pairs.values:
+                raise
             raise ValueError(
-                f"the loss {self.function!r} returned {got}, expected one value per pair: a tensor "
-                f"of shape {tuple(pairs.chosen.shape)}"
-            )
-        return losses
+                f"the loss {called(self)} raises KeyError: {name!r}, which pair_values does not have (names there: "
+                f"{sorted(pairs.values) or 'none'}): if it is a value of the pairs, pass pair_values={{{name!r}: ...}}"
+            ) from error
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """``beta * logratio`` when the call has a reference, whether or not the function reads it;
@@ -322,74 +372,3 @@ class FunctionLoss(PreferenceLoss):
         if pairs.ref_chosen is None:
             return self.beta * pairs.chosen, self.beta * pairs.rejected
         return self.beta * pairs.chosen_logratios, self.beta * pairs.rejected_logratios
-
-
-class _MadeUp(dict[str, Tensor]):
-    """Values of three pairs under any name that a function asks for: above 0 and below 1, as weights,
-    margins, scores and probabilities may all be.
-    """
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = torch.tensor([0.5, 0.875, 0.25], dtype=torch.float64)
-        return self[name]
-
-    def get(self, name: str, default: object = None) -> Tensor:
-        return self[name]
-
-
-def pairwise(function: Callable[[PairLogps], Tensor], *, beta: float = 1.0) -> FunctionLoss:
-    """Declare that a function of ``PairLogps`` treats every pair by itself, so that a trained
-    lm_head costs 3 matrix products, not 4.
-
-    The claim is tried on three made-up pairs at once: the function must give each the value it
-    gives it alone.
-
-    Raises:
-        TypeError: it is no function, or it is a loss already.
-        ValueError: the value of a pair depends on the others.
-    """
-    if isinstance(function, PreferenceLoss) or not callable(function):
-        raise TypeError(f"function is {function!r}, expected a function of PairLogps")
-    # No two of anything that a function may compute are the same, log-ratios among them.
-    made_up = torch.tensor([-40.0, -75.5, -12.25], dtype=torch.float64)
-    near = torch.tensor([0.5, -1.25, 0.125], dtype=torch.float64)
-    lengths = torch.tensor([11.0, 23.0, 5.0], dtype=torch.float64)
-    there = torch.ones(3, dtype=torch.bool)
-    trial = PairLogps(
-        chosen=made_up,
-        rejected=made_up.flip(0) - 3.0,
-        chosen_lengths=lengths,
-        rejected_lengths=lengths + 2.0,
-        ref_chosen=made_up + near,
-        ref_rejected=made_up.flip(0) - 3.0 - 0.7 * near.flip(0),
-        chosen_aligned_logps=-lengths,
-        rejected_aligned_logps=-0.7 * lengths - near,
-        chosen_present=there,
-        rejected_present=there,
-        kl=made_up.new_tensor(0.5),
-        batch_pairs=made_up.new_tensor(3.0),
-        batch_sides=made_up.new_tensor(6.0),
-        batch_chosen_tokens=lengths.sum(),
-        values=_MadeUp(),
-    )
-    loss = FunctionLoss(function, Traits(needs_reference=False, reads=None), beta)
-    try:
-        together = loss(trial)
-        apart = torch.cat([loss(trial[i : i + 1]) for i in range(3)])
-    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
-        if not trial.values:
-            raise
-        raise ValueError(
-            f"{function!r} cannot be tried: on three pairs with made-up values {dict(trial.values)} it raises "
-            f"{type(error).__name__} ({error}). Pass it undecorated: the whole batch is then evaluated together"
-        ) from error
-    if not torch.allclose(together, apart, rtol=1e-9, atol=0.0, equal_nan=True):
-        raise ValueError(
-            f"{function!r} is not pairwise: on three pairs at once it gives {together.tolist()}, "
-            f"one by one {apart.tolist()}. Pass it undecorated: the whole batch is then evaluated "
-            "together"
-        )
-    return loss

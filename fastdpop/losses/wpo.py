@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .algebra import per_token
-from .base import PairLogps, PreferenceLoss, Traits, check_loss
+from .base import PairLogps, PreferenceLoss, Traits, by_pair, check_loss
 
 _STATISTIC = "aligned_logps"
 
@@ -36,7 +36,7 @@ class WPOWeighted(PreferenceLoss):
             raise ValueError(f"WPO reads the statistic {_STATISTIC!r}, which this call lacks")
         log_weights = per_token(chosen, pairs.chosen_lengths)
         log_weights = log_weights + per_token(rejected, pairs.rejected_lengths)
-        return torch.exp(log_weights.detach()) * self.loss(pairs)
+        return torch.exp(log_weights.detach()) * by_pair(self.loss, pairs)
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         return self.loss.rewards(pairs)

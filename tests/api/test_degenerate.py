@@ -136,7 +136,7 @@ def test_logits_of_magnitude_ten_thousand(
     wide = example.to(torch.float64)
     exact = token_logps(wide).sum(1).detach()
     assert exact.min() < -1e5
-    example.ref_logps = exact.float() + (torch.randn(6) if near else 1e5 * torch.randn(6))
+    example.ref_logps = (exact.float() + (1.0 if near else 1e5) * torch.randn(6)).clamp(max=0.0)
     out = fused(example, LOSSES[name])
     assert out.loss.isfinite()
     alpha = LOSSES[name].traits.ld_alpha
@@ -172,7 +172,7 @@ def test_nan_hidden_gives_a_nan_loss(name: str, trained: bool) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("bad", ["hidden", "weight", "bias", "ref_logps", "kl"])
+@pytest.mark.parametrize("bad", ["hidden", "weight", "bias", "kl"])
 def test_check_finite_names_the_input(bad: str, reduction: str) -> None:
     example = batch(3, bias=True)
     example.labels[0, 4] = 2

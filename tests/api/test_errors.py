@@ -156,7 +156,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     # the reference
     (
         ValueError,
-        "this loss needs a reference: pass ref_logps= or ref_hidden=",
+        " needs a reference: pass ref_logps= or ref_hidden=",
         {"ref_logps": None},
     ),
     (ValueError, "ref_logps and ref_hidden are both given", {"ref_hidden": torch.randn(S, T, H)}),
@@ -251,7 +251,11 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
         {**REF_HIDDEN, "ref_weight": torch.randn(V, H), "ref_bias": torch.randn(H)},
     ),
     # kl
-    (ValueError, "kl is given, but this loss does not read it", {"kl": torch.tensor(0.1)}),
+    (
+        ValueError,
+        "label_smoothing=0.0) does not read it: leave it out",
+        {"kl": torch.tensor(0.1)},
+    ),
     (TypeError, "kl is float, expected a torch.Tensor", {**KTO, "kl": 0.1}),
     (ValueError, "kl has shape (2,), expected (): a 0-d tensor", {**KTO, "kl": torch.zeros(2)}),
     (ValueError, "kl is on meta, expected cpu", {**KTO, "kl": torch.zeros((), device=META)}),

@@ -41,6 +41,8 @@ def test_every_name_and_its_mean() -> None:
         "logps/rejected": mean(out.rejected_logps, ones),
         "penalty": mean((example.ref_logps[:3] - out.chosen_logps).relu(), ones),
         "hinge_on": mean(out.chosen_logps < example.ref_logps[:3], ones),
+        "logratios/chosen": mean(out.chosen_logps - example.ref_logps[:3], ones),
+        "logratios/rejected": mean(out.rejected_logps - example.ref_logps[3:], ones),
         "entropy": mean(out.entropy, out.lengths),
         "logits/chosen": mean(out.mean_logits[:3], chosen),
         "logits/rejected": mean(out.mean_logits[3:], rejected),
@@ -56,6 +58,19 @@ def test_every_name_and_its_mean() -> None:
     assert found["loss"] == pytest.approx(out.loss.item())
     assert found["rewards/accuracies"] == pytest.approx(out.accuracy.item())
     out.loss.backward()  # nothing was freed
+
+
+def test_of_what_is_nan_there_is_no_share() -> None:
+    example = batch(3)
+    example.labels[0, 4] = 2
+    with torch.no_grad():
+        example.hidden[0, 3, 7] = torch.nan
+    out = fused(example, "dpop")
+    found = out.metrics()
+    for name in ("loss", "rewards/accuracies", "hinge_on", "logratios/chosen"):
+        assert math.isnan(found[name])
+    assert math.isfinite(found["logps/rejected"])
+    assert out.accuracy.isnan()
 
 
 def test_what_was_not_computed_is_left_out() -> None:

@@ -95,6 +95,8 @@ def test_logged_values(dtype: torch.dtype, trained: bool) -> None:
     want = {
         "chosen_logps": logps[w],
         "rejected_logps": logps[r],
+        "chosen_logratios": ratios[w],
+        "rejected_logratios": ratios[r],
         "chosen_rewards": 0.7 * ratios[w],
         "rejected_rewards": 0.7 * ratios[r],
         "margins": 0.7 * (ratios[w] - ratios[r]),

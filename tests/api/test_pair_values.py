@@ -229,7 +229,7 @@ NAN = torch.tensor([1.0, torch.nan, 2.0])
         (
             {"weigth": NAN},
             ValueError,
-            r"pair_values contains 'weigth', which this loss does not read",
+            r"pair_values contains 'weigth' \(did you mean 'weight'\?\), which Margins\(\) does not read",
         ),
     ],
 )
@@ -246,7 +246,9 @@ def test_names_that_a_loss_does_not_read_or_cannot_do_without() -> None:
     with pytest.raises(ValueError, match=r"contains 'margin'.*expected names among \['weight'\]"):
         fused(example, losses.get("sft"), pair_values={"margin": ones, "weight": ones})
     for given in (None, {}, {"offset": ones, "weight": ones}):
-        with pytest.raises(ValueError, match=r"expected 'margin' too, which this loss needs"):
+        with pytest.raises(
+            ValueError, match=r"and Margins\(\) needs more: pair_values=\{'margin': ...\}"
+        ):
             fused(example, Margins(), pair_values=given)
     assert fused(example, Margins(), pair_values={"margin": -ones}).loss.isfinite()
 

@@ -72,8 +72,10 @@ def calls(draw: st.DrawFn, *, unpaired: bool = False) -> Call:
     )
     shift = draw(st.booleans())
     logps = token_logps(example, head, shift=shift).sum(1).detach()
-    example.ref_logps = (logps + 0.5 * torch.randn(sequences)).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
+    example.ref_logps = (
+        (logps + 0.5 * torch.randn(sequences))
+        .clamp(max=0.0)
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
     )
     return Call(
         example,

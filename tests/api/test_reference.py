@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from fastdpop import fused_dpop_loss, fused_logps, fused_preference_loss, losses
+from fastdpop.given_logps import sound
 from fastdpop.transform import LogitTransform
 from tests.batches import DTYPES, HEADS, Batch, assert_by_definition, batch, fused, token_logps
 
@@ -236,3 +238,58 @@ def test_a_function_of_ones_own_logs_the_penalty_when_there_is_a_reference() -> 
         example.hidden, example.weight, example.labels, ref_logps=example.ref_logps
     )
     assert torch.equal(given.penalty, want.penalty)
+
+
+WRONG = (
+    "expected the log-prob of a completion in nats, the sum over its tokens: finite and at most 0"
+)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), f"ref_logps is nan for the rejected side of pair 1, {WRONG}$"),
+        (float("-inf"), f"ref_logps is -inf for the rejected side of pair 1, {WRONG}$"),
+        (float("inf"), "ref_logps is inf for the rejected side of pair 1"),
+        (35.25, f"ref_logps is 35.25 .*, {WRONG}; of a negative log-likelihood, take -ref_logps"),
+    ],
+)
+def test_log_probs_that_are_none(value: float, message: str, trained: bool) -> None:
+    example = batch(3, trained=trained)
+    chosen, rejected = example.ref_logps.chunk(2)
+    rejected = rejected.clone()
+    rejected[1] = value
+    for given in (torch.cat([chosen, rejected]), (chosen, rejected)):
+        with pytest.raises(ValueError, match=message):
+            fused(example, "dpop", ref_logps=given)
+
+
+def test_log_probs_of_sides_that_are_not_there_may_be_anything() -> None:
+    example = batch(2)
+    sides = example.ref_logps.new_tensor([[-9.0, torch.nan], [torch.inf, -8.0]])
+    out = fused(example, "kto", pairs=[[0, -1], [-1, 2]], ref_logps=sides.unbind())
+    assert bool(torch.isfinite(out.loss))
+
+
+def test_certain_completions_may_be_rounded_to_above_0() -> None:
+    example = batch(2)
+    assert bool(fused(example, "dpop", ref_logps=torch.full((4,), 1e-3)).loss.isfinite())
+
+
+def test_log_probs_are_looked_at_in_a_graph() -> None:
+    example = batch(2)
+
+    def run(hidden: Tensor, ref_logps: Tensor) -> Tensor:
+        return fused_preference_loss(
+            hidden, example.weight, example.labels, ref_logps=ref_logps
+        ).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    want = run(example.hidden, example.ref_logps)
+    assert torch.equal(compiled(example.hidden, example.ref_logps), want)
+    with pytest.raises(ValueError, match="ref_logps is nan for the chosen side of pair 0"):
+        compiled(example.hidden, example.ref_logps * torch.nan)
+    torch._dynamo.reset()
+    opcheck(sound, (torch.full((2, 3), -1.0), torch.arange(6).view(3, 2)))

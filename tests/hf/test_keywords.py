@@ -68,7 +68,6 @@ def test_no_option_of_any_loss_is_swallowed(option: str) -> None:
 def test_what_models_of_transformers_take_is_passed_on() -> None:
     """Attention's own keywords, and columns of data that are named like nothing here."""
     given = {
-        "num_items_in_batch": 3,
         "position_ids": torch.arange(9).expand(4, -1),
         "cu_seq_lens_q": None,
         "max_length_q": None,
@@ -76,6 +75,7 @@ def test_what_models_of_transformers_take_is_passed_on() -> None:
         "token_type_ids": None,
         "pixel_values": None,
         "prompt_ids": None,
+        "return_loss": None,
         "is_causal": True,
         "use_cache": False,
     }
@@ -91,6 +91,14 @@ def test_what_models_of_transformers_take_is_passed_on() -> None:
         out = call()
         assert isinstance(out, PreferenceModelOutput)
         assert seen.keys() >= given.keys() - {"output_router_logits"}
+
+
+def test_transformers_trainer_is_told_what_it_leaves_to_the_model() -> None:
+    model, inputs = attach(tiny()), batch()
+    want = model(**inputs, preference=DPOP, ref_logps=REF).loss
+    with pytest.warns(UserWarning, match=r"Set trainer\.model_accepts_loss_kwargs = False"):
+        out = model(**inputs, preference=DPOP, ref_logps=REF, num_items_in_batch=3)
+    assert torch.equal(out.loss, want)
 
 
 def test_an_argument_of_the_models_own_keeps_its_meaning() -> None:
@@ -122,3 +130,99 @@ def test_a_model_that_takes_no_keyword_that_it_does_not_know() -> None:
     attach(model, check=False)
     with pytest.raises(TypeError, match="GPT2LMHeadModel was given 'xyz', which nothing reads"):
         model(**batch(), preference=DPOP, ref_logps=REF, xyz=1)
+
+
+ALONE: list[tuple[dict[str, Any], str]] = [
+    ({"preferences": "simpo"}, "did you mean 'preference'?"),
+    ({"prefrence": "simpo"}, "did you mean 'preference'?"),
+    ({"loss_type": "simpo"}, "did you mean 'preference'?"),
+    ({"preference_loss": "dpop"}, "did you mean 'preference'?"),
+    ({"loss": "simpo"}, "expected preference="),
+    ({"return_logp": True}, "did you mean 'return_logps'?"),
+    ({"returnlogps": True}, "did you mean 'return_logps'?"),
+    ({"ref_log_probs": REF}, "did you mean 'ref_logps'?"),
+    ({"ref_logp": REF}, "did you mean 'ref_logps'?"),
+    ({"beta": 0.1}, "preference=losses.get(name, beta=0.1)"),
+    ({"share_prefixes": True}, "expected preference_options={'share_prefixes': ...}"),
+    ({"engine": "eager"}, "expected fastdpop.attach(model, engine=...)"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), ALONE, ids=lambda x: str(x)[:24])
+def test_a_misspelt_keyword_asks_for_no_cross_entropy(given: dict[str, Any], message: str) -> None:
+    (name,) = given
+    for model in (attach(tiny()), attach(lora(tiny()))):
+        said = f"given '{name}', which nothing reads without preference=: .*{re.escape(message)}"
+        with pytest.raises(TypeError, match=said):
+            model(**batch(), **given)
+
+
+def test_a_plain_call_takes_what_it_always_took() -> None:
+    model, inputs = tiny(), batch()
+    given = {"weight": REF, "margin": REF, "my_column": 3, "num_items_in_batch": 3, "beta": None}
+    want = model(**inputs, **given).loss
+    assert torch.equal(attach(model)(**inputs, **given).loss, want)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"foo": 1}, "leave it out"),
+        ({"loss_weights": [1.0]}, "leave it out"),
+        ({"chosen_input_ids": REF}, "leave it out"),
+        ({"completion_mask": REF}, "labels are -100 where a token is not scored"),
+        ({"average_log_prob": True}, "ipo, simpo, orpo and sigmoid_norm take means"),
+        ({"reference": REF}, "did you mean 'ref_logps'?"),
+    ],
+    ids=lambda x: str(x)[:24],
+)
+def test_what_no_module_has_a_name_for(given: dict[str, Any], message: str) -> None:
+    (name,) = given
+    said = f"LlamaForCausalLM was given '{name}', which nothing reads: .*{re.escape(message)}"
+    model = attach(tiny())
+    with pytest.raises(TypeError, match=said):
+        model(**batch(), preference=DPOP, ref_logps=REF, **given)
+    with pytest.raises(TypeError, match=said):
+        preference_loss(model, **batch(), loss=DPOP, ref_logps=REF, **given)
+
+
+def test_somebody_elses_model_may_read_any_name() -> None:
+    model = tiny()
+    seen: dict[str, Any] = {}
+
+    class Own(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            seen.update(kwargs)
+            kwargs.pop("foo", None)
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Own
+    attach(model)(**batch(), preference=DPOP, ref_logps=REF, foo=1)
+    assert seen["foo"] == 1
+
+
+def test_a_batch_that_is_not_given_by_keyword() -> None:
+    model, inputs = attach(tiny()), batch()
+    with pytest.raises(TypeError, match=r"input_ids is a dict, .*model\(\*\*batch, \.\.\.\)"):
+        model(inputs, return_logps=True)
+    with pytest.raises(TypeError, match=r"given a dict behind the model, .*\*\*batch, loss="):
+        preference_loss(model, inputs, loss=DPOP)  # type: ignore[misc]
+
+
+def test_a_preference_that_is_no_loss_is_called_that() -> None:
+    with pytest.raises(ValueError, match=r"^preference is 'DPO', .*did you mean 'dpo'"):
+        attach(tiny())(**batch(), preference="DPO")
+
+
+def test_token_ids_of_another_tokenizer() -> None:
+    model, inputs = attach(tiny()), batch()
+    inputs["input_ids"] = inputs["input_ids"] + 5000
+    with pytest.raises(ValueError, match=r"input_ids contains \d+, expected ids in \[0, 97\), the"):
+        model(**inputs, return_logps=True)
+
+
+def test_a_router_loss_that_is_not_there() -> None:
+    model, inputs = attach(tiny()), batch()
+    with pytest.raises(ValueError, match=r"router_loss_weight is 0\.1, but LlamaForCausalLM repor"):
+        model(**inputs, preference=DPOP, ref_logps=REF, router_loss_weight=0.1)
+    model(**inputs, preference=DPOP, ref_logps=REF, router_loss_weight=0.0)

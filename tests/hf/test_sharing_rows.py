@@ -163,7 +163,8 @@ def test_arguments_of_the_models_own_loss() -> None:
     """transformers' Trainer gives the number of items in the batch to every model."""
     model, call = attach(tiny(), share_prefixes=True), batch()
     count = torch.tensor(40)
-    out = model(**call, preference=DPOP, ref_logps=torch.zeros(2), num_items_in_batch=count)
+    with pytest.warns(UserWarning, match="num_items_in_batch has no part in a loss of pairs"):
+        out = model(**call, preference=DPOP, ref_logps=torch.zeros(2), num_items_in_batch=count)
     assert verdict_of(model).mode == "shared"
     torch.testing.assert_close(
         out.loss, model(**call, preference=DPOP, ref_logps=torch.zeros(2)).loss

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertLMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     T5Config,
@@ -57,6 +58,12 @@ GIVEN: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "model is a BertForMaskedLM, which sees the tokens that it predicts, expected a causal language model",
     ),
+    "a bidirectional model": (
+        lambda: BertLMHeadModel(BERT),
+        TypeError,
+        "model is a BertLMHeadModel, which sees the tokens that it predicts, expected a causal language model (of BERT "
+        "and its like, one whose config has is_decoder=True)",
+    ),
     "a model's name": (
         lambda: "org/model",
         TypeError,
@@ -90,6 +97,27 @@ def test_what_is_no_causal_language_model(name: str) -> None:
 def test_an_encoder_decoder_is_refused_without_a_check_too() -> None:
     with pytest.raises(TypeError, match="shift_labels=False"):
         attach(T5ForConditionalGeneration(T5), check=False)
+
+
+def test_a_model_that_looks_ahead_is_found_whatever_it_is_called() -> None:
+    model = tiny()
+    own = model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    model.model.forward = forward
+    with pytest.raises(TypeError, match="LlamaForCausalLM, which sees the tokens that it predicts"):
+        attach(model)
+    model.model.forward = own
+    attach(model)
+
+
+def test_a_decoder_of_bert_is_taken() -> None:
+    config = BertConfig(**{**BERT.to_dict(), "is_decoder": True})
+    assert is_attached(attach(BertLMHeadModel(config)))
 
 
 def test_a_forward_that_fails_by_itself() -> None:

@@ -114,5 +114,17 @@ def test_two_token_weights(tmp_path: Path) -> None:
 
 
 def test_no_loss(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="loss is 'dpop', expected a PreferenceLoss"):
-        given(tmp_path, "dpop")
+    with pytest.raises(TypeError, match="loss is 3, expected a name, a PreferenceLoss object or a"):
+        given(tmp_path, 3)
+
+
+def test_a_name_is_a_loss_and_so_is_a_function(tmp_path: Path) -> None:
+    assert given(tmp_path, "simpo", beta=2.0)._fastdpop.loss == losses.get("simpo")
+    ours = given(tmp_path, lambda p: p.rejected - p.chosen, beta=1.0)
+    assert ours._fastdpop.loss.traits.couples_pairs
+
+
+def test_losses_that_the_config_does_not_have(tmp_path: Path) -> None:
+    message = r"FastDPOTrainer\(..., loss=fastdpop.losses.get\('simpo'\)"
+    with pytest.raises(ValueError, match=message):
+        configured(tmp_path, loss_type="simpo")

@@ -185,7 +185,9 @@ def test_pairs_with_their_own_copies_of_a_completion_are_no_list() -> None:
 
 def test_what_a_ranking_cannot_be() -> None:
     example = batch(3)
-    with pytest.raises(ValueError, match="expected 'list' too, which this loss needs"):
+    with pytest.raises(
+        ValueError, match=r"not given, and Plackett.* needs more: pair_values=\{'list'"
+    ):
         fused(example, "plackett_luce", pair_values={})
     with pytest.raises(ValueError, match=r"-1"):
         fused(example, "plackett_luce", pairs=[[0, -1]], pair_values={"list": torch.zeros(1)})

@@ -54,6 +54,8 @@ SIZES: dict[str, Any] = {
     "final_logit_softcapping": 5.0,
     "logits_scaling": 4.0,
     "lm_head_multiplier": 0.5,
+    # in those that may also see what is behind a token
+    **dict.fromkeys(("is_decoder", "causal"), True),
     "output_router_logits": True,  # the router's loss is part of the comparison
 }
 
@@ -115,7 +117,6 @@ FIXES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4_INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
-        "is_decoder": True,
         "attn_layers": ["local", "lsh"],
         "axial_pos_embds": False,
         "hash_seed": 0,
@@ -141,11 +142,13 @@ TRAINING_ONLY = {"reformer"}
 """Reversible layers refuse to go backward in evaluation mode; these have no dropout here."""
 
 LEFT_OUT = {
+    "cpmant": "sees the tokens that it predicts: its attention looks both ways, whatever its config says",
     "gemma3n": "its vision tower needs the package timm; its language model, `gemma3n_text`, is right",
     "gemma4_assistant": "a drafting head that runs on another model's states, not on tokens alone",
     "gemma4_unified_assistant": "a drafting head that runs on another model's states, not on tokens alone",
     "musicgen": "not a language model of text: several heads for audio codes",
     "musicgen_melody": "not a language model of text: several heads for audio codes",
+    "xlnet": "sees the tokens that it predicts, but with attn_type 'uni', which fails in transformers beside a mask",
 }
 """Why a model is not expected to be right; the sweep checks that it is not."""
 

@@ -166,8 +166,8 @@ def check_given(loss: PreferenceLoss, args: Any) -> None:
             continue
         if setting.name in _REPLACED:
             raise ValueError(
-                f"{setting.name} is {value!r} beside loss={kind}(...), expected {default!r}: "
-                "that loss does not read it"
+                f"{setting.name} is {value!r} beside loss={kind}(...), expected {default!r}: the config's settings are "
+                "for its own loss_type, and those of a loss that is given are the loss's own options"
             )
         if setting.name == "beta" and beta not in (None, value):
             raise ValueError(
@@ -200,7 +200,7 @@ def _configured(trainer: Any) -> PreferenceLoss:
     }
     terms = []
     for name, weight in zip(trainer.loss_types, trainer.loss_weights, strict=True):
-        checks.choice("loss_type", name, tuple(_TAKES))
+        _check_type(name)
         if not plain and name != "sft" and "divergence" not in _TAKES[name]:
             raise ValueError(
                 f"f_divergence_type is {divergence!r}, expected 'reverse_kl' with loss_type {name!r}: "
@@ -208,3 +208,17 @@ def _configured(trainer: Any) -> PreferenceLoss:
             )
         terms.append(weight * losses.get(name, **{o: options[o] for o in _TAKES[name]}))
     return functools.reduce(lambda total, term: total + term, terms)
+
+
+def _check_type(name: str) -> None:
+    """
+    Raises:
+        ValueError: the config has no loss of that name.
+    """
+    ours = name in losses.available() and losses.get(name) != losses.get("sigmoid")
+    if ours and name not in _TAKES:
+        raise ValueError(
+            f"loss_type is {name!r}, whose options the config does not have, expected one of {tuple(_TAKES)}, or "
+            f"FastDPOTrainer(..., loss=fastdpop.losses.get({name!r}))"
+        )
+    checks.choice("loss_type", name, tuple(_TAKES))

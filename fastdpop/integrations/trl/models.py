@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 
 from fastdpop import checks, engines
+from fastdpop.call import Loss
 from fastdpop.choices import EngineName
 from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
@@ -20,7 +21,7 @@ from fastdpop.integrations.trl import batch, cpo, online
 from fastdpop.integrations.trl.config import shares_prefixes, takes_global_batch, value_names
 from fastdpop.integrations.trl.loss import check_given, check_values, preference
 from fastdpop.integrations.trl.process import sharding_asked
-from fastdpop.losses.base import PreferenceLoss, check_loss
+from fastdpop.losses import PreferenceLoss, as_loss
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Settings:
 def checked_settings(
     engine: EngineName,
     workspace_bytes: int | None,
-    loss: PreferenceLoss | None = None,
+    loss: Loss | None = None,
     share_prefixes: bool = False,
     global_batch: bool = False,
 ) -> Settings:
@@ -53,14 +54,13 @@ def checked_settings(
         ValueError, TypeError: there is no such engine, the workspace is not a positive int, the loss is none, or
             `share_prefixes` or `global_batch` is neither True nor False.
     """
-    if loss is not None:
-        check_loss(loss)
+    own = None if loss is None else as_loss(loss)
     if engine != "auto":
         engines.get(engine)
     checks.workspace(workspace_bytes, engines.DEFAULT_WORKSPACE_BYTES)
     checks.flag("share_prefixes", share_prefixes)
     checks.flag("global_batch", global_batch)
-    return Settings(engine, workspace_bytes, loss, share_prefixes, global_batch)
+    return Settings(engine, workspace_bytes, own, share_prefixes, global_batch)
 
 
 def on_fastdpop(trainer: Any) -> bool:

@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from fastdpop.call import Loss
 from fastdpop.choices import EngineName
 from fastdpop.integrations.trl import metrics, references, values
 from fastdpop.integrations.trl.models import AttachedWhenSet, checked_settings
 from fastdpop.integrations.trl.order import by_prompt, without_padding_warning
 from fastdpop.integrations.trl.step import Inputs, precomputed, step
 from fastdpop.integrations.trl.values import CollatedWithValues
-from fastdpop.losses.base import PreferenceLoss
 
 
 class FastDPOTrainer(DPOTrainer):
@@ -21,7 +21,7 @@ class FastDPOTrainer(DPOTrainer):
 
     Args:
         engine, workspace_bytes: as in :func:`fastdpop.attach`.
-        loss: any loss of :mod:`fastdpop.losses`, or of your own (:func:`fastdpop.losses.pairwise`), in the place of the
+        loss: any loss of :mod:`fastdpop.losses`, its name, or a function of your own, in the place of the
             config's ``loss_type``. The reference is scored for the metrics even if the loss reads none. ``ld_alpha``
             and ``use_weighting`` apply to it. Rewards are logged with its beta, or the config's if it has none.
 
@@ -50,7 +50,7 @@ class FastDPOTrainer(DPOTrainer):
         *args: Any,
         engine: EngineName = "auto",
         workspace_bytes: int | None = None,
-        loss: PreferenceLoss | None = None,
+        loss: Loss | None = None,
         **kwargs: Any,
     ) -> None:
         self._fastdpop = checked_settings(engine, workspace_bytes, loss)
