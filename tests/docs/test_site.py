@@ -121,6 +121,20 @@ def test_every_page_has_what_a_link_to_it_shows(site: Site) -> None:
             assert canonical == [ADDRESS if place == "." else f"{ADDRESS}{place}/"]
 
 
+def test_a_page_has_one_name_and_a_description_of_its_own(site: Site) -> None:
+    """In the navigation, in the tab and above the text."""
+    said = []
+    for path, page in site.pages.items():
+        if path.parent == site.folder:
+            continue  # the first page, and that for what is not found
+        source = path.read_text(encoding="utf-8")
+        (heading,) = re.findall(r"<h1[^>]*>(.*?)<a class=\"headerlink\"", source, re.DOTALL)
+        (title,) = re.findall(r"<title>(.*?) - fastdpop</title>", source)
+        assert _text(heading).strip() == unescape(title), path
+        said += [e["content"] for e in page.all("meta") if e.get("name") == "description"]
+    assert len(said) == len(set(said)) > 25
+
+
 def test_every_page_is_in_the_navigation(site: Site) -> None:
     """Of the page for what is not found: it lists them all."""
     path = site.folder / "404.html"
