@@ -135,6 +135,15 @@ def test_a_page_has_one_name_and_a_description_of_its_own(site: Site) -> None:
     assert len(said) == len(set(said)) > 25
 
 
+@pytest.mark.parametrize("name", ["docs/install.md", "docs/index.md", "README.md"])
+def test_the_way_in_is_a_clone_of_this_repository(name: str) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (address,) = re.findall(r'^Repository = "(.+)"$', project, re.MULTILINE)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"git clone (\S+)", text) == [address]
+    assert "not on PyPI yet" in text
+
+
 def test_every_page_is_in_the_navigation(site: Site) -> None:
     """Of the page for what is not found: it lists them all."""
     path = site.folder / "404.html"
