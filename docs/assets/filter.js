@@ -5,12 +5,14 @@ const KIND = /^(a\d+b|base|chat|instruct|it|hf|preview|gguf|awq|gptq|fp8|bf16|4b
 // What a query may mean, the strictest first: lists of words that all have to be there. People name a model as its
 // checkpoint is called, Llama-3.1-8B-Instruct, and a table has one line for them all.
 function readings(query) {
+  const typed = query.split(/\s+/).filter(Boolean);
+  if (!/[\d/-]/.test(query)) return [typed]; // not the name of a checkpoint
   const parts = query.split(/[\s_/:-]+/).filter(Boolean);
   const model = query.split("/").at(-1).split(/[\s_:-]+/).filter((part) => part && !KIND.test(part));
   const names = model.filter((part) => !SIZE.test(part));
   const first = (names[0] ?? "").replace(/[\d.]+$/, "");
   return [
-    query.split(/\s+/).filter(Boolean),
+    typed,
     query.includes(".") ? [query.replaceAll(".", "_")] : [],
     parts,
     model,
@@ -18,16 +20,16 @@ function readings(query) {
     model.length > 1 ? [model.slice(0, 2).join("-")] : [],
     names,
     names.slice(0, 1),
-    first.length > 2 ? [first] : [],
-  ].filter((words) => words.length);
+    [first],
+  ].filter((words) => words.length && (words === typed || words.join("").length > 2));
 }
 
 // The first reading of which anything has all words, and which items these are.
 function matching(query, texts) {
   const asked = readings(query.toLowerCase().trim());
-  for (const words of asked.length ? asked : [[]]) {
+  for (const words of asked) {
     const hits = texts.map((text) => words.every((word) => text.includes(word)));
-    if (hits.includes(true)) return { words, hits, typed: words === asked[0] || !asked.length };
+    if (hits.includes(true)) return { words, hits, typed: words === asked[0] };
   }
   return { words: [], hits: texts.map(() => false), typed: true };
 }
