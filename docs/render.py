@@ -27,6 +27,8 @@ _SIGN = re.compile(
 _FUNCTION = re.compile(r"(<mi>(?:log|exp|min|max)</mi>)(?=<m(?:i|n|row|sub|sup|frac)\b)")
 _OPERATOR = re.compile(r"<mo>([a-z]{3,})</mo>(?=<mo[^>]*>(?:\(|&#x00028;))")
 _COMMANDS = re.compile(r'<div class="(language-console highlight)">(<pre>.*?</pre>)', re.DOTALL)
+_CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+_NAME = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 _SCRIPT = dict(zip("BEFHILMR", "ℬℰℱℋℐℒℳℛ", strict=True))  # these have code points out of the row
 
 
@@ -61,6 +63,15 @@ def on_page_content(content: str, **_: object) -> str:
     """Called with every page's HTML; links are resolved later, by autorefs."""
     content = _PICTURE.sub(r'<p class="picture"><a href="\2">\1</a></p>', content)
     return _COMMANDS.sub(_commands, _ROLE.sub(_link, _FORMULA.sub(_mathml, content)))
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """Long names in tables may break at their signs, on a phone. The search index is made by now."""
+    return _CELL.sub(lambda cell: _NAME.sub(_breakable, cell[0]), output)
+
+
+def _breakable(name: re.Match[str]) -> str:
+    return re.sub(r"(?<=\w)([/_])(?=\w)", r"\1<wbr>", name[0])
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -141,7 +141,7 @@ def sharing(device: str) -> str:
     most = max(r["over_trl"] for r in rows)
     names = {
         "GSM8K, zero-shot": "GSM8K pairs",
-        "GSM8K, four-shot": "with four worked examples in the prompt",
+        "GSM8K, four-shot": "GSM8K, four worked examples in the prompt",
         "ARC-Challenge": "ARC, three pairs a question",
     }
     body = [

@@ -113,7 +113,8 @@ def test_a_page_on_an_index_renders(metadata: Message) -> None:
     assert "$$" not in page
     assert "pip install ." not in page
     assert "pip install '." not in page
-    assert "In a clone of this repository" not in page
+    assert "git clone" not in page
+    assert "not on PyPI" not in page
     assert "pip install fastdpop" in page
 
 

@@ -4,7 +4,8 @@
     python -m tools.site_look site --output build/look --pages index losses
 
 Chromium shows each page at 1,280 and 390 pixels, light and dark. Reported are requests to other hosts
-and failed ones, errors of scripts, whatever is wider than its place, and text with too little contrast.
+and failed ones, errors of scripts, whatever is wider than its place, text with too little contrast, and search
+boxes that do not find what they should.
 It needs the package playwright (not its browsers) and Chromium.
 """
 
@@ -29,6 +30,20 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+# What is typed into a page's search box, and what the first thing shown has then; nothing is shown for "".
+BOXES = {
+    "models": {
+        "Llama-3.1-8B": "llama",
+        "llama 3.2": "llama",
+        "SmolLM2-135M": "llama",
+        "mistral-7b": "mistral",
+        "Qwen/Qwen2.5-7B-Instruct": "qwen2",
+        "google/gemma-2-2b-it": "gemma2",
+        "no such model": "",
+    },
+    "losses": {"simpo": "simpo", "noisy": "robust", "slic": "hinge", "no such loss": ""},
+}
 
 # Runs in the page; returns messages. What scrolls sideways is reported on a wide screen, where code
 # and tables have to fit; on a narrow one only what sticks out of the page.
@@ -132,6 +147,30 @@ def look(browser: Any, base: str, name: str, output: Path) -> list[str]:
     return found
 
 
+def boxes(browser: Any, base: str, name: str) -> list[str]:
+    """What the search box of a page does not find, does not say, or forgets on the way back."""
+    found = []
+    page = browser.new_page(reduced_motion="reduce")
+    shown = page.locator(".filterable :is(.item h4, tbody td:first-child):visible")
+    for typed, expected in BOXES.get(name, {}).items():
+        page.goto(f"{base}{name}/")
+        page.fill(".filter input", typed)
+        first = shown.first.inner_text().split("\n")[0].rstrip("¶").strip() if shown.count() else ""
+        if first != expected:
+            found.append(f"{name}: {typed!r} finds {first!r} first, expected {expected!r}")
+        if not expected and not page.locator(".filter p:visible").count():
+            found.append(f"{name}: no word of advice where {typed!r} finds nothing")
+        count = shown.count()
+        page.goto(base)
+        page.go_back()
+        if page.input_value(".filter input") == typed and shown.count() != count:
+            found.append(
+                f"{name}: on the way back to {typed!r} {shown.count()} are shown, not {count}"
+            )
+    page.close()
+    return found
+
+
 def _foreign(said: list[str], base: str, request: Any) -> None:
     if not request.url.startswith((base, "data:", "blob:")):
         said.append(f"asked elsewhere: {request.url}")
@@ -167,7 +206,10 @@ def main() -> int:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         for name in ["" if n == "index" else n for n in options.pages or []] or pages(options.site):
-            for message in look(browser, base, name, options.output):
+            for message in [
+                *look(browser, base, name, options.output),
+                *boxes(browser, base, name),
+            ]:
                 print(message, flush=True)
                 count += 1
         browser.close()

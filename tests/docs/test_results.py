@@ -71,26 +71,29 @@ def agree(shown: str, value: float, unit: float) -> bool:
     return abs(float(number) - value / unit) <= 0.5001 * 10**-digits
 
 
-@pytest.mark.parametrize("file", ["docs/bench.md", "README.md"])
-def test_the_table_of_a_cpu(file: str) -> None:
-    rows, known = (
-        table(file, "| forward and backward | time, trained head | memory |"),
-        results("cpu"),
-    )
+@pytest.mark.parametrize(("file", "floor"), [("docs/bench.md", "x floor"), ("README.md", "memory")])
+def test_the_table_of_a_cpu(file: str, floor: str) -> None:
+    header = "| forward and backward | time, trained head | " + floor
+    rows, known = table(file, header), results("cpu")
     assert len(rows) >= 3
-    for name, (trained, trained_mib, frozen, frozen_mib, error) in rows.items():
+    for name, cells in rows.items():
+        ratios = [cells.pop(1), cells.pop(3)] if floor == "x floor" else []
+        trained, trained_mib, frozen, frozen_mib, error = cells
         contender, loss = CPU[name]
         of = known[contender, loss, "trained head"]
         without = known[contender.removesuffix(", compiled"), loss, "frozen head"]
         assert agree(trained, of["seconds"], 1), name
         assert agree(frozen, without["seconds"], 1), name
+        for shown, row in zip(ratios, (of, without), strict=False):
+            assert agree(shown, row["to_floor"], 1), name
         assert not trained_mib or agree(trained_mib, of["peak_extra_bytes"], 2**20), name
         assert not frozen_mib or agree(frozen_mib, without["peak_extra_bytes"], 2**20), name
         assert not error or agree(error, of["logp_error_nat"], 1), name
 
 
 def test_the_table_of_a_gpu() -> None:
-    header = "| forward and backward | time, trained head | x floor |"
+    times = "time, trained head | x floor | memory | time, frozen head | x floor | memory"
+    header = f"| forward and backward | {times} | log-prob error, relative |"
     rows, known = table("docs/bench.md", header), results("h200")
     assert len(rows) == len(H200)
     for name, (*cells, error) in rows.items():

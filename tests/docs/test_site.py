@@ -121,6 +121,29 @@ def test_every_page_has_what_a_link_to_it_shows(site: Site) -> None:
             assert canonical == [ADDRESS if place == "." else f"{ADDRESS}{place}/"]
 
 
+def test_a_page_has_one_name_and_a_description_of_its_own(site: Site) -> None:
+    """In the navigation, in the tab and above the text."""
+    said = []
+    for path, page in site.pages.items():
+        if path.parent == site.folder:
+            continue  # the first page, and that for what is not found
+        source = path.read_text(encoding="utf-8")
+        (heading,) = re.findall(r"<h1[^>]*>(.*?)<a class=\"headerlink\"", source, re.DOTALL)
+        (title,) = re.findall(r"<title>(.*?) - fastdpop</title>", source)
+        assert _text(heading).strip() == unescape(title), path
+        said += [e["content"] for e in page.all("meta") if e.get("name") == "description"]
+    assert len(said) == len(set(said)) > 25
+
+
+@pytest.mark.parametrize("name", ["docs/install.md", "docs/index.md", "README.md"])
+def test_the_way_in_is_a_clone_of_this_repository(name: str) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (address,) = re.findall(r'^Repository = "(.+)"$', project, re.MULTILINE)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"git clone (\S+)", text) == [address]
+    assert "not on PyPI yet" in text
+
+
 def test_every_page_is_in_the_navigation(site: Site) -> None:
     """Of the page for what is not found: it lists them all."""
     path = site.folder / "404.html"
@@ -139,6 +162,9 @@ def test_search_finds_what_people_look_for(site: Site) -> None:
     )
     text = " ".join(entries.values())
     assert not [word for word in words.split() if word not in text]
+    # The browser cuts texts and what is typed at this, and compares what is left.
+    found = set(re.split(index["config"]["separator"], re.sub(r"<[^>]+>", "", text)))
+    assert {"OOM", "QLoRA", "NaN", "rewards/accuracies", "dpop_lambda", "2402.13228"} <= found
 
 
 def test_formulas_are_in_the_font(site: Site) -> None:

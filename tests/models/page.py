@@ -45,6 +45,10 @@ def page(outcomes: list[Outcome]) -> str:
     places = {name: place for place, name in enumerate(POPULAR)}
     right.sort(key=lambda outcome: (places.get(outcome.name, len(places)), outcome.name))
     lines = [
+        "---",
+        "description: Which of transformers' causal language models agree with their own full logits, and which share "
+        "prefixes.",
+        "---",
         "# Tested models",
         "",
         "<!-- Written by `make models`: change tests/models/page.py instead. -->",
@@ -55,16 +59,18 @@ def page(outcomes: list[Outcome]) -> str:
         f"**{len(right)} agree.** fastdpop has no code for any of them: a new architecture, or one of your own, works "
         "by the same rules, and the check in `attach` compares it before you train.",
         "",
-        "## Right",
+        "## Types that agree",
         "",
-        "The type stands in a model's `config.json` as `model_type`; the popular ones come first. With "
-        "[`share_prefixes`](sharing.md) a type is *shared*, common tokens computed once, or *padded*, as without "
-        "it. *The head's own* is what it does besides multiplying by a weight of its own; a *router loss* of a "
-        "mixture of experts is kept.",
+        "Look for a model by its name, or by its type, which stands in its `config.json` as `model_type`; the popular "
+        "types come first. With [`share_prefixes`](sharing.md) a type is *shared*, common tokens computed once, or "
+        "*padded*, as without it. In the last column *tied* is a weight that the embedding shares, and *router loss* "
+        "that of a mixture of experts, which is kept.",
         "",
-        '<div class="filterable" data-filter="Find a model" markdown>',
+        '<div class="filterable" data-filter="Find a model: Llama-3.1-8B" data-none="No type and no name in this '
+        "table has that. A model's type stands in its config.json as model_type; one that is not here is compared "
+        'with its own logits when it is attached." markdown>',
         "",
-        "| type | among them | with `share_prefixes` | the head's own |",
+        "| type | models of this type | with `share_prefixes` | its lm_head, beyond a matrix of its own |",
         "|---|---|---|---|",
         *(_row(outcome) for outcome in right),
         "",
@@ -81,7 +87,7 @@ def page(outcomes: list[Outcome]) -> str:
         "|---|---|",
         *(f"| {kind} | {count} |" for kind, count in Counter(map(_sharing, right)).most_common()),
         "",
-        "## Not",
+        "## Types that are left out",
         "",
         "| type | why |",
         "|---|---|",
