@@ -46,6 +46,7 @@ def look(
         ref_logps,
         trainer.processing_class,
         at_start,
+        copies=trainer.is_deepspeed_enabled,
     )
     for finding in findings:
         if finding.code not in getattr(trainer, "said_of_data", ()):
