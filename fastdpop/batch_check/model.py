@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpop.batch_check.labels import first_tokens
-from fastdpop.batch_check.report import Finding
+from fastdpop.batch_check.report import Finding, counted
 from fastdpop.batch_check.scores import Runner
 from fastdpop.batch_check.view import BatchView
 from fastdpop.batch_check.vocabulary import Vocabulary
@@ -50,7 +50,7 @@ def check_dropout(names: list[str], evidence: str = "") -> list[Finding]:
     """
     if not names:
         return []
-    more = f" and {len(names) - 1} modules more" if len(names) > 1 else ""
+    more = f" and {counted(len(names) - 1, 'other module')}" if len(names) > 1 else ""
     return [
         Finding(
             "dropout-on",

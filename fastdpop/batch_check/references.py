@@ -140,7 +140,8 @@ def _averaged(scores: Scores) -> Finding | None:
         "error" if alike else "warning",
         f"reference log-probs are {float(given.mean()):.2f} nats in the mean, over "
         f"{between(int(counts.min()), int(counts.max()))} tokens; the policy's are "
-        f"{float((sums / counts).mean()):.2f} per token and {float(sums.mean()):.1f} in sum: these seem to be means over tokens, not sums",
+        f"{float((sums / counts).mean()):.2f} per token and {float(sums.mean()):.1f} in sum: these seem to be means "
+        "over tokens, not sums",
         _SUMS,
     )
 
@@ -301,6 +302,6 @@ def differences(scores: Scores) -> list[str]:
     off = float((scores.reference - scores.policy).abs().mean())
     return [
         f"log-probs per sequence: policy {float(scores.policy.mean()):.2f}, reference "
-        f"{float(scores.reference.mean()):.2f} nats; {off:.2g} apart in the mean (before the first step, where the "
-        "reference is this model, by rounding only)"
+        f"{float(scores.reference.mean()):.2f} nats; {off:.2g} apart in the mean (by rounding alone before the first "
+        "step, if the reference is this model)"
     ]
