@@ -169,12 +169,18 @@ def check_weights(model: Any) -> list[Finding]:
             Finding(
                 "weights-half-precision",
                 "warning",
-                f"{'all' if share == 1 else f'{share:.0%} of the'} trained weights are {dtype}: {harm}",
+                f"{_part(share)} trained weights are {dtype}: {harm}",
                 "Load the model in float32 (dtype=torch.float32) and compute under autocast (bf16=True in a trainer), "
                 "or train adapters (LoRA) in float32. An optimizer that keeps float32 copies of weights needs neither",
             )
         ]
     return []
+
+
+def _part(share: float) -> str:
+    if share == 1:
+        return "all"
+    return "nearly all" if share > 0.995 else f"{share:.0%} of the"
 
 
 def noise(model: Any) -> float:

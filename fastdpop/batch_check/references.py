@@ -299,9 +299,12 @@ def _stale(scores: Scores, noise: float) -> list[Finding]:
 
 def differences(scores: Scores) -> list[str]:
     """How far policy and reference are apart, as a fact."""
-    off = float((scores.reference - scores.policy).abs().mean())
+    policy = scores.policy
+    if torch.equal(scores.reference, scores.reference.float().double()):  # what it was rounded to
+        policy = policy.float().double()
+    off = float((scores.reference - policy).abs().mean())
     return [
         f"log-probs per sequence: policy {float(scores.policy.mean()):.2f}, reference "
-        f"{float(scores.reference.mean()):.2f} nats; {off:.2g} apart in the mean (by rounding alone before the first "
+        f"{float(scores.reference.mean()):.2f} nats; {off:.2g} apart in the mean (0 but for rounding before the first "
         "step, if the reference is this model)"
     ]
