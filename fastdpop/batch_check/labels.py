@@ -11,6 +11,8 @@ from fastdpop.batch_check.vocabulary import Vocabulary
 from fastdpop.rows import IGNORE
 
 _OFFSETS = (-2, -1, 1, 2, 3)
+_BLANKS = 8
+"""Tokens of a completion that may be nothing but an end and blanks."""
 
 
 def check_ids(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
@@ -263,14 +265,9 @@ def _runs(view: BatchView, pad: int | None, vocabulary: Vocabulary) -> Tensor:
     return run
 
 
-def first_tokens(view: BatchView) -> Tensor:
-    """``(S,)`` where the first token that is no padding stands."""
-    return view.attended.int().argmax(1)
-
-
 def _prompt(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     """Everything but a first token is scored, and both sides of a pair begin alike."""
-    begin, scored = first_tokens(view), view.scored.int().argmax(1)
+    begin, scored = view.begins, view.scored.int().argmax(1)
     rows = [row for pair in view.pairs for row in pair if view.lengths[row] > 0]
     if not rows or any(int(scored[row] - begin[row]) > 1 for row in rows):
         return []
@@ -318,9 +315,11 @@ def _empty(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     """Completions of nothing but an end, and perhaps blanks."""
 
     def blank(ids: list[int]) -> bool:
-        rest = [token for token in ids if token not in vocabulary.ends]
+        rest = [token for token in ids[:_BLANKS] if token not in vocabulary.ends]
+        if len(ids) > _BLANKS or len(rest) == len(ids):
+            return False
         known = not rest or vocabulary.tokenizer is not None
-        return len(rest) < len(ids) and known and not (rest and vocabulary.decode(rest).strip())
+        return known and not (rest and vocabulary.decode(rest).strip())
 
     rows = [row for row in range(len(view.ids)) if blank(view.ids[row][view.scored[row]].tolist())]
     if not rows:
@@ -340,7 +339,7 @@ def _twice(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     bos = vocabulary.bos
     if bos is None or view.ids.shape[1] < 2 or bos in (vocabulary.pad, *vocabulary.ends):
         return []
-    begin = first_tokens(view)
+    begin = view.begins
     twice = sum(
         int(at) + 1 < view.ids.shape[1] and view.ids[row, at : at + 2].tolist() == [bos, bos]
         for row, at in enumerate(begin.tolist())

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpop.batch_check.labels import first_tokens
 from fastdpop.batch_check.report import Finding, counted
 from fastdpop.batch_check.scores import Runner
 from fastdpop.batch_check.view import BatchView
@@ -98,7 +97,7 @@ def measured_dropout(runner: Runner, view: BatchView, logps: Tensor) -> list[Fin
 
 def check_padding(runner: Runner, view: BatchView, logps: Tensor) -> list[Finding]:
     """The sequence with the most padding in front by itself: what stands around it must not matter."""
-    before = first_tokens(view)
+    before = view.begins
     if "position_ids" not in view.extra and not bool(before.any()):
         return []
     row = int(before.argmax())

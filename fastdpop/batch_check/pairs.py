@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdpop.batch_check.labels import equal, first_tokens, shared_beginning
+from fastdpop.batch_check.labels import equal, shared_beginning
 from fastdpop.batch_check.report import Finding, counted
 from fastdpop.batch_check.view import BatchView
 
@@ -64,7 +64,7 @@ def _interleaved(view: BatchView) -> bool:
 
 def _prompt(view: BatchView, row: int) -> tuple[int, ...]:
     """The tokens before the first scored one, but for one alone, which begins every text."""
-    begin = int(first_tokens(view)[row])
+    begin = int(view.begins[row])
     end = int(view.scored[row].int().argmax())
     return tuple(view.ids[row, begin:end].tolist()) if end - begin > 1 else ()
 

@@ -62,6 +62,11 @@ class BatchView:
         return scored
 
     @cached_property
+    def begins(self) -> Tensor:
+        """``(S,)`` where the first token that is no padding stands."""
+        return self.attended.int().argmax(1)
+
+    @cached_property
     def lengths(self) -> Tensor:
         """``(S,)`` tokens counted."""
         return self.scored.sum(1)

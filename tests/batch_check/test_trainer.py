@@ -91,7 +91,7 @@ def test_it_is_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert found(trainer(FastDPOTrainer, tmp_path, data=equal_pairs())) == []
     monkeypatch.setenv("FASTDPOP_CHECK_BATCH", "no")
     with pytest.raises(ValueError, match="FASTDPOP_CHECK_BATCH is 'no', expected 0 or 1"):
-        trainer(FastDPOTrainer, tmp_path).train()
+        trainer(FastDPOTrainer, tmp_path)  # before anything is trained
 
 
 def test_training_is_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
