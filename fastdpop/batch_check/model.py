@@ -149,12 +149,19 @@ def check_likelihood(view: BatchView, logps: Tensor, vocabulary: Vocabulary) -> 
 
 
 def check_weights(model: Any) -> list[Finding]:
-    """Trained weights in 16 bits; DeepSpeed trains its own copies of them in 32."""
+    """Trained weights in 16 bits; DeepSpeed trains its own copies of them in 32.
+
+    LoRA's may be bfloat16, as TRL has those of QLoRA: they start at 0, and take larger steps.
+    """
     around, outside = model, []
     while around is not None:
         outside.append(around)
         around = wrapped(around)
-    trained = [p for p in outside[-1].parameters() if p.requires_grad]
+    trained = [
+        p
+        for name, p in outside[-1].named_parameters()
+        if p.requires_grad and not ("lora_" in name and p.dtype == torch.bfloat16)
+    ]
     if any(type(m).__module__.startswith("deepspeed") for m in outside):
         return []
     if any(hasattr(p, "ds_id") for p in trained):

@@ -114,6 +114,12 @@ def test_adapters_in_float32_on_16_bits() -> None:
     adapted = peft.get_peft_model(model().bfloat16(), peft.LoraConfig(task_type="CAUSAL_LM"))
     assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
     assert codes(adapted) == []
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    assert codes(adapted) == []
+    adapted.get_output_embeddings().requires_grad_(True)
+    assert codes(adapted) == ["weights-half-precision"]
 
 
 def test_weights_of_which_others_keep_copies() -> None:
