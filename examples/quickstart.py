@@ -9,7 +9,7 @@ import fastdpop
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # 16 bits lose updates
 pairs = [  # that differ in one intermediate result
     {"prompt": "7 * 8 + 5 =", "chosen": " 56 + 5 = 61", "rejected": " 54 + 5 = 61"},
     {"prompt": "6 * 9 - 4 =", "chosen": " 54 - 4 = 50", "rejected": " 56 - 4 = 50"},
@@ -19,7 +19,7 @@ batch = fastdpop.collate(pairs, tokenizer)  # the chosen sequences, then the rej
 fastdpop.attach(model)
 with torch.no_grad():  # the reference is the model as it is now
     ref_logps = model(**batch, return_logps=True).logps
-fastdpop.check_batch(model, batch, ref_logps, tokenizer=tokenizer)  # what is scored, and mistakes
+fastdpop.check_batch(model, batch, ref_logps, tokenizer=tokenizer, at_start=True)  # mistakes?
 
 loss = fastdpop.losses.get("dpop", beta=0.3, lam=50.0)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-6)

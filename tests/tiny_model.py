@@ -39,7 +39,7 @@ def tiny_llama(seed: int = 0, *, tied: bool = True, **options: Any) -> LlamaForC
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                max_position_embeddings=128,
+                max_position_embeddings=256,
                 tie_word_embeddings=tied,
                 eos_token_id=256,
                 pad_token_id=257,

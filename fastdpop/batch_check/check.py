@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpop import checks
 from fastdpop.batch_check.labels import (
     check_ids,
     check_labels,
+    check_length,
     check_scored,
+    hidden_text,
     leading_padding,
 )
 from fastdpop.batch_check.pairs import check_pairs
@@ -21,7 +24,10 @@ from fastdpop.batch_check.text import layout, shown
 from fastdpop.batch_check.view import BatchView, read_batch, references_of
 from fastdpop.batch_check.vocabulary import Vocabulary
 
-_HARMLESS = {"bos-twice", "chosen-equals-rejected", "end-not-scored", "sequence-not-scored"}
+_HARMLESS = {
+    *("bos-twice", "chosen-equals-rejected", "completion-empty", "end-not-scored"),
+    *("pairs-contradict", "pairs-repeated", "prompt-repeated", "sequence-not-scored"),
+}
 """Findings after which a model's log-probs still mean what they should."""
 
 
@@ -74,23 +80,30 @@ def check_batch(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
+    for name, value in (("max_pairs", max_pairs), ("show_pairs", show_pairs)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} is {value!r}, expected a number of pairs")
+    checks.flag("at_start", at_start)
+    checks.flag("verbose", verbose)
+    reason = _unable(model)
     view = read_batch(batch, pairs, cu_seqlens, shift_labels, hidden)
     references = references_of(batch, ref_logps, view)
-    for name, value in (("max_pairs", max_pairs), ("show_pairs", show_pairs)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} is {value!r}, expected a number of pairs")
     vocabulary = Vocabulary.of(model, tokenizer)
-    findings = without_model(view, vocabulary, given=pairs is not None)
+    findings = without_model(view, vocabulary, given=pairs is not None or "pairs" in batch)
     facts = layout(view, vocabulary)
     kept = view.pairs[:max_pairs]
-    if model is None or not kept or not _goes_on(findings):
-        if model is not None:
-            facts.append("the model was not run: repair what was found, and look again")
-    else:
+    if not _goes_on(findings):
+        reason = reason or "repair what was found, and look again"
+    elif not kept:
+        reason = reason or ("max_pairs is 0" if view.pairs else "there is no pair with both sides")
+    if model is not None and reason is None:
         part = view.rows([row for side in zip(*kept, strict=True) for row in side])
         given = None if references is None else references[: len(kept)]
         found, said = _with_model(model, part, given, vocabulary, at_start, weight)
         findings, facts = findings + found, facts + said
+    elif model is not None:
+        facts.append(f"the model was not run: {reason}")
+    findings += _of_weights(model)
     report = BatchReport.of(findings, facts, shown(view, vocabulary, show_pairs))
     if verbose:
         print(report)
@@ -104,12 +117,14 @@ def check_computed(
     ref_logps: Tensor | None,
     tokenizer: Any,
     at_start: bool = False,
+    copies: bool = False,
 ) -> list[Finding]:
     """The findings of a batch that was computed already: the model is only looked at.
 
     Args:
         logps, ref_logps: ``(2B,)`` the log-probs of policy and reference; None: there is none.
         at_start: nothing has been trained yet, and dropout is thought to be off.
+        copies: the optimizer trains copies of the weights.
     """
     from fastdpop.batch_check.model import check_dropout, dropouts, noise  # they need transformers
 
@@ -125,7 +140,7 @@ def check_computed(
                 f"; policy and reference are {off:.2g} nats per token apart before the first step"
             )
             findings += check_dropout(dropouts(model), evidence)
-    return findings
+    return findings if copies else findings + _of_weights(model)
 
 
 def without_model(view: BatchView, vocabulary: Vocabulary, given: bool = False) -> list[Finding]:
@@ -137,6 +152,14 @@ def without_model(view: BatchView, vocabulary: Vocabulary, given: bool = False) 
     findings = check_ids(view, vocabulary) + check_labels(view)
     if findings:  # of which tokens are scored, such labels say nothing
         return findings
+    findings = hidden_text(view, vocabulary)
+    if findings:  # nor such a mask of what padding is
+        return findings
+    return check_length(view, vocabulary) + _of_sequences(view, vocabulary, given)
+
+
+def _of_sequences(view: BatchView, vocabulary: Vocabulary, given: bool) -> list[Finding]:
+    """What shows where ids, labels and mask go together."""
     findings = leading_padding(view, vocabulary)
     if findings:  # of where sequences begin
         return findings
@@ -151,6 +174,27 @@ def _goes_on(findings: list[Finding]) -> bool:
     return all(finding.code in _HARMLESS for finding in findings)
 
 
+def _unable(model: Any) -> str | None:
+    """Why a model does not run here; None if it does.
+
+    Raises:
+        TypeError: it is no causal language model.
+    """
+    if model is None:
+        return None
+    from fastdpop.batch_check.scores import why_not  # it needs transformers
+
+    return why_not(model)
+
+
+def _of_weights(model: Any) -> list[Finding]:
+    if model is None:
+        return []
+    from fastdpop.batch_check.model import check_weights  # it needs transformers
+
+    return check_weights(model)
+
+
 def _with_model(
     model: Any,
     view: BatchView,
@@ -163,17 +207,14 @@ def _with_model(
     # They need transformers, which the rest does not.
     from fastdpop.batch_check.hidden import check_hidden, check_weight
     from fastdpop.batch_check.model import check_likelihood, check_padding, measured_dropout, noise
-    from fastdpop.batch_check.scores import running, why_not
+    from fastdpop.batch_check.scores import running
 
-    reason = why_not(model)
-    if reason is not None:
-        return [], [f"the model was not run: {reason}"]
     with running(model) as runner:
         findings: list[Finding] = []
         if weight is not None:
             findings += check_weight(runner.model, weight)
         if view.hidden is not None:
-            findings += check_hidden(runner, view.rows(list(view.pairs[0])))
+            findings += check_hidden(runner, view)
         logps = runner.logps(view)
         findings += check_likelihood(view, logps, vocabulary)
         findings += measured_dropout(runner, view, logps)

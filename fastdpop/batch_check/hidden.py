@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastdpop import instead
 from fastdpop.batch_check.report import Finding
 from fastdpop.batch_check.scores import Runner
 from fastdpop.batch_check.view import BatchView
@@ -35,6 +36,16 @@ def check_hidden(runner: Runner, view: BatchView) -> list[Finding]:
         ValueError: its width is another one.
     """
     assert view.hidden is not None
+    wrong = int((~view.hidden.isfinite()).sum())
+    if wrong:
+        return [
+            Finding(
+                "hidden-not-finite",
+                "error",
+                f"{wrong} of {view.hidden.numel()} numbers of hidden are NaN or infinite",
+                "Look at the model's outputs: float16 overflows above 65504",
+            )
+        ]
     off, passing = _passed(runner, view, view.hidden)
     if off <= _NEAR:
         return []
@@ -119,10 +130,12 @@ def check_weight(model: Any, weight: Tensor) -> list[Finding]:
     """What is passed as `weight`, if it is not the head's.
 
     Raises:
-        ValueError: it does not have its shape.
+        TypeError, ValueError: it is no tensor, or does not have its shape.
     """
     own = model.get_output_embeddings().weight.detach()
     embedding = model.get_input_embeddings().weight.detach()
+    if not isinstance(weight, Tensor):
+        raise TypeError(instead.of_no_tensor("weight", weight, "a torch.Tensor"))
     if weight.shape != own.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, expected {tuple(own.shape)}, that of the model's lm_head"

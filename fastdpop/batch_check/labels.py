@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpop.batch_check.report import Finding
-from fastdpop.batch_check.view import BatchView
+from fastdpop.batch_check.report import Finding, between, counted
+from fastdpop.batch_check.view import INTEGERS, BatchView
 from fastdpop.batch_check.vocabulary import Vocabulary
 from fastdpop.rows import IGNORE
 
 _OFFSETS = (-2, -1, 1, 2, 3)
+_BLANKS = 8
+"""Tokens of a completion that may be nothing but an end and blanks."""
 
 
 def check_ids(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
@@ -33,20 +35,53 @@ def check_ids(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     ]
 
 
+def check_length(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Sequences longer than the model's context."""
+    limit = vocabulary.positions
+    if limit is None:
+        return []
+    lengths = view.attended.sum(1)
+    places = view.extra.get("position_ids")
+    if isinstance(places, Tensor) and places.shape == view.ids.shape:  # several texts in one row
+        last = places.cpu().masked_fill(~view.attended, -1).max(1).values + 1
+        lengths = torch.minimum(lengths, last)
+    rows = int((lengths > limit).sum())
+    if rows == 0:
+        return []
+    return [
+        Finding(
+            "longer-than-context",
+            "error",
+            f"{rows} of {len(view.ids)} sequences are longer than the model's context of {limit} tokens, the longest, "
+            f"sequence {int(lengths.argmax())}, has {int(lengths.max())}",
+            "Leave such pairs out, or cut their prompts (max_length in a trainer). A model whose rotary embeddings are "
+            "stretched says so in its config (rope_scaling, or max_position_embeddings)",
+        )
+    ]
+
+
 def check_labels(view: BatchView) -> list[Finding]:
     """What labels are, if they are not the ids at their places: a mask, shifted, or others; at most one finding."""
     marked = view.labels != IGNORE
     total, wrong = int(marked.sum()), marked & (view.labels != view.ids)
+    mask = _mask(view, marked, wrong)
+    if mask:
+        return [mask]
+    if view.label_dtype not in INTEGERS:
+        return [
+            Finding(
+                "labels-dtype",
+                "error",
+                f"labels have dtype {view.label_dtype}, which the loss does not take, and in which token ids may be "
+                "rounded",
+                "Keep token ids in torch.int64 from the tokenizer on: a cast later does not bring them back",
+            )
+        ]
     if total == 0 or not bool(wrong.any()):
         return []
-    if not view.label_dtype.is_floating_point or _whole(view):
-        for finding in (
-            _mask(view, marked, wrong),
-            _shifted(view, marked),
-            _other_ignore(view, wrong),
-        ):
-            if finding:
-                return [finding]
+    for finding in (_shifted(view, marked), _other_ignore(view, wrong)):
+        if finding:
+            return [finding]
     s, t = wrong.nonzero()[0].tolist()
     return [
         Finding(
@@ -60,14 +95,13 @@ def check_labels(view: BatchView) -> list[Finding]:
     ]
 
 
-def _whole(view: BatchView) -> bool:
-    """Whether labels are a mask of numbers, though no integers."""
-    return set(view.labels.unique().tolist()) <= {IGNORE, 0, 1}
-
-
 def _mask(view: BatchView, marked: Tensor, wrong: Tensor) -> Finding | None:
     values = set(view.labels.unique().tolist())
-    if not values <= {IGNORE, 0, 1} or int(wrong.sum()) * 2 < int(marked.sum()):
+    if (
+        not values <= {IGNORE, 0, 1}
+        or not bool(wrong.any())
+        or int(wrong.sum()) * 2 < int(marked.sum())
+    ):
         return None
     ones = int((view.labels == 1).sum())
     return Finding(
@@ -151,7 +185,27 @@ def check_scored(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
             )
         )
     return found + [
-        f for check in (_padding, _prompt, _end, _twice) for f in check(view, vocabulary)
+        f for check in (_padding, _prompt, _end, _empty, _twice) for f in check(view, vocabulary)
+    ]
+
+
+def hidden_text(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Tokens of a text that the attention mask hides: padding is one token, again and again."""
+    masked = ~view.attended & (view.ids != (-1 if vocabulary.pad is None else vocabulary.pad))
+    low = view.ids.masked_fill(~masked, torch.iinfo(torch.int64).max).min(1).values
+    rows = (masked & (view.ids != low[:, None])).any(1)
+    if not bool(rows.any()):
+        return []
+    first = int(rows.int().argmax())
+    return [
+        Finding(
+            "text-masked",
+            "error",
+            f"attention_mask is 0 on {counted(int(masked[rows].sum()), 'token')} that are no padding, in "
+            f"{int(rows.sum())} of {len(view.ids)} sequences, first in {first}: the model does not see them",
+            "Pass a mask that is 1 on all tokens of prompt and completion and 0 on padding: not the completions' mask, "
+            "nor the inverse, nor 0 and -inf",
+        )
     ]
 
 
@@ -168,8 +222,8 @@ def leading_padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
         Finding(
             "padding-attended",
             "error",
-            f"{int(rows.sum())} of {len(view.ids)} sequences begin with 2 to {int(run[rows].max())} padding tokens "
-            f"({pad}) that the model attends to"
+            f"{int(rows.sum())} of {len(view.ids)} sequences begin with {between(2, int(run[rows].max()))} padding "
+            f"tokens ({pad}) that the model attends to"
             + ("" if view.masked else ": there is no attention_mask"),
             "Pass attention_mask, 0 on padding",
         )
@@ -178,22 +232,22 @@ def leading_padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
 
 def _padding(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     by_mask = view.scored & ~view.attended
-    guessed = view.scored & _runs(view, vocabulary.pad, vocabulary)
+    runs = _runs(view, vocabulary.pad, vocabulary)
+    # Who gave a mask has said what padding is; so have labels that leave some of it out.
+    told = view.masked or bool((runs & ~view.scored).any())
+    guessed = view.scored & runs & (not told)
     if bool(by_mask.any()):
         count, rows = int(by_mask.sum()), int(by_mask.any(1).sum())
-        how, severity = "where attention_mask is 0", "error"
+        how = "where attention_mask is 0"
     elif bool(guessed.any()):
         count, rows = int(guessed.sum()), int(guessed.any(1).sum())
-        how, severity = (
-            f"in runs of the padding token {vocabulary.pad} at the sequences' ends",
-            "error",
-        )
+        how = f"in runs of the padding token {vocabulary.pad} at the sequences' ends"
     else:
         return []
     return [
         Finding(
             "padding-scored",
-            severity,  # type: ignore[arg-type]
+            "error",
             f"{count} of {int(view.scored.sum())} scored tokens are padding, {how}, in {rows} of {len(view.ids)} "
             "sequences",
             "Set labels to -100 where attention_mask is 0",
@@ -211,16 +265,14 @@ def _runs(view: BatchView, pad: int | None, vocabulary: Vocabulary) -> Tensor:
     return run
 
 
-def first_tokens(view: BatchView) -> Tensor:
-    """``(S,)`` where the first token that is no padding stands."""
-    return view.attended.int().argmax(1)
-
-
 def _prompt(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     """Everything but a first token is scored, and both sides of a pair begin alike."""
-    begin, scored = first_tokens(view), view.scored.int().argmax(1)
+    begin, scored = view.begins, view.scored.int().argmax(1)
     rows = [row for pair in view.pairs for row in pair if view.lengths[row] > 0]
     if not rows or any(int(scored[row] - begin[row]) > 1 for row in rows):
+        return []
+    # A first token that is marked as not scored is a prompt of one token.
+    if not view.shifted and any(int(view.labels[row, begin[row]]) == IGNORE for row in rows):
         return []
     shared = [shared_beginning(view, c, r) for c, r in view.pairs]
     alike = [s for s, (c, r) in zip(shared, view.pairs, strict=True) if not equal(view, c, r)]
@@ -231,7 +283,7 @@ def _prompt(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
             "prompt-scored",
             "warning",
             f"every sequence is scored from its first token on, and chosen and rejected begin with the same "
-            f"{min(alike)} to {max(alike)} tokens: the prompt is scored too",
+            f"{between(min(alike), max(alike))} tokens: the prompt is scored too",
             "Set labels to -100 on the prompt: what both sides have cancels in the margin, but not in DPOP's "
             "penalty or in averages",
         )
@@ -259,12 +311,35 @@ def _end(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     ]
 
 
+def _empty(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
+    """Completions of nothing but an end, and perhaps blanks."""
+
+    def blank(ids: list[int]) -> bool:
+        rest = [token for token in ids[:_BLANKS] if token not in vocabulary.ends]
+        if len(ids) > _BLANKS or len(rest) == len(ids):
+            return False
+        known = not rest or vocabulary.tokenizer is not None
+        return known and not (rest and vocabulary.decode(rest).strip())
+
+    rows = [row for row in range(len(view.ids)) if blank(view.ids[row][view.scored[row]].tolist())]
+    if not rows:
+        return []
+    return [
+        Finding(
+            "completion-empty",
+            "warning",
+            f"{len(rows)} of {len(view.ids)} completions are nothing but an end, first that of sequence {rows[0]}",
+            "Leave such pairs out, unless an empty answer is one that is preferred, or not",
+        )
+    ]
+
+
 def _twice(view: BatchView, vocabulary: Vocabulary) -> list[Finding]:
     """Two tokens that begin a text, one behind the other."""
     bos = vocabulary.bos
     if bos is None or view.ids.shape[1] < 2 or bos in (vocabulary.pad, *vocabulary.ends):
         return []
-    begin = first_tokens(view)
+    begin = view.begins
     twice = sum(
         int(at) + 1 < view.ids.shape[1] and view.ids[row, at : at + 2].tolist() == [bos, bos]
         for row, at in enumerate(begin.tolist())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from fastdpop.batch_check.labels import equal, first_tokens, shared_beginning
-from fastdpop.batch_check.report import Finding
+from fastdpop.batch_check.labels import equal, shared_beginning
+from fastdpop.batch_check.report import Finding, counted
 from fastdpop.batch_check.view import BatchView
 
 _MORE = 8
 """Tokens that neighbours must begin with in common beyond what pairs do, to be taken for the pairs. Sequences of the
 same task begin alike anyway."""
+_REPEATED = 4
+"""Tokens of a prompt that a completion must begin with, to be taken for a repetition."""
 
 
 def check_pairs(view: BatchView, given: bool = False) -> list[Finding]:
@@ -24,8 +26,9 @@ def check_pairs(view: BatchView, given: bool = False) -> list[Finding]:
             Finding(
                 "odd-rows",
                 "error",
-                f"the batch holds {len(view.ids)} sequences, an odd number",
-                "Give every chosen sequence its rejected one: all chosen first, then all rejected",
+                f"the batch holds {counted(len(view.ids), 'sequence')}, an odd number",
+                "Give every chosen sequence its rejected one: all chosen first, then all rejected. One sequence behind "
+                "the other in one row needs cu_seqlens=",
             )
         ]
     if not given and _interleaved(view):
@@ -39,7 +42,7 @@ def check_pairs(view: BatchView, given: bool = False) -> list[Finding]:
                 "name the pairs: pairs=[(0, 1), (2, 3), ...]",
             )
         ]
-    return [*_prompts(view), *_same(view)]
+    return [*_prompts(view), *_repeated_prompt(view), *_same(view), *_twice(view)]
 
 
 def _interleaved(view: BatchView) -> bool:
@@ -61,7 +64,7 @@ def _interleaved(view: BatchView) -> bool:
 
 def _prompt(view: BatchView, row: int) -> tuple[int, ...]:
     """The tokens before the first scored one, but for one alone, which begins every text."""
-    begin = int(first_tokens(view)[row])
+    begin = int(view.begins[row])
     end = int(view.scored[row].int().argmax())
     return tuple(view.ids[row, begin:end].tolist()) if end - begin > 1 else ()
 
@@ -71,6 +74,17 @@ def _prompts(view: BatchView) -> list[Finding]:
     scored = all(view.lengths[row] > 0 for pair in view.pairs for row in pair)
     if not scored or not differ:
         return []
+    later = [i for i in differ if _one_text(view, *view.pairs[i])]
+    if len(later) == len(differ):
+        return [
+            Finding(
+                "labels-begin-apart",
+                "warning",
+                f"in {len(differ)} of {len(view.pairs)} pairs chosen and rejected begin with the same tokens, of which "
+                f"more are scored on one side, first in pair {differ[0]}",
+                "Let the labels of both sides begin where the completion does, behind the prompt that they share",
+            )
+        ]
     return [
         Finding(
             "prompts-differ",
@@ -81,6 +95,79 @@ def _prompts(view: BatchView) -> list[Finding]:
             "labels begin",
         )
     ]
+
+
+def _one_text(view: BatchView, one: int, other: int) -> bool:
+    """Whether the longer of two prompts is in both sequences."""
+    longest = max(len(_prompt(view, row)) for row in (one, other))
+    return shared_beginning(view, one, other) >= longest
+
+
+def _repeated_prompt(view: BatchView) -> list[Finding]:
+    """Completions that begin with their whole prompt, as of columns that hold the whole text."""
+    repeated = [
+        i for i, pair in enumerate(view.pairs) if all(_begins_anew(view, row) for row in pair)
+    ]
+    if len(repeated) * 2 < max(len(view.pairs), 1):
+        return []
+    return [
+        Finding(
+            "prompt-repeated",
+            "warning",
+            f"in {len(repeated)} of {len(view.pairs)} pairs both completions begin with the whole prompt, first in "
+            f"pair {repeated[0]}: it stands there twice, and is scored",
+            "Cut the prompt off: a completion is only what follows it",
+        )
+    ]
+
+
+def _begins_anew(view: BatchView, row: int) -> bool:
+    """Whether a completion begins with its prompt; a token at each end may be another, as BOS is, or a blank."""
+    prompt = _prompt(view, row)
+    completion = view.ids[row][view.scored[row]].tolist()
+    return any(
+        end - begin >= _REPEATED
+        and tuple(completion[skipped : skipped + end - begin]) == prompt[begin:end]
+        for begin in (0, 1)
+        for end in (len(prompt), len(prompt) - 1)
+        for skipped in (0, 1)
+    )
+
+
+def _twice(view: BatchView) -> list[Finding]:
+    """Pairs that are in the batch again, or the other way round."""
+    keys = [tuple(view.ids[row][view.attended[row]].tolist()) for row in range(len(view.ids))]
+    seen: dict[tuple[tuple[int, ...], ...], int] = {}
+    again, against = [], []
+    for i, (c, r) in enumerate(view.pairs):
+        pair, other = (keys[c], keys[r]), (keys[r], keys[c])
+        if pair in seen:
+            again.append((seen[pair], i))
+        if other in seen and pair != other:
+            against.append((seen[other], i))
+        seen.setdefault(pair, i)
+    found = []
+    if against:
+        found.append(
+            Finding(
+                "pairs-contradict",
+                "warning",
+                f"{len(against)} of {len(view.pairs)} pairs say the opposite of another: in pairs {against[0][0]} and "
+                f"{against[0][1]} chosen and rejected are exchanged",
+                "Keep one of the two: what one of them teaches, the other takes back",
+            )
+        )
+    if again:
+        found.append(
+            Finding(
+                "pairs-repeated",
+                "warning",
+                f"{len(again)} of {len(view.pairs)} pairs are in the batch already: pair {again[0][1]} is pair "
+                f"{again[0][0]}",
+                "Leave repetitions out, unless they are meant as a weight",
+            )
+        )
+    return found
 
 
 def _same(view: BatchView) -> list[Finding]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdpop.batch_check.report import Finding
+from fastdpop.batch_check.report import Finding, between
 
 _EXACT = 0.05
 """Share of a log-prob by which one explanation may miss, to be taken for the right one."""
@@ -119,7 +119,8 @@ def _misses(scores: Scores, other: Tensor) -> Tensor:
 def _fits(scores: Scores, other: Tensor) -> bool:
     """Whether the reference is that other thing in every sequence, and not the policy's log-prob in any."""
     miss, own = _misses(scores, other), _misses(scores, scores.policy)
-    return float(miss.max()) <= 0.02 and 4 * float(miss.max()) <= float(own.min())
+    apart = float(own.min())
+    return apart > 1e-3 and float(miss.max()) <= min(0.02, apart / 4)
 
 
 def _averaged(scores: Scores) -> Finding | None:
@@ -137,9 +138,10 @@ def _averaged(scores: Scores) -> Finding | None:
     return Finding(
         "ref-averaged",
         "error" if alike else "warning",
-        f"reference log-probs are {float(given.mean()):.2f} nats in the mean, over {int(counts.min())} to "
-        f"{int(counts.max())} tokens; the policy's are {float((sums / counts).mean()):.2f} per token and "
-        f"{float(sums.mean()):.1f} in sum: these seem to be means over tokens, not sums",
+        f"reference log-probs are {float(given.mean()):.2f} nats in the mean, over "
+        f"{between(int(counts.min()), int(counts.max()))} tokens; the policy's are "
+        f"{float((sums / counts).mean()):.2f} per token and {float(sums.mean()):.1f} in sum: these seem to be means "
+        "over tokens, not sums",
         _SUMS,
     )
 
@@ -297,9 +299,12 @@ def _stale(scores: Scores, noise: float) -> list[Finding]:
 
 def differences(scores: Scores) -> list[str]:
     """How far policy and reference are apart, as a fact."""
-    off = float((scores.reference - scores.policy).abs().mean())
+    policy = scores.policy
+    if torch.equal(scores.reference, scores.reference.float().double()):  # what it was rounded to
+        policy = policy.float().double()
+    off = float((scores.reference - policy).abs().mean())
     return [
         f"log-probs per sequence: policy {float(scores.policy.mean()):.2f}, reference "
-        f"{float(scores.reference.mean()):.2f} nats; {off:.2g} apart in the mean (0 before the first step, if the "
-        "reference is this model)"
+        f"{float(scores.reference.mean()):.2f} nats; {off:.2g} apart in the mean (0 but for rounding before the first "
+        "step, if the reference is this model)"
     ]

@@ -29,6 +29,16 @@ class Finding:
         return f"{self.severity} {self.code}: {self.message}. {self.advice}."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words that agree."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def between(low: int, high: int) -> str:
+    """A range of numbers, which may be one."""
+    return str(low) if low == high else f"{low} to {high}"
+
+
 @dataclass(frozen=True)
 class BatchReport:
     """What :func:`fastdpop.check_batch` has found; true as a condition where that is nothing.

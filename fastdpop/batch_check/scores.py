@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from fastdpop.batch_check.view import BatchView
 from fastdpop.hf import attach, detach, is_attached
+from fastdpop.hf.attachment import causal_lm
 from fastdpop.hf.forward import attachment_of
+from fastdpop.hf.guards import guarded
 from fastdpop.hf.self_check import undisturbed
 from fastdpop.hf.sharded import spread
 from fastdpop.hf.wrappers import innermost
@@ -23,24 +25,22 @@ from fastdpop.rows import IGNORE
 
 
 def why_not(model: Any) -> str | None:
-    """Why a model does not run here, in words; None if it does."""
+    """Why a model does not run here, in words; None if it does.
+
+    Raises:
+        TypeError: it is no causal language model.
+    """
     model = innermost(model)
-    if not hasattr(model, "get_output_embeddings"):
-        return f"a {type(model).__name__} is no causal language model of transformers"
+    target = causal_lm(model)
     if spread(model) or any(p.is_meta for p in model.parameters()):
         return "its parameters are spread over processes, or not there yet"
-    found = attachment_of(_base(model))
+    found = attachment_of(target)
     groups = (
         () if found is None else [found.settings[f"{name}group"] for name in ("", "cp_", "tp_")]
     )
     if any(group is not None for group in groups):
         return "it is attached with a group, whose other processes would have to run it too"
     return None
-
-
-def _base(model: Any) -> Any:
-    """The model inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Runner:
         call["input_ids"] = view.ids
         if view.masked:
             call["attention_mask"] = view.attended.long()
-        if "use_cache" in inspect.signature(_base(self.model).forward).parameters:
+        if "use_cache" in inspect.signature(causal_lm(self.model).forward).parameters:
             call["use_cache"] = False
         return {
             name: value.to(self._device) if isinstance(value, Tensor) else value
@@ -108,7 +108,8 @@ def running(model: Any) -> Iterator[Runner]:
     """
     model = innermost(model)
     training = [module for module in model.modules() if module.training]
-    ours = not is_attached(model)
+    # A trainer's wrapper may hide that it is attached: what is asked for is answered all the same, or refused.
+    ours = not is_attached(model) and not guarded(causal_lm(model))
     if ours:
         attach(model, check=False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdpop.batch_check.report import between, counted
 from fastdpop.batch_check.view import BatchView
 from fastdpop.batch_check.vocabulary import Vocabulary
 
@@ -29,9 +30,11 @@ def layout(view: BatchView, vocabulary: Vocabulary) -> list[str]:
     counts, attended = view.lengths.tolist(), view.attended
     padding = int((~attended).sum())
     side = "left" if padding and not bool(attended[:, -1].logical_not().any()) else "right"
+    pairs = f" in {counted(len(view.pairs), 'pair')}" if view.pairs else ", no pairs"
+    outside = int((view.scored & ~attended).sum())
     facts = [
-        f"{len(view.ids)} sequences in {len(view.pairs)} pairs, {view.kind}: {sum(counts)} of {int(attended.sum())} "
-        f"tokens are scored, {_range(counts)}"
+        f"{counted(len(view.ids), 'sequence')}{pairs}, {view.kind}: {sum(counts) - outside} of {int(attended.sum())} "
+        f"tokens are scored{f', and {outside} of padding' if outside else ''}, {_range(counts)}"
         + (f"; {padding} of padding, on the {side}" if padding else "; no padding")
     ]
     if vocabulary.ends:
@@ -43,13 +46,13 @@ def layout(view: BatchView, vocabulary: Vocabulary) -> list[str]:
     if view.pairs:
         longer = sum(counts[c] > counts[r] for c, r in view.pairs)
         shorter = sum(counts[c] < counts[r] for c, r in view.pairs)
-        facts.append(f"chosen is longer in {longer} pairs, rejected in {shorter}")
+        facts.append(f"chosen is longer in {counted(longer, 'pair')}, rejected in {shorter}")
     return facts
 
 
 def _range(counts: list[int]) -> str:
     low, high = min(counts), max(counts)
-    return f"{low} of each sequence" if low == high else f"{low} to {high} of a sequence"
+    return f"{between(low, high)} of {'each' if low == high else 'a'} sequence"
 
 
 def _sequence(view: BatchView, row: int, vocabulary: Vocabulary) -> list[str]:

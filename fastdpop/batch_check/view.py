@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpop import checks, instead
 from fastdpop.rows import IGNORE
 from fastdpop.unrounded import opened
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32)
+"""Of token ids and labels."""
 _REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 _NOT_OF_THE_MODEL = {
     *("input_ids", "attention_mask", "labels", "shift_labels", "completion_mask"),
-    *("prefix_tree", "ref_logps", "pair_values", *_REFERENCES),
+    *("prefix_tree", "ref_logps", "pair_values", "pairs", "cu_seqlens", *_REFERENCES),
 }
 
 
@@ -32,8 +34,9 @@ class BatchView:
         attended: ``(S, T)`` bool, the attention mask; all true where none was given.
         masked: whether an attention mask was given.
         pairs: (chosen, rejected) sequences; of unpaired data there are none.
-        sided: ``(P,)`` bool: which of the pairs that were given have both sides, and are among `pairs`.
+        given: pairs as they were given, -1 where a side is absent; `pairs` are those with both.
         label_dtype: as they were given.
+        shifted: labels came shifted, so that nothing is known of a sequence's first token.
         kind: how the batch was laid out, in words.
         extra: further arguments of the model, a row for each sequence where they are tensors.
         hidden: ``(S, T, H)``, what a caller passes to the fused functions.
@@ -48,7 +51,8 @@ class BatchView:
     kind: str = "padded"
     extra: Mapping[str, Any] = field(default_factory=dict)
     hidden: Tensor | None = None
-    sided: Tensor | None = None
+    given: tuple[tuple[int, int], ...] = ()
+    shifted: bool = False
 
     @cached_property
     def scored(self) -> Tensor:
@@ -56,6 +60,11 @@ class BatchView:
         scored = self.labels != IGNORE
         scored[:, 0] = False
         return scored
+
+    @cached_property
+    def begins(self) -> Tensor:
+        """``(S,)`` where the first token that is no padding stands."""
+        return self.attended.int().argmax(1)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -85,6 +94,7 @@ class BatchView:
             self.kind,
             {name: cut(value) for name, value in self.extra.items()},
             cut(self.hidden),
+            shifted=self.shifted,
         )
 
 
@@ -103,6 +113,11 @@ def read_batch(
         raise TypeError(
             f"batch is a {type(batch).__name__}, expected a mapping with input_ids and labels"
         )
+    checks.flag("shift_labels", shift_labels)
+    pairs, cu_seqlens = (
+        batch.get(name) if value is None else value
+        for name, value in (("pairs", pairs), ("cu_seqlens", cu_seqlens))
+    )
     ids = _integers(batch, "input_ids")
     labels, dtype = _labels(batch, ids)
     attended = batch.get("attention_mask")
@@ -120,12 +135,13 @@ def read_batch(
     masked = attended is not None
     if attended is None:
         attended = torch.ones_like(ids)
-    if not isinstance(attended, Tensor) or attended.shape != ids.shape:
-        shape = tuple(getattr(attended, "shape", ()))
+    _tensor("attention_mask", attended)
+    if attended.shape != ids.shape:
         raise ValueError(
-            f"attention_mask has shape {shape}, expected {tuple(ids.shape)}, that of input_ids"
+            f"attention_mask has shape {tuple(attended.shape)}, expected {tuple(ids.shape)}, that of input_ids"
         )
-    if not shift_labels or "shift_labels" in batch:
+    shifted = not shift_labels or "shift_labels" in batch
+    if shifted:
         labels = torch.cat([labels.new_full((len(labels), 1), IGNORE), labels[:, :-1]], 1)
     extra = {n: v for n, v in batch.items() if n not in _NOT_OF_THE_MODEL}
     if kind != "padded":
@@ -141,7 +157,8 @@ def read_batch(
         kind,
         extra,
         _hidden(hidden, ids, kind),
-        torch.tensor([min(pair) >= 0 for pair in table], dtype=torch.bool),
+        table,
+        shifted,
     )
 
 
@@ -153,21 +170,35 @@ def _hidden(hidden: Any, ids: Tensor, kind: str) -> Tensor | None:
         raise ValueError(
             f"hidden is given for a batch that is {kind}, expected a padded one: give a padded batch of the same pairs"
         )
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != ids.shape:
-        shape = tuple(getattr(hidden, "shape", ()))
+    _tensor("hidden", hidden)
+    if hidden.dim() != 3 or hidden.shape[:2] != ids.shape or hidden.dtype not in checks.FLOATS:
         raise ValueError(
-            f"hidden has shape {shape}, expected {(*ids.shape, 'H')}, a state for each of input_ids"
+            f"hidden has shape {tuple(hidden.shape)} and dtype {hidden.dtype}, expected {(*ids.shape, 'H')} and one of "
+            f"{checks.FLOATS}, a state for each of input_ids"
         )
     return hidden.detach()
+
+
+def _tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
+    """
+    Raises:
+        TypeError: it is none, or holds nothing.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(instead.of_no_tensor(name, value, expected))
+    if value.is_meta:
+        raise TypeError(f"{name} is on the meta device, expected a tensor with values")
 
 
 def _integers(batch: Mapping[str, Any], name: str) -> Tensor:
     value = batch.get(name)
     if value is None:
         raise ValueError(f"batch has {sorted(batch)}, expected {name} among them")
-    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS or value.dim() != 2:
-        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{name} is {what:.80}, expected a tensor (2B, T) of int64")
+    _tensor(name, value, "a tensor (2B, T) of torch.int64")
+    if value.dtype not in INTEGERS or value.dim() != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}, expected (2B, T) and torch.int64"
+        )
     if value.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected at least one token")
     return value.long()
@@ -181,9 +212,9 @@ def _labels(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor, torch.dtype]
             f"batch has {sorted(batch)}, expected labels (or TRL's completion_mask) among them"
         )
     value = batch[name]
-    if not isinstance(value, Tensor) or value.dim() != 2:
-        shape = tuple(getattr(value, "shape", ()))
-        raise ValueError(f"{name} has shape {shape}, expected a tensor (2B, T)")
+    _tensor(name, value, "a tensor (2B, T)")
+    if value.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected (2B, T)")
     if name == "completion_mask":
         if value.shape != ids.shape:
             raise ValueError(
@@ -209,7 +240,13 @@ def _of_tree(ids: Tensor, tree: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_packed(ids: Tensor, labels: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of sequences one behind the other, labels too."""
-    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    _tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in INTEGERS:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}, expected (sequences + 1,) "
+            "integers"
+        )
+    bounds = cu_seqlens.tolist()
     if len(ids) != 1 or ids.shape != labels.shape:
         raise ValueError(
             f"input_ids has shape {tuple(ids.shape)} and labels {tuple(labels.shape)}, expected (1, N) with cu_seqlens"
@@ -233,15 +270,8 @@ def _pairs(given: Any, sequences: int) -> tuple[tuple[int, int], ...]:
     if given is None:
         half = sequences // 2
         return () if sequences % 2 else tuple((i, i + half) for i in range(half))
-    table = torch.as_tensor(given)
-    if table.dim() != 2 or table.shape[1] != 2 or table.is_floating_point():
-        raise ValueError(
-            f"pairs has shape {tuple(table.shape)} and dtype {table.dtype}, expected (P, 2) integers"
-        )
-    if len(table) and not -1 <= int(table.min()) <= int(table.max()) < sequences:
-        raise ValueError(
-            f"pairs reaches from {int(table.min())} to {int(table.max())}, expected sequences below {sequences}, or -1"
-        )
+    table = checks.pairs(given, sequences, True, torch.device("cpu"))
+    assert table is not None
     return tuple((c, r) for c, r in table.tolist())
 
 
@@ -249,31 +279,22 @@ def references_of(batch: Mapping[str, Any], ref_logps: Any, view: BatchView) -> 
     """The reference's log-probs ``(P, 2)``, float64 on the CPU: those given, else those in the batch.
 
     Raises:
-        TypeError, ValueError: they are no tensor of a value for each sequence, or two of a value for each pair.
+        TypeError, ValueError: the loss would refuse them, or the batch has those of one side only.
     """
     given = opened(ref_logps)
-    if given is None and all(name in batch for name in _REFERENCES):
+    columns = [name for name in _REFERENCES if name in batch]
+    if given is None and len(columns) == 1:
+        raise ValueError(f"batch has {columns[0]} alone of {_REFERENCES}, expected both or none")
+    if given is None and columns:
         given = tuple(batch[name] for name in _REFERENCES)
     if given is None:
         given = opened(batch.get("ref_logps"))
     if given is None or not view.pairs:
         return None
     if isinstance(given, Tensor):
-        if given.shape != (len(view.ids),):
-            raise ValueError(
-                f"ref_logps has shape {tuple(given.shape)}, expected ({len(view.ids)},), one value per sequence, "
-                "or (chosen, rejected)"
-            )
-        return given.detach().cpu().double()[torch.tensor(view.pairs)]
-    if not isinstance(given, Sequence) or len(given) != 2:
-        raise TypeError(
-            f"ref_logps is {type(given).__name__}, expected a tensor ({len(view.ids)},) or (chosen, rejected)"
-        )
-    assert view.sided is not None
-    for i, side in enumerate(given):
-        if not isinstance(side, Tensor) or side.shape != view.sided.shape:
-            shape = tuple(getattr(side, "shape", ()))
-            raise ValueError(
-                f"ref_logps[{i}] has shape {shape}, expected ({len(view.sided)},), one value per pair"
-            )
-    return torch.stack([side.detach().cpu().double() for side in given], 1)[view.sided]
+        given = given.cpu()
+    elif isinstance(given, Sequence):
+        given = tuple(side.cpu() if isinstance(side, Tensor) else side for side in given)
+    table = torch.tensor(view.given, dtype=torch.int64)
+    sides = checks.ref_logps(given, table, len(view.ids), weighed_by_pair=False)
+    return sides.double().T[(table >= 0).all(1)]

@@ -15,6 +15,7 @@ class Vocabulary:
         pad, bos: ids, None where there is none.
         ends: ids that end a text or a turn.
         size: rows of the model's embedding; None if it is not known.
+        positions: tokens of the longest sequence that the model is made for; None if there is no such limit.
     """
 
     tokenizer: Any = None
@@ -22,10 +23,17 @@ class Vocabulary:
     bos: int | None = None
     ends: frozenset[int] = frozenset()
     size: int | None = None
+    positions: int | None = None
 
     @staticmethod
     def of(model: Any, tokenizer: Any) -> Vocabulary:
-        """From the tokenizer, else from the model's configuration."""
+        """From the tokenizer, else from the model's configuration.
+
+        Raises:
+            TypeError: the tokenizer is none.
+        """
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise TypeError(f"tokenizer is {tokenizer!r:.60}, expected a tokenizer of transformers")
         config = getattr(model, "config", None)
         config = getattr(config, "text_config", None) or config
         generation = getattr(model, "generation_config", None)
@@ -41,6 +49,7 @@ class Vocabulary:
             _first("bos_token_id", tokenizer) if tokenizer else _first("bos_token_id", config),
             frozenset(ends),
             _rows(model),
+            _positions(config),
         )
 
     def decode(self, ids: list[int]) -> str:
@@ -64,6 +73,28 @@ def _rows(model: Any) -> int | None:
     if len(shape) == 2:
         return int(shape[0])
     return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def _positions(config: Any) -> int | None:
+    """What a model's configuration says of its context, stretched by what it says of rotary embeddings."""
+    limit = getattr(config, "max_position_embeddings", None)
+    kind = getattr(config, "position_embedding_type", None)
+    if not isinstance(limit, int) or limit <= 0 or kind in ("alibi", "nope"):
+        return None
+    if getattr(config, "alibi", False) or getattr(config, "use_alibi", False):
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    scaling = scaling if isinstance(scaling, dict) else {}
+    for part in (scaling, *scaling.values()):  # some have one for each type of layer
+        if not isinstance(part, dict):
+            continue
+        if "dynamic" in (part.get("rope_type"), part.get("type")):
+            return None
+        factor = part.get("factor")
+        if isinstance(factor, (int, float)):
+            original = part.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(factor * original))
+    return limit
 
 
 def _local_tokenizer(config: Any) -> Any:

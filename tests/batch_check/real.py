@@ -85,6 +85,9 @@ class Recorded:
     def parameters(self) -> Iterator[Tensor]:
         yield torch.empty(0, dtype=self.dtype)
 
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
     def named_modules(self) -> Iterator[tuple[str, Any]]:
         return iter(())
 

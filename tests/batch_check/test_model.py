@@ -80,6 +80,11 @@ def test_hidden_states() -> None:
     assert check(own, given, hidden=found["first"]).codes == ("hidden-of-other-layer",)
     assert "model.layers.0 " in check(own, given, hidden=found["first"]).findings[0].message
     assert check(own, given, hidden=found["last"].flip(0)).codes == ("hidden-differs",)
+    later = found["last"].clone()
+    later[1] = later[2]  # of pair 1
+    assert check(own, given, hidden=later).codes == ("hidden-differs",)
+    later[1, 0, 0] = torch.nan
+    assert check(own, given, hidden=later).codes == ("hidden-not-finite",)
 
 
 def test_the_head() -> None:
@@ -102,7 +107,9 @@ def test_dropout() -> None:
     own.train()
     report = check(own, given)
     assert report.codes == ("dropout-on",)
-    assert "model.layers.0.self_attn (0.2)" in report.findings[0].message
+    assert "model.layers.0.self_attn (0.2) and 1 other module" in report.findings[0].message
+    little = tiny_llama(attention_dropout=0.1).train()  # of which log-probs take little notice
+    assert check(little, given).codes == ("dropout-on",)
     assert check(model().train(), given).ok
 
 
@@ -185,9 +192,40 @@ def test_pairs_without_a_side() -> None:
             {},
             "attention_mask has shape (6, 2), expected (6, ",
         ),
-        ({}, {"pairs": [(0, 9)]}, "pairs reaches from 0 to 9, expected sequences below 6, or -1"),
+        ({}, {"pairs": [(0, 9)]}, "pairs contains 9, expected sequence indices in [0, 6) or -1"),
         ({}, {"ref_logps": torch.zeros(3)}, "ref_logps has shape (3,), expected (6,)"),
-        ({}, {"hidden": torch.zeros(6, 2, 4)}, "hidden has shape (6, 2, 4), expected (6, "),
+        (
+            {},
+            {"hidden": torch.zeros(6, 2, 4)},
+            "hidden has shape (6, 2, 4) and dtype torch.float32, expected (6, ",
+        ),
+        (
+            {},
+            {"ref_logps": torch.zeros(6).long()},
+            "ref_logps has dtype torch.int64, expected floating point",
+        ),
+        (
+            {},
+            {"ref_logps": torch.zeros(6).half()},
+            "ref_logps has dtype torch.float16, in which it is rounded",
+        ),
+        (
+            {},
+            {"ref_logps": [torch.zeros(3).bfloat16()] * 2},
+            "ref_logps[0] has dtype torch.bfloat16",
+        ),
+        ({"ref_chosen_logps": torch.zeros(3)}, {}, "batch has ref_chosen_logps alone of"),
+        (
+            {"input_ids": torch.zeros(6, 2)},
+            {},
+            "input_ids has shape (6, 2) and dtype torch.float32, expected (2B, T)",
+        ),
+        (
+            {},
+            {"cu_seqlens": torch.zeros(3)},
+            "cu_seqlens has shape (3,) and dtype torch.float32, expected",
+        ),
+        ({}, {"max_pairs": True}, "max_pairs is True, expected a number of pairs"),
         ({}, {"weight": torch.zeros(2, 4)}, "weight has shape (2, 4), expected (258, 16)"),
         ({}, {"max_pairs": -1}, "max_pairs is -1, expected a number of pairs"),
     ],
@@ -196,6 +234,35 @@ def test_what_is_no_batch(changes: dict[str, Any], options: Any, message: str) -
     given = {n: v for n, v in {**batch(), **changes}.items() if v is not None}
     with pytest.raises(ValueError, match=re.escape(message)):
         check(model(), given, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"labels": batch()["labels"].numpy()}, {}, "labels is ndarray, expected a tensor (2B, T)"),
+        ({"attention_mask": [[1]]}, {}, "attention_mask is list, expected a torch.Tensor"),
+        ({"input_ids": batch()["input_ids"].to("meta")}, {}, "input_ids is on the meta device"),
+        ({}, {"cu_seqlens": 3}, "cu_seqlens is int, expected a torch.Tensor"),
+        ({}, {"weight": 3}, "weight is int, expected a torch.Tensor"),
+        ({}, {"pairs": "x"}, "pairs is 'x', expected (P, 2) sequence indices"),
+        ({}, {"at_start": "no"}, "at_start is 'no', expected True or False"),
+        ({}, {"shift_labels": "no"}, "shift_labels is 'no', expected True or False"),
+    ],
+)
+def test_what_is_no_tensor(changes: dict[str, Any], options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        check(model(), {**batch(), **changes}, **options)
+
+
+@pytest.mark.parametrize("given", ["HuggingFaceTB/x", 3, GPT2LMHeadModel, torch.nn.Linear(1, 1)])
+def test_what_is_no_model(given: Any) -> None:
+    with pytest.raises(TypeError, match="expected a Hugging Face causal language model"):
+        check(given, batch())
+
+
+def test_what_is_no_tokenizer() -> None:
+    with pytest.raises(TypeError, match="tokenizer is 'gpt2', expected a tokenizer"):
+        check_batch(None, batch(), tokenizer="gpt2")
 
 
 # ---- without a trace ----------------------------------------------------------------------------
@@ -237,6 +304,10 @@ def test_adapters_and_wrappers() -> None:
     ref = references(own, given)
     adapted = peft.get_peft_model(own, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5))
     assert check(adapted.eval(), given, ref, at_start=True).ok
+    fresh = check(adapted.train(), given, ref, at_start=True)
+    assert fresh.codes == ("dropout-on",)
+    assert "; it changes nothing yet" in fresh.findings[0].message
+    adapted.eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -252,11 +323,17 @@ def test_what_cannot_run_is_said() -> None:
     report = check(model().to("meta"), given)
     assert report.ok
     assert "not there yet" in report.facts[-1]
-    assert "is no causal language model" in check(torch.nn.Linear(1, 1), given).facts[-1]
     assert check(None, given).ok
+    assert check(model(), given, max_pairs=0).facts[-1] == "the model was not run: max_pairs is 0"
+    one_sided = check(model(), given, pairs=[(0, -1), (-1, 4)])
+    assert one_sided.facts[-1] == "the model was not run: there is no pair with both sides"
 
 
 def test_bfloat16() -> None:
     own, given = model(), batch()
     ref = references(own, given)
-    assert check(copy.deepcopy(own).bfloat16(), given, ref, at_start=True).ok
+    narrow = copy.deepcopy(own).bfloat16().requires_grad_(False)
+    assert check(narrow, given, ref, at_start=True).ok
+    assert "nats; 0 apart in the mean" in check(own, given, ref).facts[-1]
+    wide = references(own, given).double()
+    assert "nats; 0 apart in the mean" in check(own, given, wide).facts[-1]

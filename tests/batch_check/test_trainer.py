@@ -13,9 +13,11 @@ pytest.importorskip("trl")
 import torch
 from datasets import Dataset
 
-from fastdpop.integrations.trl import FastDPOTrainer
+from fastdpop.batch_check import check_batch
+from fastdpop.integrations.trl import FastDPOTrainer, first_batch
 from tests.integrations.trl_setup import WARNINGS, gradients, model, pairs, trainer
 
+NAMES = ("input_ids", "attention_mask", "completion_mask")
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
 
 
@@ -56,12 +58,40 @@ def test_dropout_that_trl_leaves_on(tmp_path: Path) -> None:
     assert "before the first step" in said
 
 
+def test_weights_that_are_trained_in_16_bits(tmp_path: Path) -> None:
+    """Once, and not where DeepSpeed trains float32 copies."""
+    narrow = {"policy": model().bfloat16(), "reference": model().bfloat16()}
+    own = trainer(FastDPOTrainer, tmp_path, **narrow)
+    (said,) = found(own)
+    assert "(weights-half-precision): all trained weights are torch.bfloat16" in said
+    copies = trainer(FastDPOTrainer, tmp_path, **narrow, max_steps=1)
+    copies.is_deepspeed_enabled = True
+    call = {name: next(iter(copies.get_train_dataloader()))[name] for name in NAMES}
+    labels = call["input_ids"].masked_fill(call.pop("completion_mask") == 0, -100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_batch.look(copies, call, labels, torch.full((len(labels),), -9.0), None)
+    assert copies._batch_seen
+
+
+def test_the_model_of_a_trainer_is_checked_as_any_other(tmp_path: Path) -> None:
+    """Though TRL wraps its forward, and hides that it is attached."""
+    own = trainer(FastDPOTrainer, tmp_path)
+    before = own.model.forward
+    given = next(iter(own.get_train_dataloader()))
+    report = check_batch(own.model, given, tokenizer=own.processing_class, verbose=False)
+    assert report.ok
+    assert "log-probs per sequence: -" in report.facts[-1]
+    assert own.model.forward == before
+    assert found(own) == []
+
+
 def test_it_is_turned_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTDPOP_CHECK_BATCH", "0")
     assert found(trainer(FastDPOTrainer, tmp_path, data=equal_pairs())) == []
     monkeypatch.setenv("FASTDPOP_CHECK_BATCH", "no")
     with pytest.raises(ValueError, match="FASTDPOP_CHECK_BATCH is 'no', expected 0 or 1"):
-        trainer(FastDPOTrainer, tmp_path).train()
+        trainer(FastDPOTrainer, tmp_path)  # before anything is trained
 
 
 def test_training_is_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

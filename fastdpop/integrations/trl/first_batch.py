@@ -18,6 +18,18 @@ VARIABLE = "FASTDPOP_CHECK_BATCH"
 """The environment variable that turns the look off by 0."""
 
 
+def wanted() -> bool:
+    """Whether trainers look.
+
+    Raises:
+        ValueError: the environment variable ``FASTDPOP_CHECK_BATCH`` is neither 0 nor 1.
+    """
+    value = os.environ.get(VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable {VARIABLE} is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
 def look(
     trainer: Any, call: Mapping[str, Any], labels: Tensor, logps: Tensor, ref_logps: Tensor | None
 ) -> None:
@@ -28,15 +40,12 @@ def look(
         logps, ref_logps: ``(2B,)`` of policy and reference; None: there is none.
 
     Raises:
-        ValueError: the environment variable ``FASTDPOP_CHECK_BATCH`` is neither 0 nor 1.
+        ValueError: as :func:`wanted`.
     """
     if not trainer.model.training or vars(trainer).get("_batch_seen"):
         return
     trainer._batch_seen = True
-    value = os.environ.get(VARIABLE, "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"the environment variable {VARIABLE} is {value!r}, expected 0 or 1")
-    if value == "0" or not trainer.accelerator.is_main_process:
+    if not wanted() or not trainer.accelerator.is_main_process:
         return
     at_start = trainer.state.global_step == 0 and getattr(trainer.args, "disable_dropout", False)
     findings = check_computed(
@@ -46,6 +55,7 @@ def look(
         ref_logps,
         trainer.processing_class,
         at_start,
+        copies=trainer.is_deepspeed_enabled,
     )
     for finding in findings:
         if finding.code not in getattr(trainer, "said_of_data", ()):

@@ -17,7 +17,7 @@ from fastdpop.choices import EngineName
 from fastdpop.hf import attach
 from fastdpop.hf.forward import Attachment, attachment_of
 from fastdpop.hf.wrappers import wrapped
-from fastdpop.integrations.trl import batch, cpo, online
+from fastdpop.integrations.trl import batch, cpo, first_batch, online
 from fastdpop.integrations.trl.config import shares_prefixes, takes_global_batch, value_names
 from fastdpop.integrations.trl.loss import check_given, check_values, preference
 from fastdpop.integrations.trl.process import sharding_asked
@@ -131,6 +131,7 @@ def _take(trainer: Any, model: Any) -> None:
         )
     _check_devices(trainer)
     # What does not go together fails before training starts.
+    first_batch.wanted()
     if trainer._fastdpop.loss is not None:
         check_given(trainer._fastdpop.loss, trainer.args)
     check_values(preference(trainer), value_names(trainer.args))
