@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastdpop.analysis.gradients import PAPERS_LAMBDA
 from fastdpop.analysis.numbers import Numbers
 from fastdpop.analysis.score import PARTS
+from fastdpop.train.report import Moved, moved
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -135,11 +136,11 @@ def _changed(model: Numbers, reference: Numbers) -> list[str]:
 
 
 def _verdict(mean: Numbers) -> str:
-    """By two standard errors; by the sign where there is no error."""
-    value, error = mean["mean"], mean["standard_error"]
-    if value is None or abs(value) <= 2 * (error or 0):
+    """By two standard errors, as a run's own last lines have it; by the sign where there is no error."""
+    if mean["mean"] is None:
         return "stays"
-    return "falls" if value < 0 else "rises"
+    found = moved(mean["mean"], mean["standard_error"] or 0.0)
+    return {Moved.DOWN: "falls", Moved.UP: "rises"}.get(found, "stays")
 
 
 def _meaning(change: Numbers) -> str:

@@ -164,6 +164,7 @@ def test_certain_tokens_have_no_lambda() -> None:
         (scores(-0.5, -1.0, -0.1), ["rose against the reference", "nothing to mend"]),
         (scores(-2.0, -2.0, -1.0), ["of the fall stands before the edit", "drifts"]),
         (REFERENCE, ["did not move beyond chance"]),
+        (scores(-0.999, -2.0, -0.5), ["did not move beyond chance"]),
     ],
 )
 def test_summary(model: PairScores, said: list[str]) -> None:
