@@ -167,7 +167,11 @@ class PairArguments:
         default=None, metadata=_help("the model's own by default", "PATH_OR_ID")
     )
     chat_template_path: str | None = field(
-        default=None, metadata=_help("a chat template (Jinja) instead of the tokenizer's", "FILE")
+        default=None,
+        metadata=_help(
+            "a chat template (Jinja) instead of the tokenizer's, for messages, and kept with the saved model",
+            "FILE",
+        ),
     )
     merge_adapter: bool = field(
         default=False,

@@ -169,11 +169,6 @@ def _read(what: Any, split: str, name: str, asked: Asked, tokenizer: Any, source
     pairs = load_pairs(
         what, columns=columns, chat=own.chat, split=split, config=config, values=values
     )
-    if own.chat_template_path and isinstance(pairs.dataset[0]["prompt"], str):
-        raise ValueError(
-            f"--chat-template-path has no effect: {label} holds texts, which no template is applied to. --chat makes "
-            "messages of them"
-        )
     longest = asked.config.max_length or source.context
     dataset, dropped = tokenize(
         pairs.dataset,

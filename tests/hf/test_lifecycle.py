@@ -274,7 +274,8 @@ def test_accelerate_mixed_precision() -> None:
             ValueError,
             r"labels has shape \(4, 8\), expected \(4, 9\)",
         ),
-        ({"no_such_column": 1, "labels": torch.full((4, 9), V)}, ValueError, str(V)),
+        ({"labels": torch.full((4, 9), V)}, ValueError, str(V)),
+        ({"no_such_column": 1}, TypeError, "'no_such_column', which nothing reads: leave it out"),
     ],
 )
 def test_bad_calls(given: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -158,7 +158,7 @@ def test_the_advice_can_be_followed(
     [
         (
             ("--loss", "sft", "--pair-values", "margin"),
-            "pair_values contains 'margin', which this loss",
+            "pair_values contains 'margin', which SFT(per='token') does not read",
         ),
         (("--loss_type", "sft", "--pair-values", "margin"), "pair_values contains 'margin', which"),
         (("--pair-values", "list"), "contains 'list', which a trainer cannot give"),

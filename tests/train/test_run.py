@@ -144,7 +144,6 @@ def test_online_and_precomputed_references_agree(files: Files) -> None:
             ["--chat_template_path", "/nowhere.jinja"],
             "--chat-template-path is '/nowhere.jinja': there is no such file",
         ),
-        (["--chat_template_path", "TEMPLATE"], "--chat-template-path has no effect: "),
         (["--chat", "--chat_template_path", "PAIRS"], "train.jsonl: no chat template"),
         (["--tokenizer", "PAIRS"], "which is a file, expected a folder"),
         (["--tokenizer", "FOLDER"], "which holds no tokenizer ("),
@@ -178,7 +177,6 @@ def test_errors_are_one_plain_line(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     paths = {"FOLDER": files.folder, "PAIRS": files.folder / "train.jsonl"}
-    paths["TEMPLATE"] = files.folder / "model" / "chat_template.jinja"
     assert files.run(*(str(paths.get(word, word)) for word in more)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("fastdpop: error: ")
