@@ -47,12 +47,12 @@ def measures(output: Any) -> dict[str, Measure]:
         "logps/chosen": Measure(output.chosen_logps, chosen),
         "logps/rejected": Measure(output.rejected_logps, rejected),
     }
-    if output.penalty is not None:
-        found["penalty"] = Measure(output.penalty, chosen)
-        found["hinge_on"] = Measure(_above_0(output.penalty), chosen)
     if output.chosen_logratios is not None:
         found["logratios/chosen"] = Measure(output.chosen_logratios, chosen)
         found["logratios/rejected"] = Measure(output.rejected_logratios, rejected)
+    if output.penalty is not None:
+        found["penalty"] = Measure(output.penalty, chosen)
+        found["hinge_on"] = Measure(_above_0(output.penalty), chosen)
     sequences = output.pairs.clamp_min(0)
     tokens = output.lengths[sequences] * there
     if output.entropy is not None:

@@ -20,6 +20,7 @@ _INCOMPLETE = "fastdpop-incomplete"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _STATE = "trainer_state.json"  # Trainer's
 
+WARM_UP = "warmup_steps"
 HELD_OUT, DECIDES = "held-out pairs", "decided by evaluations"
 NOTHING = "nothing"
 """Names of an identity, and of the latter the value with which held-out pairs do not matter for what comes out."""
@@ -187,7 +188,12 @@ def verify(folder: Path, identity: Identity) -> None:
         if saved.get(name) != identity.get(name) and name not in free
     ]
     if changes:
-        raise ValueError(f"{folder} belongs to another run; " + "; ".join(changes))
+        text = f"{folder} belongs to another run; " + "; ".join(changes)
+        if len(changes) == 1 and changes[0].startswith(
+            WARM_UP
+        ):  # its default depends on a run's length
+            text += f". Go on with --warmup {saved[WARM_UP]}"
+        raise ValueError(text)
     if not any("optimizer" in name or name.startswith("global_step") for name in files):
         raise ValueError(
             f"{folder} holds no state of an optimizer (--save_only_model): nothing can go on from it"

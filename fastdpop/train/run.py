@@ -229,7 +229,7 @@ def _settle_warm_up(asked: Asked, pairs: int) -> None:
         each = math.ceil(batches / config.gradient_accumulation_steps)
         steps = math.ceil(config.num_train_epochs * each)
     if "warmup_steps" not in asked.given:
-        config.warmup_steps = min(config.warmup_steps, steps // 4)
+        config.warmup_steps = float(min(config.warmup_steps, steps // 4))  # as one that is given
     elif config.warmup_steps >= steps and PartialState().is_main_process:
         warnings.warn(
             f"--warmup is {config.warmup_steps:g}, and the run has {steps} step{'s'[: steps > 1]}: the learning rate "

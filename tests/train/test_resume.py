@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from fastdpop.cli import main
 from tests.train.files import WARNINGS, Files, rows, write
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -187,6 +188,22 @@ def test_a_run_that_died_after_its_last_step(
     assert "Nothing was left to train: all 2 steps had been done\n" in capsys.readouterr().out
     assert equal(files.weights(), files.weights(whole))
     assert not list(files.out.glob("*incomplete*"))
+
+
+def test_a_short_run_is_lengthened_with_the_warm_up_that_it_had(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its default is a quarter of a run."""
+
+    def run(*more: str) -> int:
+        argv = files.argv("--save-every", "4", *more)
+        at = argv.index("--warmup")
+        return main([*argv[:at], *argv[at + 2 :]])
+
+    assert run("--steps", "4") == 0
+    assert run("--steps", "8", "--resume") == 1
+    assert "warmup_steps: 1.0 then, 2.0 now. Go on with --warmup 1.0" in capsys.readouterr().err
+    assert files.run("--steps", "8", "--save-every", "4", "--warmup", "1", "--resume") == 0
 
 
 def test_a_share_of_a_warm_up_belongs_to_the_whole(
