@@ -9,7 +9,7 @@ import fastdpop
 
 name = sys.argv[1] if len(sys.argv) > 1 else "HuggingFaceTB/SmolLM2-135M-Instruct"
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # 16 bits lose updates
+model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # 16 bits: updates are lost
 pairs = [  # that differ in one intermediate result
     {"prompt": "7 * 8 + 5 =", "chosen": " 56 + 5 = 61", "rejected": " 54 + 5 = 61"},
     {"prompt": "6 * 9 - 4 =", "chosen": " 54 - 4 = 50", "rejected": " 56 - 4 = 50"},

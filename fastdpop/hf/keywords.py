@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.generic import TransformersKwargs
 
 from fastdpop import losses
@@ -53,6 +53,10 @@ _ELSEWHERE = {
     "average_log_prob": "ipo, simpo, orpo and sigmoid_norm take means over a completion's tokens",
 }
 """Names that are in use elsewhere, and what takes their place."""
+_ONLY_HERE = ("share_prefixes", "engine", "workspace_bytes", "grad_reduction")
+"""Names that ask for something of fastdpop's, whatever else a call asks for."""
+_VERY_LIKE = 0.89
+"""How alike a name must be to one of `CALL` where no loss is asked for; from 0 to 1."""
 _inside: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
 """Arguments of a model's own modules."""
 
@@ -88,20 +92,27 @@ def check_keywords(
 def check_plain(model: Any, signature: inspect.Signature, given: Mapping[str, Any]) -> None:
     """The keywords of a call that asks for no preference loss, in which a misspelt one may be meant to.
 
-    Tensors are columns of somebody's data, which may have any name but one that is nearly ours.
+    Others are columns of somebody's data, or what a model of somebody else's looks for.
 
     Raises:
         TypeError: as :func:`check_keywords`.
     """
     own, unknown = _unknown(model, signature, given)
     for name, value in unknown.items():
-        meant = near(name, CALL, LIKE)
-        if meant:
-            instead: str | None = f"did you mean {' or '.join(map(repr, meant))}?"
-        elif isinstance(value, Tensor) or name in _modules_arguments(model):
+        if name in _modules_arguments(model):
             continue
-        else:
+        is_loss = isinstance(value, str) or callable(value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        meant = near(name, CALL, _VERY_LIKE)
+        instead = None
+        if meant and (is_loss or meant[0] != "preference"):
+            instead = f"did you mean {' or '.join(map(repr, meant))}?"
+        elif name == "loss" and is_loss:
+            instead = "expected preference="
+        elif name in _ONLY_HERE:
             instead = _instead(model, name, value, None, "preference", own)
+        elif name in LOSS_OPTIONS and is_number and _reads_no_other(model, signature):
+            instead = loss_option(name, value, None, "preference")
         if instead is not None:
             text = f"{type(model).__name__} was given {name!r}, which nothing reads"
             raise TypeError(f"{text} without preference=: {instead}")

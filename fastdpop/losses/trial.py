@@ -23,20 +23,22 @@ _TRIED: weakref.WeakValueDictionary[int, PreferenceLoss] = weakref.WeakValueDict
 """Losses whose claim has been tried, by their id, which is theirs for as long as they are here."""
 
 
-class _MadeUp(dict[str, Tensor]):
-    """Values of three pairs under any name that a function asks for: above 0 and below 1, as weights,
-    margins, scores and probabilities may all be.
-    """
+_FRACTIONS, _FLAGS = (0.5, 0.875, 0.25), (1.0, 0.0, 1.0)
+"""Values of three pairs: in (0, 1), as weights, margins, scores and probabilities may all be; or of labels."""
 
-    def __init__(self, device: torch.device) -> None:
+
+class _MadeUp(dict[str, Tensor]):
+    """Values of three pairs under any name that a function asks for."""
+
+    def __init__(self, values: tuple[float, ...], device: torch.device) -> None:
         super().__init__()
-        self.device = device
+        self.values_of_pairs, self.device = values, device
 
     def __contains__(self, name: object) -> bool:
         return True
 
     def __missing__(self, name: str) -> Tensor:
-        self[name] = torch.tensor([0.5, 0.875, 0.25], dtype=torch.float64, device=self.device)
+        self[name] = torch.tensor(self.values_of_pairs, dtype=torch.float64, device=self.device)
         return self[name]
 
     def get(self, name: str, default: object = None) -> Tensor:
@@ -108,7 +110,7 @@ def _is_ours(loss: PreferenceLoss) -> bool:
     return not isinstance(inner, PreferenceLoss) or _is_ours(inner)
 
 
-def _made_up(device: torch.device) -> PairLogps:
+def _made_up(values: tuple[float, ...], device: torch.device) -> PairLogps:
     """Three pairs. No two of anything that a function may compute are the same, log-ratios among them."""
 
     def numbers(*values: float) -> Tensor:
@@ -131,32 +133,42 @@ def _made_up(device: torch.device) -> PairLogps:
         batch_pairs=logps.new_tensor(3.0),
         batch_sides=logps.new_tensor(6.0),
         batch_chosen_tokens=lengths.sum(),
-        values=_MadeUp(device),
+        values=_MadeUp(values, device),
     )
 
 
-@torch.enable_grad()
 def _try(loss: PreferenceLoss, device: torch.device, otherwise: str) -> None:
     """
     Args:
         otherwise: what to do about a loss that couples pairs.
 
     Raises:
-        ValueError: see :func:`tried`; other errors are the loss's own.
+        ValueError: see :func:`tried`, or the loss takes no made-up pairs.
     """
-    pairs = _made_up(device)
-    try:
-        together = by_pair(loss, pairs)
-        apart = torch.cat([by_pair(loss, pairs[i : i + 1]) for i in range(3)])
-    except (ArithmeticError, LookupError, RuntimeError, ValueError) as error:
-        if not pairs.values:
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            together, apart = _both_ways(loss, _made_up(_FRACTIONS, device))
+        except (AttributeError, NameError):
             raise
-        raise ValueError(
-            f"{called(loss)} cannot be tried: on three pairs with made-up values {dict(pairs.values)} it raises "
-            f"{type(error).__name__} ({error}). {otherwise}"
-        ) from error
-    if not torch.allclose(together, apart, rtol=1e-9, atol=0.0, equal_nan=True):
+        except Exception:  # whatever a user's function raises, of values that its data never have
+            pairs = _made_up(_FLAGS, device)
+            try:
+                together, apart = _both_ways(loss, pairs)
+            except Exception as error:
+                raise ValueError(
+                    f"{called(loss)} cannot be tried: on three made-up pairs, all at once and one by one"
+                    f"{', with values ' + str(dict(pairs.values)) if pairs.values else ''}, it raises "
+                    f"{type(error).__name__} ({error}). {otherwise}"
+                ) from error
+    # A loss may compute in float32, and products of three rows are rounded otherwise than those of one.
+    near = 1e-5 * together.detach().abs().max().item()
+    if not torch.allclose(together, apart, rtol=1e-5, atol=near, equal_nan=True):
         raise ValueError(
             f"{called(loss)} is not pairwise: on three pairs at once it gives {together.tolist()}, one by one "
-            f"{apart.tolist()}. {otherwise}"
+            f"{apart.tolist()}; or it is another function in each call. {otherwise}"
         )
+
+
+def _both_ways(loss: PreferenceLoss, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    """The losses of three pairs, at once and one by one."""
+    return by_pair(loss, pairs), torch.cat([by_pair(loss, pairs[i : i + 1]) for i in range(3)])

@@ -160,6 +160,8 @@ def test_a_misspelt_keyword_asks_for_no_cross_entropy(given: dict[str, Any], mes
 def test_a_plain_call_takes_what_it_always_took() -> None:
     model, inputs = tiny(), batch()
     given = {"weight": REF, "margin": REF, "my_column": 3, "num_items_in_batch": 3, "beta": None}
+    given |= {"references": ["a"], "label": 1, "pairs": [(0, 1)], "check": True, "alpha": [0.5]}
+    given |= {"num_logits_to_keep": 1, "return_logits": True, "completion_mask": [1], "group": 0}
     want = model(**inputs, **given).loss
     assert torch.equal(attach(model)(**inputs, **given).loss, want)
 
@@ -197,6 +199,8 @@ def test_somebody_elses_model_may_read_any_name() -> None:
             return super().forward(*args, **kwargs)
 
     model.__class__ = Own
+    attach(model)(**batch(), temperature=2.0)
+    assert seen.pop("temperature") == 2.0
     attach(model)(**batch(), preference=DPOP, ref_logps=REF, foo=1)
     assert seen["foo"] == 1
 
