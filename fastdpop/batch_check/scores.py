@@ -34,6 +34,8 @@ def why_not(model: Any) -> str | None:
     target = causal_lm(model)
     if spread(model) or any(p.is_meta for p in model.parameters()):
         return "its parameters are spread over processes, or not there yet"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "its adapter puts tokens of its own before those of the batch"
     found = attachment_of(target)
     groups = (
         () if found is None else [found.settings[f"{name}group"] for name in ("", "cp_", "tp_")]

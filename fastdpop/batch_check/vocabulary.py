@@ -6,6 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -49,7 +51,7 @@ class Vocabulary:
             _first("bos_token_id", tokenizer) if tokenizer else _first("bos_token_id", config),
             frozenset(ends),
             _rows(model),
-            _positions(config),
+            _positions(config) if _knows_places(model) else None,
         )
 
     def decode(self, ids: list[int]) -> str:
@@ -73,6 +75,16 @@ def _rows(model: Any) -> int | None:
     if len(shape) == 2:
         return int(shape[0])
     return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def _knows_places(model: Any) -> bool:
+    """Whether it has embeddings of positions, rotary ones or others, as a model of states has not."""
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    for name, part in parts:
+        last = name.rpartition(".")[2]
+        if "Rotary" in type(part).__name__ or last == "wpe" or "position" in last:
+            return True
+    return False
 
 
 def _positions(config: Any) -> int | None:

@@ -77,7 +77,8 @@ def check(model: Any, head: Any) -> None:
             f"expected at most {tolerance:.3g}: it does something to its logits that fastdpop.attach does not see"
         )
     moved = (behind - logits)[:, :-1].abs().nan_to_num(0.0).max().item()
-    if moved > min(tolerance, _rounding(logits.dtype) * (1.0 + largest)):
+    rounding = max(map(_rounding, (logits.dtype, *dtypes)))
+    if moved > min(tolerance, rounding * (1.0 + largest)):
         raise TypeError(sees_what_it_predicts(owner))
 
 

@@ -18,8 +18,9 @@ from tests.tiny_model import tiny_llama, tiny_tokenizer
 # ---- context ------------------------------------------------------------------------------------
 
 
-def positions(config: Any) -> int | None:
+def positions(config: Any, part: str = "wpe") -> int | None:
     found = torch.nn.Module()
+    found.add_module(part, torch.nn.Identity())
     found.config = config
     return Vocabulary.of(found, tiny_tokenizer()).positions
 
@@ -33,6 +34,7 @@ def scaled(**scaling: Any) -> Any:
 def test_how_long_a_context_is() -> None:
     assert positions(LlamaConfig(max_position_embeddings=100)) == 100
     assert positions(GPT2Config(n_positions=64)) == 64
+    assert positions(LlamaConfig(max_position_embeddings=100), "mixer") is None  # of states alone
     assert positions(scaled(rope_type="linear", factor=4.0)) == 400
     yarn = {"rope_type": "yarn", "factor": 4.0}
     assert positions(scaled(**yarn, original_max_position_embeddings=100)) == 400

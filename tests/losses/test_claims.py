@@ -157,3 +157,47 @@ def test_token_weights_do_not_nest() -> None:
     inner = losses.length_desensitised(losses.get("dpo"), 0.3)
     with pytest.raises(ValueError, match=r"own \(ld_alpha 0.3\), which alpha=0.5 would take"):
         losses.length_desensitised(inner, 0.5)
+
+
+class InFloat32(losses.PreferenceLoss):
+    """Weighs pairs by a small network, whose product of three rows is rounded otherwise than those of one."""
+
+    def __init__(self) -> None:
+        self.network = torch.nn.Sequential(
+            torch.nn.Linear(2, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
+        )
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        seen = torch.stack([pairs.chosen, pairs.rejected], 1).float()
+        weights = torch.sigmoid(self.network(seen)[:, 0].detach())
+        return weights * (pairs.rejected_logratios - pairs.chosen_logratios)
+
+
+def test_a_class_that_computes_in_float32() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        own = InFloat32()
+        assert losses.tried(own, torch.device("cpu")) is own
+
+
+def of_flags(pairs: PairLogps) -> Tensor:
+    flags = pairs.values["flag"]
+    assert ((flags == 0) | (flags == 1)).all(), "flags are 0 or 1"
+    return flags * (pairs.rejected - pairs.chosen)
+
+
+def test_a_function_that_looks_at_its_values() -> None:
+    losses.pairwise(of_flags)
+
+    def of_others(pairs: PairLogps) -> Tensor:
+        raise TypeError(f"{float(pairs.values['kind'][0])} is no kind")
+
+    with pytest.raises(
+        ValueError, match=r"cannot be tried: on three made-up pairs.*1.0 is no kind"
+    ):
+        losses.pairwise(of_others)
+
+
+def test_a_trial_in_inference_mode() -> None:
+    with torch.inference_mode():
+        losses.pairwise(lambda pairs: pairs.rejected - pairs.chosen)
