@@ -256,7 +256,7 @@ def _in_yaml(arguments: list[str], name: str) -> Any:
     """What the file of ``--config`` says of an option that must be known before the others are read.
 
     Raises:
-        ValueError: the file is no YAML.
+        ValueError: the file is no YAML, or has an option under both of its names.
         OSError: it cannot be read.
     """
     path = _last(arguments, "--config")
@@ -274,6 +274,10 @@ def _in_yaml(arguments: list[str], name: str) -> Any:
     for key in content:
         if not isinstance(key, str):
             raise ValueError(f"{path}: the key {key!r} is no option")
+    try:
+        check_twice([f"--{key}" for key in content])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return content.get(name)
 
 

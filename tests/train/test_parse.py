@@ -170,6 +170,10 @@ def test_yaml(tmp_path: Path) -> None:
         ("model: m\npairs: p\noutput: o\nloss_weights: [a]\n", "loss_weights is ['a']"),
         ("model: m\npairs: p\noutput: o\n1: 2\n", "the key 1 is no option"),
         ("model: m\npairs: p\npairs: q\noutput: o\n", "the key 'pairs' stands twice"),
+        (
+            "model: m\npairs: p\noutput: o\nsteps: 2\nmax_steps: 3\n",
+            "--steps and --max_steps are two names of one option",
+        ),
         ("model: m\npairs: p\noutput: o\ndatasets: json\n", "datasets"),
         ("model: m\npairs: p\noutput: o\nlearning_rate: fast\n", "learning_rate"),
         (
