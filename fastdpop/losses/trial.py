@@ -161,7 +161,7 @@ def _try(loss: PreferenceLoss, device: torch.device, otherwise: str) -> None:
                     f"{type(error).__name__} ({error}). {otherwise}"
                 ) from error
     # A loss may compute in float32, and products of three rows are rounded otherwise than those of one.
-    near = 1e-5 * together.detach().abs().max().item()
+    near = 1e-5 * together.detach().nan_to_num(0.0, 0.0, 0.0).abs().max().item()
     if not torch.allclose(together, apart, rtol=1e-5, atol=near, equal_nan=True):
         raise ValueError(
             f"{called(loss)} is not pairwise: on three pairs at once it gives {together.tolist()}, one by one "
