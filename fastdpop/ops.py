@@ -28,6 +28,7 @@ from torch.library import custom_op
 
 from fastdpop import checks, engines, losses
 from fastdpop.engines.base import Engine, EngineOutput, Gradients, GroupLoss, NeedsGrad, Problem
+from fastdpop.losses.trial import tried
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, wide_dtype
 from fastdpop.rows import rows_from_labels as _rows_from_labels
@@ -337,7 +338,7 @@ def pair_loss(
     layout = Rows.of_tensors(rows)
     whole = Totals.of(layout) if totals is None else Totals.given(totals, hidden.device)
     with _autograd_allowed():
-        function = losses.tried(losses.by_key(s.loss), hidden.device)
+        function = tried(losses.by_key(s.loss), hidden.device)
     loss = PairLoss(
         layout,
         function,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpop import checks, given_logps, losses, pair_values
+from fastdpop import checks, given_logps, pair_values
 from fastdpop.arguments import Given, Weighting, device_of
 from fastdpop.call import DISPLACEMENT, Batch, Call, LMHead, Options, Reference
 from fastdpop.distributed import collectives
@@ -24,6 +24,7 @@ from fastdpop.distributed.agreement import meeting
 from fastdpop.distributed.pairs import joined_pairs, whole_sequences
 from fastdpop.distributed.parallel import Parallel
 from fastdpop.losses import ranking
+from fastdpop.losses.trial import tried
 from fastdpop.output import PreferenceOutput
 from fastdpop.pair_loss import PairLoss, Totals
 from fastdpop.rows import Rows, default_pairs
@@ -153,7 +154,7 @@ def _prepared(
         )
     coupled = _coupled(options, kl)
     if parallel.data is not None and not coupled:
-        losses.tried(options.loss, device)
+        tried(options.loss, device)
     if parallel.data is not None and coupled and options.reduction == "none":
         raise ValueError(
             "reduction is 'none', expected 'mean' or 'sum' with group=: this loss couples pairs, whose derivatives "

@@ -55,7 +55,7 @@ from .ratio import (
     RobustDPO,
 )
 from .rewarded import RPOBackwardKL, RPOForwardKL, RPOSquared
-from .trial import pairwise, tried
+from .trial import pairwise
 from .wpo import WPOWeighted, wpo_weighted
 
 __all__ = [
@@ -104,7 +104,6 @@ __all__ = [
     "options_of",
     "pairwise",
     "ranked",
-    "tried",
     "wpo_weighted",
 ]
 

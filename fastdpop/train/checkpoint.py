@@ -189,9 +189,8 @@ def verify(folder: Path, identity: Identity) -> None:
     ]
     if changes:
         text = f"{folder} belongs to another run; " + "; ".join(changes)
-        if len(changes) == 1 and changes[0].startswith(
-            WARM_UP
-        ):  # its default depends on a run's length
+        # Its default depends on how long a run is.
+        if len(changes) == 1 and changes[0].startswith(WARM_UP):
             text += f". Go on with --warmup {saved[WARM_UP]}"
         raise ValueError(text)
     if not any("optimizer" in name or name.startswith("global_step") for name in files):

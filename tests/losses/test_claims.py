@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdpop import losses
 from fastdpop.losses import PairLogps
+from fastdpop.losses.trial import tried
 from tests.batches import batch, fused
 
 
@@ -177,7 +178,7 @@ def test_a_class_that_computes_in_float32() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         own = InFloat32()
-        assert losses.tried(own, torch.device("cpu")) is own
+        assert tried(own, torch.device("cpu")) is own
 
 
 def of_flags(pairs: PairLogps) -> Tensor:
